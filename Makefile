@@ -1,0 +1,71 @@
+# Each target sets up what it needs: a virtual environment with the pinned set, once.
+#   make book      execute the chapters and build the site
+#   make test      lint, tests, doctests and notebooks
+#   make lab       JupyterLab on a copy of the chapters, to work in
+#   make notebooks execute the chapters into book/notebooks (ONLY=03 for one)
+#   make gpu       the tests that need an NVIDIA GPU
+#   make aot       compile every kernel configuration for GPUs that need not be there
+#   make clean     remove what was built; the environment stays (delete .venv to start afresh)
+# `make test PYTHON=python3` uses an environment that exists, and installs nothing.
+# `make test BASE=python3.12` builds the environment from another Python than python3.
+
+BASE ?= python3
+VENV := .venv
+ONLY ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Two processes run side by side; more threads each would only get in one another's way.
+export OMP_NUM_THREADS ?= 1
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help book test lab notebooks gpu aot clean
+help:
+	@sed -n '2,10s/^# //p' Makefile
+
+# torch comes first and by itself: its exact pin keeps pip from fetching gigabytes while it compares versions.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed, $(BASE) is older: try  make $(MAKECMDGOALS) BASE=python3.12"; exit 1; }
+	@echo "[1/3] virtual environment in $(VENV)"
+	$(BASE) -m venv $(VENV)
+	@echo "[2/3] torch, the largest part"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@echo "[3/3] the rest of the pinned set"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	@$(VENV)/bin/python -c 'import matplotlib.font_manager'  # builds its font cache, which would warn later
+	@touch $@
+
+book: $(READY)
+	$(PY) -m tools.site
+
+test: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib
+
+# A copy, so that working in the chapters changes nothing that git tracks.
+lab: $(READY)
+	@mkdir -p lab && cp -n book/notebooks/*.ipynb lab/ || true
+	$(PY) -m jupyterlab --notebook-dir=lab
+
+notebooks: $(READY)
+	$(PY) -m tools.notebooks --only=$(ONLY)
+
+gpu: $(READY)
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo "make gpu needs an NVIDIA GPU that torch can see; 'make test' needs none"; exit 1; }
+	$(PY) -m pytest -m gpu tests
+
+aot: $(READY)
+	$(PY) -m dn_lib.kernels.aot
+
+clean:
+	rm -rf book/_build book/.jupyter_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

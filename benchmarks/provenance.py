@@ -1,0 +1,86 @@
+"""Where a result came from: every JSON file in book/results carries what this module returns."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def git_commit() -> str:
+    """The commit of the checkout this file is in; `DN_COMMIT` where there is no `.git`; else "unknown".
+
+    A "+" at the end says that tracked files differ from that commit.
+    """
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("DN_COMMIT") or "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return commit + ("+" if changed else "")
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of `name`, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name() -> str:
+    """The first GPU's name, or the CPU's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} logical cores)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} logical cores)"
+
+
+def provenance(seed: int | list[int] | None = None, **extra: Any) -> dict[str, Any]:
+    """What a reader needs in order to repeat a measurement; `extra` is added as it is.
+
+    Keys: command, git_commit, date (UTC, ISO 8601), device, device_count, cuda, torch, triton, python,
+    platform, seed.
+    """
+    import torch
+
+    arguments = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "", *sys.argv[1:]]
+    script = Path(sys.argv[0]).resolve() if sys.argv and sys.argv[0] else None
+    root = Path(__file__).resolve().parent.parent
+    if script and script.is_relative_to(root):
+        arguments[0] = script.relative_to(root).as_posix()
+    return {
+        "command": shlex.join(["python", *arguments]),
+        "git_commit": git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(),
+        "device_count": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "seed": seed,
+        **extra,
+    }

@@ -1,0 +1,80 @@
+"""Sphinx configuration of the book's site; `make book` builds it."""
+
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+
+project = "DeltaNet, step by step"
+author = ""
+language = "en_GB"
+
+extensions = [
+    "myst_nb",
+    "sphinx_exercise",
+    "sphinxcontrib.bibtex",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build", "notebooks", "results", ".jupyter_cache", "**/.ipynb_checkpoints"]
+
+# Chapters are executed beforehand, two at a time, into this cache (tools/site.py).
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / ".jupyter_cache")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
+nb_ipywidgets_js = {}  # no widgets, and nothing to load from elsewhere
+
+myst_enable_extensions = ["dollarmath"]
+# Everything is numbered within its chapter: equation (2.3), figure 2.1, exercise 2.4.
+numfig = True
+numfig_secnum_depth = 1
+numfig_format = {"figure": "Figure %s"}
+math_numfig = True
+math_eqref_format = "({number})"
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "unsrt"
+bibtex_reference_style = "author_year"
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
+html_theme_options = {
+    "extra_footer": "Text: CC BY 4.0. Code: Apache-2.0.",
+    "navbar_persistent": [],
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
+html_show_copyright = False
+html_show_sphinx = False
+html_copy_source = False
+
+
+def fold_hints(app, doctree):
+    """An admonition of the class `dropdown` is closed until it is clicked."""
+    for admonition in doctree.findall(nodes.admonition):
+        if "dropdown" in admonition["classes"]:
+            admonition["collapsible"] = "closed"
+
+
+def link_solutions(app, doctree):
+    """Below every exercise, a link to the page with its solution."""
+    name = app.env.docname
+    solutions = f"solutions/{name}"
+    if solutions not in app.env.found_docs:
+        return
+    for exercise in doctree.findall(lambda node: node.tagname == "exercise_enumerable_node"):
+        link = pending_xref(
+            "", nodes.inline("", "Solution"), refdomain="std", reftype="doc", reftarget=f"/{solutions}",
+            refdoc=name, refexplicit=True, refwarn=True,
+        )  # fmt: skip
+        exercise += nodes.paragraph("", "", link, classes=["solution-link"])
+
+
+def setup(app):
+    app.connect("doctree-read", fold_hints)
+    app.connect("doctree-read", link_solutions)

@@ -1,0 +1,209 @@
+"""What a form or a kernel of the book has to do: bytes, floating-point operations, serial steps.
+
+A `Cost` is what one kernel moves and computes; a form is a tuple of them, since kernels run one after the
+other and each reads what the one before wrote.  Bytes are sums of tensor sizes, tested against the tensors
+themselves and against what the kernels are seen to touch; FLOPs count the dots as they are executed, two a
+multiply-add, with the masked half of a triangle included because the hardware computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import ceil, log2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a problem.  `element`: bytes of one number of q, k, v, o.  `block_v`: the columns of the
+    state that one program holds (all of them if None).
+
+    >>> Shape(B=1, L=128, H=2, d_k=64, d_v=64).chunks
+    2
+    """
+
+    B: int
+    L: int
+    H: int
+    d_k: int
+    d_v: int
+    C: int = 64
+    element: int = 2
+    block_v: int | None = None
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.L / self.C)
+
+    @property
+    def heads(self) -> int:
+        return self.B * self.H
+
+    @property
+    def tokens(self) -> int:
+        """Tokens times heads, chunks padded to their full length: the rows that dots work on."""
+        return self.heads * self.chunks * self.C
+
+    @property
+    def value_blocks(self) -> int:
+        return ceil(self.d_v / (self.block_v or self.d_v))
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of a tensor of the book, by its name.  Raises KeyError for an unknown one."""
+        rows, e = self.B * self.L * self.H, self.element
+        state = self.d_k * self.d_v * 4
+        return {
+            **dict.fromkeys(("q", "k", "W"), rows * self.d_k * e),
+            **dict.fromkeys(("v", "o", "U", "new", "E"), rows * self.d_v * e),
+            "beta": rows * e,
+            "T": rows * self.C * e,
+            "N": rows * self.C * e,
+            "S": self.heads * self.chunks * state,
+            "final": self.heads * state,
+        }[name]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kernel.  reads, writes: bytes of each tensor, once.  times: how often the programs together ask
+    for a tensor (caches may answer all but the first).  steps: the longest chain of dependent chunks or tokens.
+    """
+
+    name: str
+    reads: dict[str, int]
+    writes: dict[str, int]
+    flops: int
+    times: dict[str, int] = field(default_factory=dict)
+    steps: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that memory must move if every repeated read is answered by a cache."""
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+    @property
+    def requested(self) -> int:
+        """Bytes that the programs ask for."""
+        moves = (*self.reads.items(), *self.writes.items())
+        return sum(size * self.times.get(name, 1) for name, size in moves)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte moved."""
+        return self.flops / self.bytes
+
+
+def _cost(
+    shape: Shape, name: str, reads: str, writes: str, flops: int, again: str = "", steps: int = 1
+) -> Cost:
+    """A `Cost` from names of tensors; those in `again` are read by every block of values."""
+    return Cost(
+        name,
+        {n: shape.tensor_bytes(n) for n in reads.split()},
+        {n: shape.tensor_bytes(n) for n in writes.split()},
+        flops,
+        dict.fromkeys(again.split(), shape.value_blocks),
+        steps,
+    )
+
+
+def roofline_time(costs: Iterable[Cost], bandwidth: float, flop_rate: float) -> float:
+    """Seconds that `costs` take one after the other (eq-kernel-roofline), at `bandwidth` bytes and `flop_rate`
+    operations a second.
+
+    >>> roofline_time([Cost("copy", {"x": 1000}, {"y": 1000}, flops=0)], bandwidth=1e3, flop_rate=1e3)
+    2.0
+    """
+    return sum(max(c.bytes / bandwidth, c.flops / flop_rate) for c in costs)
+
+
+def total_bytes(costs: Iterable[Cost]) -> int:
+    return sum(c.bytes for c in costs)
+
+
+def total_flops(costs: Iterable[Cost]) -> int:
+    return sum(c.flops for c in costs)
+
+
+# --- What nobody can avoid ------------------------------------------------------------------------------
+
+
+def compulsory(shape: Shape, *, backward: bool = False) -> tuple[Cost, ...]:
+    """Each input read once and each output written once; with `backward`, of both passes together."""
+    forward = _cost(shape, "compulsory", "q k v beta", "o", 0)
+    if not backward:
+        return (forward,)
+    reads = {n: shape.tensor_bytes(n) for n in ("q", "k", "v", "beta")}
+    gradients = {f"d{n}": size for n, size in reads.items()}
+    reads["do"] = shape.tensor_bytes("o")
+    return forward, Cost("compulsory backward", reads, gradients, 0)
+
+
+# --- Linear attention -----------------------------------------------------------------------------------
+
+
+def recurrent_linear_attention(shape: Shape) -> tuple[Cost, ...]:
+    """Token after token, the state on chip: write 2 d_k d_v, read 2 d_k d_v, no dot large enough for the
+    matrix units."""
+    flops = shape.B * shape.L * shape.H * 4 * shape.d_k * shape.d_v
+    return (_cost(shape, "recurrent", "q k v", "o final", flops, again="q k", steps=shape.L),)
+
+
+def linear_attention(shape: Shape) -> tuple[Cost, ...]:
+    """The chunk kernel of `dn_lib.kernels.ladder` (eq-kernel-linear-flops)."""
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    flops = t * (2 * C * d_k * shape.value_blocks + 2 * C * d_v + 4 * d_k * d_v)
+    return (_cost(shape, "chunk kernel", "q k v", "o final", flops, again="q k", steps=shape.chunks),)
+
+
+# --- The delta rule -------------------------------------------------------------------------------------
+
+
+def inverse_flops(C: int, method: str) -> int:
+    """FLOPs in the dots of one C x C inverse of `dn_lib.kernels.ladder.INVERSES`.
+
+    "substitution" takes none: its C - 1 dependent steps are sums.  Raises KeyError for another method.
+
+    >>> inverse_flops(16, "merging"), inverse_flops(16, "doubling")
+    (65536, 49152)
+    """
+    levels = int(log2(C))
+    dots = {"substitution": 0, "doubling": 2 * (levels - 1), "merging": 2 * levels}[method]
+    return dots * 2 * C**3
+
+
+def recurrent_delta_rule(shape: Shape) -> tuple[Cost, ...]:
+    """Token after token, the state on chip: 6 d_k d_v a token and head."""
+    flops = shape.B * shape.L * shape.H * 6 * shape.d_k * shape.d_v
+    return (_cost(shape, "recurrent", "q k v beta", "o final", flops, again="q k beta", steps=shape.L),)
+
+
+def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
+    """The four kernels of `dn_lib.kernels.ladder.delta_rule_in_steps` (eq-kernel-steps)."""
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    inverse = shape.heads * shape.chunks * inverse_flops(C, method)
+    return (
+        _cost(shape, "T", "k beta", "T", t * 2 * C * d_k + inverse),
+        _cost(shape, "W, U", "T k v", "W U", t * 2 * C * (d_k + d_v)),
+        _cost(shape, "states", "k W U", "S new final", t * 4 * d_k * d_v, again="k W", steps=shape.chunks),
+        _cost(shape, "output", "q k new S", "o", t * (2 * C * (d_k + d_v) + 2 * d_k * d_v)),
+    )
+
+
+def two_kernels(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
+    """One kernel writes N, the second walks the chunks and writes the output (eq-kernel-two-kernels)."""
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    inverse = shape.heads * shape.chunks * inverse_flops(C, method)
+    walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    return (
+        _cost(shape, "N", "k beta", "N", t * 2 * C * d_k + inverse),
+        _cost(shape, "pass", "q k v beta N", "o final", walk, again="q k beta N", steps=shape.chunks),
+    )
+
+
+def fused(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
+    """One kernel that keeps N on chip too; every block of values forms N anew."""
+    first, second = two_kernels(shape, method=method)
+    flops = first.flops * shape.value_blocks + second.flops
+    reads, writes = "q k v beta", "o final"
+    return (_cost(shape, "fused", reads, writes, flops, again="q k beta", steps=shape.chunks),)

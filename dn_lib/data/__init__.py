@@ -1,0 +1,26 @@
+"""Corpora: text to train on, as memory-mapped tokens, split into training and validation parts."""
+
+from dn_lib.data.batches import Batches
+from dn_lib.data.corpus import Corpus, build_corpus, in_validation, load_corpus, pack, split_text, unpack
+from dn_lib.data.downloads import DOWNLOADS, cache_folder, fetch
+from dn_lib.data.stdlib import stdlib_documents
+from dn_lib.data.tokens import BPETokenizer, ByteTokenizer, DataError, load_tokenizer
+
+__all__ = [
+    "DOWNLOADS",
+    "BPETokenizer",
+    "Batches",
+    "ByteTokenizer",
+    "Corpus",
+    "DataError",
+    "build_corpus",
+    "cache_folder",
+    "fetch",
+    "in_validation",
+    "load_corpus",
+    "load_tokenizer",
+    "pack",
+    "split_text",
+    "stdlib_documents",
+    "unpack",
+]

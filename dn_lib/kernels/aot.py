@@ -1,0 +1,158 @@
+"""Compiles every kernel configuration for GPUs that are not there, and lists what each one uses.
+
+    python -m dn_lib.kernels.aot [--all] [--arch 80 --arch 90]
+
+The launch code itself runs, on CPU tensors, with a driver that only says which GPU to compile for: what is
+compiled here is what a call would launch.  It must run without Triton's interpreter, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dn_lib.kernels import configs, launch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class _AbsentGPU:
+    """As much of a Triton driver as compilation asks for."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack a thread, as `cuobjdump` reads them from a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    fields = dict(f.split(":", 1) for f in run.stdout.split() if f.count(":") == 1)
+    return {"registers": int(fields["REG"]), "stack": int(fields["STACK"])}
+
+
+def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
+    """Compiles what forward and backward launch for each of `calls`; a row for each kernel compiled."""
+    triton.runtime.driver.set_active(_AbsentGPU(arch))
+    original, rows, seen = JITFunction.run, [], set()
+
+    def record(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            row = {
+                "kernel": self.fn.__name__,
+                "arch": arch,
+                **record.call,
+                "warps": kernel.metadata.num_warps,
+            }
+            row |= {"shared": kernel.metadata.shared, "seconds": round(time.perf_counter() - start, 1)}
+            rows.append(row | resources(kernel.asm["cubin"]))
+        return kernel
+
+    JITFunction.run = record
+    configs.multiprocessors = lambda device_index: 132
+    try:
+        for call in calls:
+            record.call = call
+            _launch(**call)
+    finally:
+        JITFunction.run = original
+    return rows
+
+
+def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, segments: int):
+    L, H, kind = 2 * chunk, 1, DTYPES[dtype]
+    q, k = (torch.zeros(1, L, H, K, dtype=kind) for _ in range(2))
+    v, beta = torch.zeros(1, L, H, V, dtype=kind), torch.zeros(1, L, H, dtype=kind)
+    first = torch.zeros(1, H, K, V) if state else None
+    cu = torch.tensor([0, L], dtype=torch.int32) if varlen else None
+    common = {"scale": 1.0, "cu_seqlens": cu, "chunk": chunk, "precision": "ieee", "segments": segments}
+    for save in (False, True):
+        *_, saved = launch.forward(
+            q, k, v, beta, initial_state=first, norm=norm, save=save, final_state=state, **common
+        )
+    launch.backward(q, k, v, beta, saved, torch.zeros_like(v), first, initial_state=state, **common)
+    launch.recurrent(q, k, v, beta, scale=1.0, initial_state=first, final_state=first, cu_seqlens=cu, norm=norm)
+
+
+def configurations(everything: bool) -> list[dict]:
+    """The calls to compile for: a few that cover every kernel, or each one that can be chosen."""
+    names = ("dtype", "K", "V", "norm", "state", "varlen", "chunk", "segments")
+    if not everything:
+        rows = [
+            ("bfloat16", 64, 64, True, True, False, 64, 1),
+            ("bfloat16", 128, 128, False, True, False, 64, 2),
+            ("float32", 40, 24, True, True, True, 32, 1),
+        ]
+    else:
+        sizes = [
+            (16, 16),
+            (32, 32),
+            (64, 64),
+            (96, 96),
+            (128, 128),
+            (128, 256),
+            (256, 128),
+            (256, 256),
+            (40, 24),
+        ]
+        rows = [
+            (dtype, K, V, norm, state, varlen, chunk, segments)
+            for dtype, (K, V), norm, state, varlen, chunk, segments in itertools.product(
+                DTYPES, sizes, (False, True), (False, True), (False, True), configs.CHUNK_SIZES, (1, 2)
+            )
+            if not (varlen and segments > 1)
+        ]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every configuration, not just one of each kind")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="80 and/or 90")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    rows = [row for arch in options.arch or [80, 90] for row in compile_calls(arch, configurations(options.all))]
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        heading = list(rows[0])
+        print(*heading, sep="\t")
+        for row in rows:
+            print(*(row[name] for name in heading), sep="\t")
+    over = [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]]
+    if over:
+        sys.exit(f"{len(over)} kernels need more shared memory than their GPU has, the first: {over[0]}")
+
+
+if __name__ == "__main__":
+    main()

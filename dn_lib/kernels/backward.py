@@ -1,0 +1,248 @@
+"""Backward: `walk_back` carries the gradient of the state, `states` recomputes the states, `gradients` is parallel.
+
+With dO the gradient of the output, dS that of a chunk's output state, the scale folded into Q and P = tril(Q K^T),
+G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this folder's README):
+
+    dVn = P^T dO + K dS           Z = dVn + N^T (D dVn)       dR = D Z = dV       dbeta = rowsum(Z * E)
+    dS_in = dS + Q^T dO - K^T dR
+    dQ = dO S^T + tril(dO Vn^T) K
+    dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
+
+N, E and the final states are all that the forward saves; v is not needed again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dn_lib.kernels.common import (
+    chunk_bounds,
+    dot,
+    load_scalars,
+    load_tile,
+    segment_bounds,
+    state_mask,
+    state_offsets,
+    store_tile,
+)
+
+
+@triton.jit
+def normalised_gradient(dx, x, norm):
+    """Gradient of x / |x| (rows): norm * (dx - x_hat (x_hat . dx)), x_hat = norm x, norm = 1/|x|."""
+    x_hat = x.to(tl.float32) * norm[:, None]
+    return norm[:, None] * (dx - x_hat * tl.sum(x_hat * dx, axis=1)[:, None])
+
+
+@triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS", "tokens"])
+def walk_back(
+    q, k, beta, n, e, q_norm, k_norm, do, dv, dbeta, dq, dk, dstate_out, dstate_in, dstates, state_end,
+    cu_seqlens, chunk_offsets, scale, L, H, SEGMENT, SEGMENTS, tokens,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, LOCAL: tl.constexpr,
+    DSTATE_OUT: tl.constexpr, DSTATE_IN: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Carries dS through a segment from right to left, for one head and BV value channels.
+
+    Writes dv, dbeta (one part for each value block, `[V / BV, tokens, H]`) and dS at each chunk's end
+    (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
+    LOCAL: writes only the gradient at the segment's beginning: the part X of the reversed affine map.
+    FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes dq and dk itself.
+    """
+    VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    block = pid % VALUE_BLOCKS
+    head = (pid // VALUE_BLOCKS) % H
+    s = pid // (VALUE_BLOCKS * H)
+    begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
+
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    rows = tl.arange(0, C)
+    keys = tl.arange(0, BK)
+    values = block * BV + tl.arange(0, BV)
+    inside = state_mask(keys, values, K, V)
+    at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
+    dS = tl.zeros([BK, BV], dtype=tl.float32)
+    if DSTATE_OUT:
+        dS = tl.load(dstate_out + at, mask=inside, other=0.0).to(tl.float32)
+    if FUSED:
+        S = tl.load(state_end + at, mask=inside, other=0.0)
+
+    chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        i = chunks - 1 - step
+        token = begin + i * C
+        left = tl.minimum(end - token, C).to(tl.int32)
+        q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
+        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
+        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
+        N = load_tile(n, token, head, H, rows, left, rows, C, C)
+        b = load_scalars(beta, token, head, H, rows, left)
+        q_scale = tl.where(rows < left, scale, 0.0)
+        k_scale = tl.where(rows < left, 1.0, 0.0)
+        if NORM:
+            q_scale = scale * load_scalars(q_norm, token, head, H, rows, left)
+            k_scale = load_scalars(k_norm, token, head, H, rows, left)
+        dS_low = dS.to(DTYPE)
+        if not FUSED:
+            if not LOCAL:
+                at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
+                tl.store(dstates + at_chunk, dS_low, mask=inside)
+        # dVn = P^T dO + K dS
+        P_T = dot(k_tile, tl.trans(q_tile), PRECISION) * q_scale[None, :]
+        P_T = tl.where(rows[:, None] <= rows[None, :], P_T, 0.0)
+        if NORM:
+            P_T = P_T * k_scale[:, None]
+            dVn = dot(P_T.to(DTYPE), do_tile, PRECISION) + k_scale[:, None] * dot(k_tile, dS_low, PRECISION)
+        else:
+            dVn = dot(P_T.to(DTYPE), do_tile, PRECISION) + dot(k_tile, dS_low, PRECISION)
+        # Z = dVn + N^T D dVn;  dR = D Z
+        Z = dVn + dot(tl.trans(N), (b[:, None] * dVn).to(DTYPE), PRECISION)
+        dR = (b[:, None] * Z).to(DTYPE)
+        if not LOCAL:
+            store_tile(dv, dR, token, head, H, rows, left, values, V, BV)
+            E = load_tile(e, token, head, H, rows, left, values, V, BV)
+            db = tl.sum(Z * E.to(tl.float32), axis=1)
+            tl.store(dbeta + (block * tokens + token) * H + head + rows * H, db, mask=rows < left)
+        if FUSED:
+            Vn = (b[:, None] * E.to(tl.float32)).to(DTYPE)
+            if NORM:
+                S -= dot(tl.trans(k_tile), (k_scale[:, None] * Vn.to(tl.float32)).to(DTYPE), PRECISION)
+            else:
+                S -= dot(tl.trans(k_tile), Vn, PRECISION)
+            S_low = S.to(DTYPE)
+            dP = dot(do_tile, tl.trans(Vn), PRECISION)
+            G = dot(dR, tl.trans(Vn), PRECISION)
+            dQ = dot(do_tile, tl.trans(S_low), PRECISION)
+            dK = dot(Vn, tl.trans(dS_low), PRECISION) - dot(dR, tl.trans(S_low), PRECISION)
+            write_gradients(
+                dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+                K, BK, PRECISION, NORM,
+            )  # fmt: skip
+        # dS_in = dS + Q^T dO - K^T dR
+        do_scaled = (q_scale[:, None] * do_tile.to(tl.float32)).to(DTYPE)
+        if NORM:
+            dR_scaled = (k_scale[:, None] * dR.to(tl.float32)).to(DTYPE)
+        else:
+            dR_scaled = dR
+        dS += dot(tl.trans(q_tile), do_scaled, PRECISION) - dot(tl.trans(k_tile), dR_scaled, PRECISION)
+
+    if DSTATE_IN:
+        tl.store(dstate_in + at, dS, mask=inside)
+
+
+@triton.jit
+def write_gradients(
+    dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+    K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Adds the terms inside the chunk and writes dq, dk.
+
+    dQ = dO S^T, dK = Vn dS^T - dR S^T, dP = dO Vn^T and G = dR Vn^T are whole products, summed over values.
+    """
+    DTYPE: tl.constexpr = k_tile.dtype
+    dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0) * scale
+    G = tl.where(rows[:, None] > rows[None, :], -G, 0.0)
+    G = G + tl.trans(G)
+    if NORM:
+        q_scale = load_scalars(q_norm, token, head, H, rows, left)
+        k_scale = load_scalars(k_norm, token, head, H, rows, left)
+        dQ = dQ * scale + dot((dP * k_scale[None, :]).to(DTYPE), k_tile, PRECISION)
+        dK += dot((tl.trans(dP) * q_scale[None, :]).to(DTYPE), q_tile, PRECISION)
+        dK += dot((G * k_scale[None, :]).to(DTYPE), k_tile, PRECISION)
+        dQ = normalised_gradient(dQ, q_tile, q_scale)
+        dK = normalised_gradient(dK, k_tile, k_scale)
+    else:
+        dQ = dQ * scale + dot(dP.to(DTYPE), k_tile, PRECISION)
+        dK += dot(tl.trans(dP).to(DTYPE), q_tile, PRECISION) + dot(G.to(DTYPE), k_tile, PRECISION)
+    store_tile(dq, dQ, token, head, H, rows, left, keys, K, BK)
+    store_tile(dk, dK, token, head, H, rows, left, keys, K, BK)
+
+
+@triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
+def recompute_states(
+    k, beta, e, k_norm, state_in, states, cu_seqlens, chunk_offsets, L, H, SEGMENT, SEGMENTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, NORM: tl.constexpr, STATE_IN: tl.constexpr, VARLEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state at each chunk's beginning (`[chunks, H, K, V]`, dtype of k): S' = S + K^T Vn, Vn = D E.
+
+    One program for each segment, head and BK x BV tile of the state: the tiles don't depend on each other.
+    """
+    VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    values = (pid % VALUE_BLOCKS) * BV + tl.arange(0, BV)
+    keys = (pid // VALUE_BLOCKS % KEY_BLOCKS) * BK + tl.arange(0, BK)
+    head = (pid // (VALUE_BLOCKS * KEY_BLOCKS)) % H
+    s = pid // (VALUE_BLOCKS * KEY_BLOCKS * H)
+    begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
+    rows = tl.arange(0, C)
+    inside = state_mask(keys, values, K, V)
+    S = tl.zeros([BK, BV], dtype=tl.float32)
+    if STATE_IN:
+        at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
+        S = tl.load(state_in + at, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.range(0, tl.cdiv(end - begin, C).to(tl.int32), num_stages=STAGES):
+        token = begin + i * C
+        left = tl.minimum(end - token, C).to(tl.int32)
+        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
+        E = load_tile(e, token, head, H, rows, left, values, V, BV)
+        b = load_scalars(beta, token, head, H, rows, left)
+        at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
+        tl.store(states + at_chunk, S.to(k_tile.dtype), mask=inside)
+        Vn = (b[:, None] * E.to(tl.float32)).to(k_tile.dtype)
+        if NORM:
+            k_scale = load_scalars(k_norm, token, head, H, rows, left)
+            Vn = (k_scale[:, None] * Vn.to(tl.float32)).to(k_tile.dtype)
+        S += dot(tl.trans(k_tile), Vn, PRECISION)
+
+
+@triton.jit(do_not_specialize=["n_sequences", "L", "H"])
+def gradients(
+    q, k, beta, e, q_norm, k_norm, do, dv, states, dstates, dq, dk, cu_seqlens, chunk_offsets, scale,
+    n_sequences, L, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of one chunk and head, from the state at its beginning and dS at its end.
+
+    Without NORM a program may take BK of the K key channels; with NORM it needs whole rows (BK >= K).
+    """
+    KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    keys = (pid % KEY_BLOCKS) * BK + tl.arange(0, BK)
+    head = (pid // KEY_BLOCKS) % H
+    c = pid // (KEY_BLOCKS * H)
+    token, left = chunk_bounds(c, cu_seqlens, chunk_offsets, n_sequences, L, C, VARLEN)
+    if left <= 0:
+        return
+    rows = tl.arange(0, C)
+    b = load_scalars(beta, token, head, H, rows, left)
+    dQ = tl.zeros([C, BK], dtype=tl.float32)
+    dK = tl.zeros([C, BK], dtype=tl.float32)
+    dP = tl.zeros([C, C], dtype=tl.float32)
+    G = tl.zeros([C, C], dtype=tl.float32)
+    for start in tl.range(0, V, BV, num_stages=STAGES):
+        values = start + tl.arange(0, BV)
+        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
+        E = load_tile(e, token, head, H, rows, left, values, V, BV)
+        dR = load_tile(dv, token, head, H, rows, left, values, V, BV)
+        inside = state_mask(keys, values, K, V)
+        at = state_offsets(c.to(tl.int64), head, H, keys, values, K, V)
+        S = tl.load(states + at, mask=inside, other=0.0)
+        dS = tl.load(dstates + at, mask=inside, other=0.0)
+        Vn = (b[:, None] * E.to(tl.float32)).to(E.dtype)
+        dP += dot(do_tile, tl.trans(Vn), PRECISION)
+        G += dot(dR, tl.trans(Vn), PRECISION)
+        dQ += dot(do_tile, tl.trans(S), PRECISION)
+        dK += dot(Vn, tl.trans(dS), PRECISION)
+        dK -= dot(dR, tl.trans(S), PRECISION)
+    q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
+    k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
+    write_gradients(
+        dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+        K, BK, PRECISION, NORM,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""What every kernel shares: how a program finds its piece of the batch, how tiles are read, how dots are taken.
+
+Tensors are read as `[tokens, H, d]`, where `tokens = B * L`: a batch of equal lengths and a packed batch of
+variable lengths differ only in where a *segment* begins and ends.  A segment is what one program walks
+from left to right: a whole sequence, or, when one long sequence is split among several programs, a part of
+it that is a multiple of the chunk.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b, accumulated in float32.
+
+    PRECISION ("ieee", "tf32") matters for float32 operands only.  The interpreter multiplies the bit
+    patterns of bfloat16, so there the operands are converted first: same rounding of the operands, and the
+    products of two bfloat16 numbers are exact in float32 as they are on the tensor cores.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First token, end token (both counted over the whole batch) and first chunk of segment `s`."""
+    if VARLEN:
+        begin = tl.load(cu_seqlens + s).to(tl.int64)
+        end = tl.load(cu_seqlens + s + 1).to(tl.int64)
+        first_chunk = tl.load(chunk_offsets + s).to(tl.int64)
+    else:
+        b = (s // SEGMENTS).to(tl.int64)
+        part = s % SEGMENTS
+        begin = b * L + part * SEGMENT
+        end = b * L + tl.minimum(L, (part + 1) * SEGMENT)
+        first_chunk = b * tl.cdiv(L, C) + part * (SEGMENT // C)
+    return begin, end, first_chunk
+
+
+@triton.jit
+def chunk_bounds(c, cu_seqlens, chunk_offsets, n_sequences, L, C: tl.constexpr, VARLEN: tl.constexpr):
+    """First token of chunk `c` and how many of its C rows exist (none, past the last chunk).
+
+    Chunks are counted over the whole batch.  With variable lengths the sequence is found by bisection in
+    `chunk_offsets`, the running sum of the chunks of each sequence: no host code has to read the lengths.
+    """
+    if VARLEN:
+        low = 0
+        high = n_sequences
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(chunk_offsets + middle) <= c:
+                low = middle
+            else:
+                high = middle - 1
+        # Past the last chunk the bisection ends at n_sequences; empty sequences are skipped over.
+        n = tl.minimum(low, n_sequences - 1)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+        token = tl.load(cu_seqlens + n).to(tl.int64) + (c - tl.load(chunk_offsets + n)).to(tl.int64) * C
+    else:
+        chunks = tl.cdiv(L, C)
+        b = (c // chunks).to(tl.int64)
+        token = b * L + (c % chunks) * C
+        end = (b + 1) * L
+    return token, tl.minimum(tl.maximum(end - token, 0), C).to(tl.int32)
+
+
+@triton.jit
+def tile_mask(rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr):
+    """Which entries of a tile exist.  The test on columns is compiled only where D is padded."""
+    mask = (rows < n_rows)[:, None]
+    if D % BD != 0:
+        mask = mask & (columns < D)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(ptr, token, head, H, rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `token + rows` of head `head` of a `[tokens, H, D]` tensor; zero where they don't exist."""
+    offsets = rows[:, None] * (H * D) + columns[None, :]
+    mask = tile_mask(rows, n_rows, columns, D, BD)
+    return tl.load(ptr + (token * H + head) * D + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, value, token, head, H, rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr):
+    """The counterpart of `load_tile`; converts to the tensor's dtype."""
+    offsets = rows[:, None] * (H * D) + columns[None, :]
+    mask = tile_mask(rows, n_rows, columns, D, BD)
+    tl.store(ptr + (token * H + head) * D + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_scalars(ptr, token, head, H, rows, n_rows):
+    """One float32 for each row, from a `[tokens, H]` tensor; zero where the row doesn't exist."""
+    return tl.load(ptr + token * H + head + rows * H, mask=rows < n_rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def state_offsets(index, head, H, keys, values, K: tl.constexpr, V: tl.constexpr):
+    """Offsets of a tile of the state `[index, head]` in an `[n, H, K, V]` tensor."""
+    return (index * H + head) * K * V + keys[:, None] * V + values[None, :]
+
+
+@triton.jit
+def state_mask(keys, values, K: tl.constexpr, V: tl.constexpr):
+    return (keys < K)[:, None] & (values < V)[None, :]

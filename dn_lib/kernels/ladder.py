@@ -1,0 +1,330 @@
+"""Chapter 5's ladder: small kernels, from a first program to the delta rule in separate steps.
+
+They are written to be read and compared, not to be fast; the operator uses the kernels beside this file.
+Tensors are `[B, L, H, d]` and contiguous, as in `dn_lib.delta_rule`.  A program that owns a head finds row
+t of it `H * d` elements after row t - 1.  Every dot is taken in `DOT`: the tensors' own type where the
+kernel is compiled, float32 in the interpreter, which would multiply the bit patterns of bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST_DOT = 16
+"""The smallest side of a `tl.dot` that the hardware takes."""
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels of this process run in the interpreter."""
+    return isinstance(scaled_add_kernel, triton.runtime.interpreter.InterpretedFunction)
+
+
+def dot_type(x: Tensor) -> tl.dtype:
+    """What the operands of `tl.dot` are converted to, for tensors like `x`: see the module's first lines.
+
+    >>> dot_type(torch.zeros(1)) == tl.float32
+    True
+    """
+    if interpreted():
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+
+
+def block_width(d: int) -> int:
+    """The width of a block that holds `d` columns: a power of two, and at least what a dot takes.
+
+    >>> block_width(3), block_width(64), block_width(65)
+    (16, 64, 128)
+    """
+    return max(LEAST_DOT, triton.next_power_of_2(d))
+
+
+# --- First programs -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scaled_add_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # which elements are this program's
+    inside = offsets < n  # the last program may reach past the end
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
+    tl.store(out_ptr + offsets, a * x + y, mask=inside)
+
+
+def scaled_add(x: Tensor, y: Tensor, a: float, *, block: int = 128) -> Tensor:
+    """a x + y for contiguous `x` and `y` of one shape.
+
+    >>> scaled_add(torch.ones(5), torch.arange(5.0), 2.0).tolist()
+    [2.0, 3.0, 4.0, 5.0, 6.0]
+    """
+    out = torch.empty_like(x)
+    n = x.numel()
+    scaled_add_kernel[(triton.cdiv(n, block),)](x, y, out, a, n, BLOCK=block)
+    return out
+
+
+@triton.jit
+def load_tile(base, rows, columns, stride, n_rows, n_columns):
+    """The block base[rows, columns] of a matrix whose rows lie `stride` apart, zero outside of it."""
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, value, rows, columns, stride, n_rows, n_columns):
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    tl.store(base + rows[:, None] * stride + columns[None, :], value, mask=inside)
+
+
+@triton.jit
+def matmul_kernel(a_ptr, b_ptr, out_ptr, M, N, K, DOT: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        a = load_tile(a_ptr, rows, inner, K, M, K).to(DOT)
+        b = load_tile(b_ptr, inner, columns, N, K, N).to(DOT)
+        total += tl.dot(a, b, input_precision="ieee")
+    store_tile(out_ptr, total, rows, columns, N, M, N)
+
+
+def matmul(a: Tensor, b: Tensor, *, block: int = 16) -> Tensor:
+    """a @ b for contiguous matrices `[M, K]` and `[K, N]`, each program one block of the product.
+
+    >>> matmul(torch.eye(3), torch.arange(6.0).reshape(3, 2)).tolist()
+    [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    """
+    (M, K), N = a.shape, b.shape[1]
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    grid = (triton.cdiv(M, block), triton.cdiv(N, block))
+    matmul_kernel[grid](a, b, out, M, N, K, DOT=dot_type(a), BLOCK=block)
+    return out
+
+
+# --- Linear attention -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def linear_attention_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, scale, L, H, d_k, d_v,
+    DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    q_ptr, k_ptr = q_ptr + (b * L * H + h) * d_k, k_ptr + (b * L * H + h) * d_k
+    v_ptr, o_ptr = v_ptr + (b * L * H + h) * d_v, o_ptr + (b * L * H + h) * d_v
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
+    causal = rows[:, None] >= rows[None, :]
+    S = tl.zeros([BK, BV], tl.float32)  # one head's state, BV of its columns: it never leaves the chip
+    for start in range(0, L, C):
+        q = load_tile(q_ptr, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        k = load_tile(k_ptr, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        v = load_tile(v_ptr, start + rows, values, H * d_v, L, d_v).to(DOT)
+        A = tl.where(causal, tl.dot(q, tl.trans(k), input_precision="ieee"), 0.0).to(DOT)
+        o = tl.dot(q, S.to(DOT), input_precision="ieee")  # what earlier chunks wrote
+        o += tl.dot(A, v, input_precision="ieee")  # what this chunk wrote
+        store_tile(o_ptr, scale * o, start + rows, values, H * d_v, L, d_v)
+        S += tl.dot(tl.trans(k), v, input_precision="ieee")
+    store_tile(state_ptr + tl.program_id(0).to(tl.int64) * d_k * d_v, S, keys, values, d_v, d_k, d_v)
+
+
+def linear_attention(q, k, v, *, scale=None, chunk_size=16, block_v=None):
+    """Chunkwise linear attention in one kernel (eq-kernel-linear-chunk).
+
+    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, contiguous -> o like v, state `[B, H, d_k, d_v]` float32.
+
+    >>> q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
+    >>> [list(x.shape) for x in linear_attention(q, k, v)]
+    [[1, 40, 2, 16], [1, 2, 16, 16]]
+    """
+    (B, L, H, d_k), d_v = q.shape, v.shape[-1]
+    BV = block_v or block_width(d_v)
+    o, state = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
+    linear_attention_kernel[(B * H, triton.cdiv(d_v, BV))](
+        q, k, v, o, state, d_k**-0.5 if scale is None else scale, L, H, d_k, d_v,
+        DOT=dot_type(q), C=chunk_size, BK=block_width(d_k), BV=BV,
+    )  # fmt: skip
+    return o, state
+
+
+# --- The triangular inverse, three ways ------------------------------------------------------------------
+# Each returns M = (I + A)^{-1} for strictly lower triangular A, [C, C] float32, without leaving the chip.
+
+
+@triton.jit
+def inverse_by_substitution(A, C: tl.constexpr):
+    """Row by row (eq-kernel-substitution): C - 1 dependent steps, no dot."""
+    i = tl.arange(0, C)
+    M = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for row in range(1, C):
+        a = tl.sum(tl.where(i[:, None] == row, A, 0.0), axis=0)  # A[row, :]
+        m = -tl.sum(a[:, None] * M, axis=0)  # A is zero from the diagonal on: only finished rows count
+        M = tl.where(i[:, None] == row, m[None, :] + tl.where(i[None, :] == row, 1.0, 0.0), M)
+    return M
+
+
+@triton.jit
+def inverse_by_doubling(A, C: tl.constexpr):
+    """(I - A)(I + A^2)(I + A^4)... (eq-kernel-doubling): 2 (log2 C - 1) dots.  Exact, and unusable."""
+    i = tl.arange(0, C)
+    power = -A
+    M = tl.where(i[:, None] == i[None, :], 1.0, 0.0) + power
+    size = 2
+    while size < C:
+        power = tl.dot(power, power, input_precision="ieee")
+        M += tl.dot(power, M, input_precision="ieee")
+        size *= 2
+    return M
+
+
+@triton.jit
+def inverse_by_merging(A, C: tl.constexpr):
+    """Diagonal blocks of size 1, 2, 4, ... merged in pairs (eq-kernel-merge): 2 log2 C dots."""
+    i = tl.arange(0, C)
+    M = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    size = 1
+    while size < C:
+        block, other = i[:, None] // size, i[None, :] // size
+        below = tl.where((block % 2 == 1) & (other == block - 1), A, 0.0)  # A21 of every pair
+        M -= tl.dot(tl.dot(M, below, input_precision="ieee"), M, input_precision="ieee")
+        size *= 2
+    return M
+
+
+# --- The delta rule in separate steps: every intermediate goes through memory -----------------------------
+
+
+@triton.jit
+def ut_kernel(
+    k_ptr, beta_ptr, T_ptr, L, H, d_k,
+    INVERSE: tl.constexpr, DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Step 1, a program a chunk: T = (I + tril(diag(beta) K K^T, -1))^{-1} diag(beta)."""
+    b, h, start = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0) * C
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    head = b * L * H + h
+    k = load_tile(k_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+    beta = tl.load(beta_ptr + head + (start + rows) * H, mask=start + rows < L, other=0.0).to(tl.float32)
+    A = beta[:, None] * tl.dot(k, tl.trans(k), input_precision="ieee")
+    A = tl.where(rows[:, None] > rows[None, :], A, 0.0)
+    T = INVERSE(A, C) * beta[None, :]
+    store_tile(T_ptr + head * C, T, start + rows, rows, H * C, L, C)
+
+
+@triton.jit
+def wu_kernel(
+    T_ptr, k_ptr, v_ptr, W_ptr, U_ptr, L, H, d_k, d_v,
+    DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Step 2, a program a chunk: W = T K and U = T V."""
+    b, h, start = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0) * C
+    rows, keys, values = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    head = b * L * H + h
+    T = load_tile(T_ptr + head * C, start + rows, rows, H * C, L, C).to(DOT)
+    k = load_tile(k_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+    W = tl.dot(T, k, input_precision="ieee")
+    store_tile(W_ptr + head * d_k, W, start + rows, keys, H * d_k, L, d_k)
+    v = load_tile(v_ptr + head * d_v, start + rows, values, H * d_v, L, d_v).to(DOT)
+    U = tl.dot(T, v, input_precision="ieee")
+    store_tile(U_ptr + head * d_v, U, start + rows, values, H * d_v, L, d_v)
+
+
+@triton.jit
+def state_kernel(
+    k_ptr, W_ptr, U_ptr, new_ptr, S_ptr, final_ptr, L, H, d_k, d_v,
+    DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Step 3, a program a head and a block of values: S' = S + K^T (U - W S), chunk after chunk."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
+    head = b * L * H + h
+    S = tl.zeros([BK, BV], tl.float32)
+    for start in range(0, L, C):
+        chunk = (b * tl.cdiv(L, C) + start // C) * H + h
+        store_tile(S_ptr + chunk * d_k * d_v, S, keys, values, d_v, d_k, d_v)
+        W = load_tile(W_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        U = load_tile(U_ptr + head * d_v, start + rows, values, H * d_v, L, d_v)
+        new = U - tl.dot(W, S.to(DOT), input_precision="ieee")
+        store_tile(new_ptr + head * d_v, new, start + rows, values, H * d_v, L, d_v)
+        k = load_tile(k_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        S += tl.dot(tl.trans(k), new.to(DOT), input_precision="ieee")
+    store_tile(final_ptr + tl.program_id(0).to(tl.int64) * d_k * d_v, S, keys, values, d_v, d_k, d_v)
+
+
+@triton.jit
+def output_kernel(
+    q_ptr, k_ptr, new_ptr, S_ptr, o_ptr, scale, L, H, d_k, d_v,
+    DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Step 4, a program a chunk: O = scale (Q S + tril(Q K^T)(U - W S))."""
+    b, h, start = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, tl.program_id(0) * C
+    rows, keys, values = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    head, chunk = b * L * H + h, (b * tl.cdiv(L, C) + tl.program_id(0)) * H + h
+    q = load_tile(q_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+    k = load_tile(k_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+    S = load_tile(S_ptr + chunk * d_k * d_v, keys, values, d_v, d_k, d_v).to(DOT)
+    new = load_tile(new_ptr + head * d_v, start + rows, values, H * d_v, L, d_v).to(DOT)
+    P = tl.where(rows[:, None] >= rows[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), 0.0)
+    o = tl.dot(q, S, input_precision="ieee") + tl.dot(P.to(DOT), new, input_precision="ieee")
+    store_tile(o_ptr + head * d_v, scale * o, start + rows, values, H * d_v, L, d_v)
+
+
+INVERSES = {
+    "substitution": inverse_by_substitution,
+    "doubling": inverse_by_doubling,
+    "merging": inverse_by_merging,
+}
+
+
+def ut_transform(k: Tensor, beta: Tensor, *, method: str = "merging", chunk_size: int = 16) -> Tensor:
+    """T of every chunk, by one of `INVERSES`: k `[B, L, H, d_k]`, beta `[B, L, H]` -> `[B, L, H, C]`.
+
+    Row t holds row t mod C of the T of t's chunk.  Raises ValueError for an unknown `method`.
+
+    >>> ut_transform(torch.zeros(1, 2, 1, 16), torch.full((1, 2, 1), 0.5))[0, :, 0, :2].tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+    if method not in INVERSES:
+        raise ValueError(f"method must be one of {sorted(INVERSES)}, got {method!r}")
+    B, L, H, d_k = k.shape
+    T = torch.empty(B, L, H, chunk_size, dtype=k.dtype, device=k.device)
+    ut_kernel[(triton.cdiv(L, chunk_size), B * H)](
+        k, beta, T, L, H, d_k,
+        INVERSE=INVERSES[method], DOT=dot_type(k), C=chunk_size, BK=block_width(d_k),
+    )  # fmt: skip
+    return T
+
+
+def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="merging", block_v=None):
+    """The delta rule as four kernels (eq-kernel-steps), each of which writes its result to memory.
+
+    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, beta `[B, L, H]`, contiguous.  Returns o like v, the final
+    state `[B, H, d_k, d_v]` float32, and the intermediates by name: T, W, U, new (U - W S) and S, the
+    state before each chunk, `[B, chunks, H, d_k, d_v]` float32.
+
+    >>> q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 40, 2, 16), dim=-1).unbind(0)
+    >>> o, state, steps = delta_rule_in_steps(q, k, v, torch.rand(1, 40, 2))
+    >>> list(o.shape), list(steps["S"].shape)
+    ([1, 40, 2, 16], [1, 3, 2, 16, 16])
+    """
+    (B, L, H, d_k), d_v = q.shape, v.shape[-1]
+    chunks = triton.cdiv(L, chunk_size)
+    BK, BV = block_width(d_k), block_width(d_v)
+    narrow = block_v or BV
+    sizes = dict(DOT=dot_type(q), C=chunk_size, BK=BK)
+    T = ut_transform(k, beta, method=method, chunk_size=chunk_size)
+    W, U, new, o = torch.empty_like(k), *(torch.empty_like(v) for _ in range(3))
+    S = torch.empty(B, chunks, H, d_k, d_v, dtype=torch.float32, device=q.device)
+    final = torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
+    wu_kernel[(chunks, B * H)](T, k, v, W, U, L, H, d_k, d_v, **sizes, BV=BV)
+    state_kernel[(B * H, triton.cdiv(d_v, narrow))](
+        k, W, U, new, S, final, L, H, d_k, d_v, **sizes, BV=narrow
+    )
+    scale = d_k**-0.5 if scale is None else scale
+    output_kernel[(chunks, B * H)](q, k, new, S, o, scale, L, H, d_k, d_v, **sizes, BV=BV)
+    return o, final, dict(T=T, W=W, U=U, new=new, S=S)

@@ -1,0 +1,246 @@
+"""Allocates, chooses tiles and launches: `forward`, `backward` and `decode` on contiguous `[B, L, H, d]` tensors.
+
+Nothing here reads a value from the device, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from dn_lib.kernels import backward as bwd
+from dn_lib.kernels import configs
+from dn_lib.kernels import forward as fwd
+from dn_lib.kernels import recurrent as rec
+from dn_lib.kernels.common import INTERPRETED
+
+NORM_EPS = 1e-6
+_INTERPRETED = bool(INTERPRETED.value)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call and its plan.  With `cu_seqlens` the batch is one packed row."""
+
+    B: int
+    L: int
+    H: int
+    K: int
+    V: int
+    sequences: int
+    plan: configs.Plan
+    varlen: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.B * self.L
+
+    @property
+    def total_segments(self) -> int:
+        return self.sequences * self.plan.segments
+
+    @property
+    def chunks(self) -> int:
+        """Chunks over the whole batch; an upper bound if lengths vary, since nobody reads them here."""
+        if self.varlen:
+            return self.L // self.plan.chunk + self.sequences
+        return self.B * -(-self.L // self.plan.chunk)
+
+
+def shape_of(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, segments: int | None = None) -> Shape:
+    """The layout of a call; `segments` overrides the rule's choice (the tests use it)."""
+    B, L, H, K = k.shape
+    varlen = cu_seqlens is not None
+    sequences = cu_seqlens.numel() - 1 if varlen else B
+    if segments is None:
+        can_split = k.is_cuda and not varlen
+        segments = configs.segments(sequences, L, H, v.shape[-1], k.device.index or 0) if can_split else 1
+    plan = configs.plan(L, K, v.shape[-1], k.dtype, chunk, segments)
+    return Shape(B, L, H, K, v.shape[-1], sequences, plan, varlen)
+
+
+def offsets_of(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
+    """Running sum of the number of chunks of each packed sequence, `[N + 1]`, made on the device."""
+    if cu_seqlens is None:
+        return None
+    chunks = (cu_seqlens.diff() + chunk - 1).div(chunk, rounding_mode="floor")
+    return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _tiles(kernel: str, s: Shape, dtype: torch.dtype, norm: bool) -> configs.Tiles:
+    return configs.tiles(kernel, s.K, s.V, dtype, norm, s.plan.fused, _INTERPRETED)
+
+
+def _walk(s, q, k, v, beta, n, norms, o, e, state_in, state_out, transition, cu, offsets, scale, precision):
+    t = _tiles("walk", s, k.dtype, norms[0] is not None)
+    blocks = triton.cdiv(s.V, t.BV) + (triton.cdiv(s.K, t.BV) if transition is not None else 0)
+    fwd.walk[(blocks * s.H * s.total_segments,)](
+        q, k, v, beta, n, *norms, o, e, state_in, state_out, transition, cu, offsets,
+        scale, s.L, s.H, s.plan.segment, s.plan.segments,
+        K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk,
+        PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norms[0] is not None, EPS=NORM_EPS,
+        FUSED=s.plan.fused, OUTPUT=o is not None, SAVE=e is not None, TRANSITION=transition is not None,
+        STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages,
+        num_warps=t.warps,
+    )  # fmt: skip
+
+
+def _merge(s, transition, local, first, reverse):
+    """The state (or, reversed, its gradient) that enters each segment, `[segments, H, K, V]`."""
+    states = torch.empty_like(local)
+    t = _tiles("merge", s, torch.float32, False)
+    fwd.merge[(triton.cdiv(s.V, t.BV) * s.H * s.sequences,)](
+        transition, local, states, first, s.H, s.plan.segments,
+        K=s.K, V=s.V, BK=t.BK, BV=t.BV, BLOCK=min(t.BK, 64), REVERSE=reverse, FIRST=first is not None,
+        num_warps=t.warps,
+    )  # fmt: skip
+    return states
+
+
+@dataclass
+class Saved:
+    """What the forward leaves for the backward, besides its inputs.
+
+    n: `[B, L, H, C]`.  e: like v.  q_norm, k_norm: `[B, L, H]` or None.  state_in: what enters each segment.
+    state_end: where each segment ends.  transition: each segment's M, if a sequence has several.
+    """
+
+    n: Tensor
+    e: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    state_in: Tensor | None
+    state_end: Tensor | None
+    transition: Tensor | None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, norm: bool, chunk: int, precision: str, save: bool, final_state: bool,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
+    """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and what the backward needs."""
+    s = shape_of(k, v, cu_seqlens, chunk, segments)
+    C, split = s.plan.chunk, s.plan.segments > 1
+    o, e = torch.empty_like(v), torch.empty_like(v) if save else None
+    state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
+    q_norm = k_norm = transition = None
+    n_needed = save or not s.plan.fused
+    n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device) if n_needed else None
+    if norm:
+        q_norm, k_norm = (torch.empty(s.B, s.L, s.H, dtype=torch.float32, device=k.device) for _ in range(2))
+    offsets = offsets_of(cu_seqlens, C)
+    if not s.plan.fused and s.chunks * s.H > 0:
+        t = _tiles("chunk_inverse", s, k.dtype, norm)
+        fwd.chunk_inverse[(s.chunks * s.H,)](
+            q, k, beta, n, q_norm, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
+            K=s.K, BK=t.BK, C=C, PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
+            VARLEN=s.varlen, num_warps=t.warps,
+        )  # fmt: skip
+    state_in = initial_state
+    if s.total_segments * s.H > 0:
+        if split:
+            transition = torch.empty(s.total_segments, s.H, s.K, s.K, dtype=torch.float32, device=k.device)
+            local = torch.empty_like(state)
+            _walk(s, q, k, v, beta, n, (q_norm, k_norm), None, None, None, local, transition, None, None, scale,
+                  precision)  # fmt: skip
+            state_in = _merge(s, transition, local, initial_state, reverse=False)
+        out = state if (final_state or save) else None
+        _walk(s, q, k, v, beta, n, (q_norm, k_norm), o, e, state_in, out, None, cu_seqlens, offsets, scale,
+              precision)  # fmt: skip
+    last = None
+    if final_state:
+        last = state if not split else state[s.plan.segments - 1 :: s.plan.segments].contiguous()
+    return (
+        o,
+        last,
+        Saved(n, e, q_norm, k_norm, state_in, state if save else None, transition if save else None),
+    )
+
+
+def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu, offsets, scale, precision):
+    norm = saved.q_norm is not None
+    t = _tiles("walk_back", s, k.dtype, norm)
+    local = dv is None
+    bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * s.total_segments,)](
+        q, k, beta, saved.n, saved.e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
+        saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
+        K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
+        FUSED=s.plan.fused and not local, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
+        VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
+
+
+def backward(
+    q: Tensor, k: Tensor, v_like: Tensor, beta: Tensor, saved: Saved, do: Tensor, dstate: Tensor | None, *,
+    scale: float, cu_seqlens: Tensor | None, chunk: int, precision: str, initial_state: bool,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, dbeta and, if `initial_state`, the gradient of the initial state (float32)."""
+    s = shape_of(k, v_like, cu_seqlens, chunk, segments)
+    norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
+    blocks = triton.cdiv(s.V, _tiles("walk_back", s, k.dtype, norm).BV)
+    dbeta = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
+    offsets = offsets_of(cu_seqlens, s.plan.chunk)
+    d_in = d_first = None
+    if initial_state:
+        d_first = torch.empty(s.sequences, s.H, s.K, s.V, dtype=torch.float32, device=device)
+        d_in = d_first
+    if s.total_segments * s.H == 0:
+        return dq, dk, dv, dbeta.sum(0), d_first
+    d_out = dstate
+    if split:
+        local = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=device)
+        _walk_back(s, q, k, beta, saved, do, None, None, None, None, None, local, None, cu_seqlens, offsets, scale,
+                   precision)  # fmt: skip
+        d_out = _merge(s, saved.transition, local, dstate, reverse=True)
+        d_in = torch.empty_like(local) if initial_state else None
+    dstates = states = None
+    if not s.plan.fused:
+        dstates = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=device)
+    _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu_seqlens, offsets, scale,
+               precision)  # fmt: skip
+    if split and initial_state:
+        d_first = d_in[:: s.plan.segments].contiguous()
+    if not s.plan.fused:
+        states = torch.empty_like(dstates)
+        t = _tiles("recompute_states", s, k.dtype, norm)
+        grid = triton.cdiv(s.V, t.BV) * triton.cdiv(s.K, t.BK) * s.H * s.total_segments
+        bwd.recompute_states[(grid,)](
+            k, beta, saved.e, saved.k_norm, saved.state_in, states, cu_seqlens, offsets, s.L, s.H,
+            s.plan.segment, s.plan.segments,
+            K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
+            STATE_IN=saved.state_in is not None, VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+        t = _tiles("gradients", s, k.dtype, norm)
+        if s.chunks > 0:
+            bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
+                q, k, beta, saved.e, saved.q_norm, saved.k_norm, do, dv, states, dstates, dq, dk, cu_seqlens,
+                offsets, scale, s.sequences, s.L, s.H,
+                K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
+                VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+            )  # fmt: skip
+    return dq, dk, dv, dbeta.sum(0) if blocks > 1 else dbeta[0], d_first
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None,
+    final_state: Tensor | None, cu_seqlens: Tensor | None, norm: bool,
+) -> Tensor:  # fmt: skip
+    """The recurrent kernel; writes into `final_state`, which may be `initial_state` itself."""
+    B, L, H, K = k.shape
+    V = v.shape[-1]
+    o = torch.empty_like(v)
+    sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    t = configs.tiles("recurrent", K, V, k.dtype, norm, False, _INTERPRETED)
+    if sequences * H:
+        rec.recurrent[(triton.cdiv(V, t.BV) * H * sequences,)](
+            q, k, v, beta, o, initial_state, final_state, cu_seqlens, scale, L, H,
+            K=K, V=V, BK=t.BK, BV=t.BV, NORM=norm, EPS=NORM_EPS, STATE_IN=initial_state is not None,
+            STATE_OUT=final_state is not None, VARLEN=cu_seqlens is not None, num_warps=t.warps,
+        )  # fmt: skip
+    return o

@@ -1,0 +1,754 @@
+"""Chapter 6: the layers of a language model around the operator.
+
+Every mixer here has one signature, `mixer(x, cache=None) -> y`, with x and y of shape `[B, L, width]`, and
+mixes information between positions without looking ahead. A cache is a plain dict that starts empty; a call
+reads what earlier calls left there and replaces it, so that a prompt can be given whole, in pieces or a token
+at a time, and the outputs are those of the whole sequence. What a cache holds is detached: no gradient flows
+into an earlier call.
+
+    >>> import dn_lib, torch
+    >>> from dn_lib.layers import DeltaNet
+    >>> layer, x, cache = DeltaNet(width=32, heads=2), torch.randn(1, 10, 32), {}
+    >>> pieces = torch.cat([layer(x[:, :7], cache), layer(x[:, 7:], cache)], dim=1)
+    >>> torch.allclose(pieces, layer(x), atol=1e-4)
+    True
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dn_lib.linear_attention import (
+    chunkwise_linear_attention,
+    initial_state_or_zeros,
+    recurrent_linear_attention,
+    working_dtype,
+)
+from dn_lib.ops import delta_rule
+
+RMSNorm = nn.RMSNorm
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu1": lambda x: F.elu(x) + 1,
+    "identity": lambda x: x,
+}
+
+
+def l1_norm(x: Tensor) -> Tensor:
+    """x / max(|x|_1, 1e-6) along the last dimension, computed in float32 at least."""
+    wide = x.to(working_dtype(x))
+    return (wide / wide.abs().sum(-1, keepdim=True).clamp(min=1e-6)).to(x.dtype)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) along the last dimension, computed in float32 at least."""
+    wide = x.to(working_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+QK_NORMS = {"l2": l2_norm, "l1": l1_norm, "none": lambda x: x}
+
+
+def without_autocast(function):
+    """Run `function` outside autocast: it chooses its own precision, and a state needs float32."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
+def _choice(name: str, value: str, options) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+    return value
+
+
+def _head_dim(width: int, heads: int, head_dim: int | None) -> int:
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    if head_dim is None and width % heads:
+        raise ValueError(f"heads must divide width, got heads = {heads} and width = {width}; or set head_dim")
+    return width // heads if head_dim is None else head_dim
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, L, heads * d]` -> `[B, L, heads, d]`."""
+    return x.unflatten(-1, (heads, -1))
+
+
+# --------------------------------------------------------------------------------------- small parts
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward part: y = W_down (silu(W_gate x) * (W_up x)), `[..., width]` -> `[..., width]`.
+
+    Source: Shazeer 2020, as in LLaMA (Touvron et al. 2023).
+
+        >>> SwiGLU(8, 16)(torch.ones(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.output = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.silu(self.gate(x)) * self.up(x))
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution: y_t = sum_j w_j * x_{t - size + 1 + j}, one filter of `size` a channel.
+
+    `[B, L, channels]` -> the same. The last tap multiplies the present token; positions before the first
+    count as zero. `cache[name]` keeps the last `size - 1` inputs, `[B, size - 1, channels]`. Sums are taken
+    in float32 at least and returned in x's dtype.
+
+        >>> conv, x = ShortConvolution(4, 3), torch.randn(1, 5, 4)
+        >>> torch.allclose(conv(x)[:, 0], conv.weight[:, 0, -1] * x[:, 0])
+        True
+    """
+
+    def __init__(self, channels: int, size: int, bias: bool = False):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        bound = size**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, 1, size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def forward(self, x: Tensor, cache: dict | None = None, name: str = "conv") -> Tensor:
+        length, size = x.shape[1], self.weight.shape[-1]
+        past = None if cache is None else cache.get(name)
+        past = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.to(x.dtype)
+        padded = torch.cat([past, x], dim=1)
+        if cache is not None:
+            cache[name] = padded[:, length:].detach().clone()
+        dtype = working_dtype(x)
+        wide, weight = padded.to(dtype), self.weight.to(dtype)
+        # A sum of shifted products needs no transpose to [B, channels, L], and a compiler fuses it.
+        y = sum(wide[:, j : j + length] * weight[:, 0, j] for j in range(size))
+        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+
+
+def rotary_embedding(x: Tensor, start: int = 0, base: float = 10000.0) -> Tensor:
+    """Rotate pairs (x_i, x_{i + d/2}) of `[B, L, H, d]` by the angle position * base^(-2i/d), d even.
+
+    The first row has position `start`, so that q_i . k_j depends on i - j alone. Source: Su et al. 2024.
+
+        >>> x = torch.randn(1, 4, 1, 8)
+        >>> torch.allclose(rotary_embedding(x)[:, 1:], rotary_embedding(x[:, 1:], start=1), atol=1e-6)
+        True
+    """
+    length, d = x.shape[1], x.shape[-1]
+    dtype = working_dtype(x)
+    frequency = base ** (-torch.arange(0, d, 2, device=x.device, dtype=dtype) / d)
+    position = torch.arange(start, start + length, device=x.device, dtype=dtype)
+    angle = (position[:, None] * frequency)[:, None, :]  # [L, 1, d/2], the same for every head
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------- recurrences with decay
+
+
+def _to_chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[..., L, d]` -> `[..., n, chunk, d]`; zeros fill the last: k = v = log-decay = 0 change no state."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % chunk)).unflatten(-2, (-1, chunk))
+
+
+def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """S_{n+1} = decay_n * S_n + update_n over chunks: the state before each, and the last.
+
+    decay `[..., n, d_k or 1, 1]`, update `[..., n, d_k, d_v]`, state `[..., d_k, d_v]`.
+    """
+    before = []
+    for n in range(update.shape[-3]):
+        before.append(state)
+        state = decay[..., n, :, :] * state + update[..., n, :, :]
+    return torch.stack(before, dim=-3), state
+
+
+def _in_chunks(q, k, v, log_decay, scores, *, scale, initial_state, chunk_size):
+    """The body that both decays share; `scores(q, k, b)` are the decayed q_i . k_j inside a chunk."""
+    dtype, length = working_dtype(q, k, v, log_decay), v.shape[-2]
+    state = initial_state_or_zeros(k, v, initial_state, dtype)
+    if length == 0:
+        return v, state
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chunk = min(chunk_size, length)
+    q, k, values, b = (_to_chunks(x.to(dtype), chunk) for x in (scale * q, k, v, log_decay))
+    b = b.cumsum(-2)  # log of the decay from the chunk's start to each row, this row's own included
+    last = b[..., -1:, :]
+    # Every exponent below is a log-decay over a span of time, so at most 0: nothing overflows.
+    update = (k * (last - b).exp()).mT @ values
+    before, state = _states_before_chunks(last.exp().mT, update, state)
+    o = (q * b.exp()) @ before + scores(q, k, b) @ values
+    return o.flatten(-3, -2)[..., :length, :].to(v.dtype), state
+
+
+def _span(b: Tensor) -> Tensor:
+    """exp(b_i - b_j) for i >= j, else 0, `[..., C, d]` -> `[..., C, C, d]`: masked before exp overflows."""
+    rows = torch.arange(b.shape[-2], device=b.device)
+    future = (rows[:, None] < rows).unsqueeze(-1)
+    return (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(future, float("-inf")).exp()
+
+
+def _scores_scalar(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    return (q @ k.mT) * _span(b).squeeze(-1)
+
+
+def _scores_per_channel(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    return (q.unsqueeze(-2) * k.unsqueeze(-3) * _span(b)).sum(-1)
+
+
+@without_autocast
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale=None,
+    initial_state=None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """S_t = gamma_t S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, one decay gamma_t in (0, 1] a token and head.
+
+    q, k `[..., L, d_k]`, v `[..., L, d_v]`, log_decay = log gamma `[..., L]` -> o `[..., L, d_v]` in v's
+    dtype and the last state `[..., d_k, d_v]`, float32 at least. Any length. Inside a chunk q_i . k_j is
+    multiplied by gamma_{j+1} ... gamma_i. Source: RetNet, Sun et al. 2023 (gamma constant in time).
+
+        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
+        >>> o, state = retention(q, k, v, torch.full((2, 10), -0.1))
+        >>> o.shape, state.shape
+        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
+    """
+    options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
+    return _in_chunks(q, k, v, log_decay.unsqueeze(-1), _scores_scalar, **options)
+
+
+@without_autocast
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale=None,
+    initial_state=None,
+    chunk_size: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, a decay alpha_t for each key channel.
+
+    As `retention`, with log_decay = log alpha `[..., L, d_k]`. The decay from j to i differs by channel, so
+    it cannot be taken out of q_i . k_j as one factor, and moving it into q and k as exp(b_i) and exp(-b_j)
+    overflows. We form it by differences, `[C, C, d_k]` a chunk, which is why the chunk is small. Source:
+    GLA, Yang et al. 2024 (their kernel does this for the diagonal tiles only).
+
+        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
+        >>> o, state = gated_linear_attention(q, k, v, torch.rand(2, 10, 4).log())
+        >>> o.shape, state.shape
+        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
+    """
+    options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
+    return _in_chunks(q, k, v, log_decay, _scores_per_channel, **options)
+
+
+def _scan_chunk(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor):
+    """One chunk of `selective_scan` by doubling: after each pass, row t composes its last 2 span steps."""
+    a = (delta.unsqueeze(-1) * A).exp()  # [B, C, channels, N], each in (0, 1]
+    b = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
+    span = 1
+    while span < x.shape[1]:
+        a_before = F.pad(a[:, :-span], (0, 0, 0, 0, span, 0), value=1.0)
+        b_before = F.pad(b[:, :-span], (0, 0, 0, 0, span, 0))
+        a, b = a * a_before, a * b_before + b
+        span *= 2
+    states = a * state.unsqueeze(1) + b
+    return (states * C.unsqueeze(-2)).sum(-1), states[:, -1]
+
+
+@without_autocast
+def selective_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state=None, chunk_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T, y_t = h_t C_t: N states for each of D channels.
+
+    x, delta `[B, L, D]` with delta >= 0; A `[D, N]` negative; B, C `[B, L, N]` -> y `[B, L, D]` in x's dtype
+    and the last state `[B, D, N]`, float32 at least. Where gradients are needed only the states between
+    chunks are kept, and a chunk's own are computed again. Source: Mamba, Gu and Dao 2024.
+
+        >>> x, B, C = torch.randn(1, 9, 3), torch.randn(1, 9, 2), torch.randn(1, 9, 2)
+        >>> y, state = selective_scan(x, x.exp(), -torch.rand(3, 2), B, C)
+        >>> y.shape, state.shape
+        (torch.Size([1, 9, 3]), torch.Size([1, 3, 2]))
+    """
+    dtype = working_dtype(x, delta, A, B, C)
+    wide = [t.to(dtype) for t in (x, delta, B, C)]
+    A = A.to(dtype)
+    state = (
+        x.new_zeros(x.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    )
+    outputs = [wide[0][:, :0]]
+    for start in range(0, x.shape[1], chunk_size):
+        x_c, delta_c, B_c, C_c = (t[:, start : start + chunk_size] for t in wide)
+        arguments = (x_c, delta_c, A, B_c, C_c, state)
+        if torch.is_grad_enabled():
+            y, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = _scan_chunk(*arguments)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1).to(x.dtype), state
+
+
+# ------------------------------------------------------------------------------------ recurrent mixers
+
+
+class _RecurrentMixer(nn.Module):
+    """What DeltaNet, linear attention, RetNet and GLA share: projections and convolutions before the
+    recurrence; a norm per head, an optional gate and the output projection after it."""
+
+    def __init__(self, width, heads, key_dim, value_dim, *, conv_size, output_gate, norm_eps, steps=1):
+        super().__init__()
+        self.heads, self.steps, self.key_dim, self.value_dim = heads, steps, key_dim, value_dim
+        sizes = {"query": heads * key_dim, "key": steps * heads * key_dim, "value": steps * heads * value_dim}
+        for name, size in sizes.items():
+            setattr(self, name, nn.Linear(width, size, bias=False))
+            setattr(self, f"{name}_conv", ShortConvolution(size, conv_size) if conv_size else None)
+        self.gate = nn.Linear(width, heads * value_dim, bias=False) if output_gate else None
+        self.norm = RMSNorm(value_dim, eps=norm_eps)
+        self.output = nn.Linear(heads * value_dim, width, bias=False)
+
+    def _project(self, name: str, x: Tensor, cache: dict | None) -> Tensor:
+        y, convolution = getattr(self, name)(x), getattr(self, f"{name}_conv")
+        return y if convolution is None else convolution(y, cache, f"{name}_conv")
+
+    def _finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """o `[B, L, H, d_v]` -> `[B, L, width]`."""
+        o = self.norm(o.to(self.norm.weight.dtype))
+        if self.gate is not None:
+            o = o * F.silu(_split_heads(self.gate(x), self.heads))
+        return self.output(o.flatten(-2))
+
+    def state_flops(self, length: int) -> float:
+        """Forward operations a token on the states: a multiply and an add for the write and for the read."""
+        return 4 * self.steps * self.heads * self.key_dim * self.value_dim
+
+
+def _read_state(cache: dict | None) -> Tensor | None:
+    return None if cache is None else cache.get("state")
+
+
+def _keep_state(cache: dict | None, state: Tensor | None) -> None:
+    if cache is not None:
+        cache["state"] = state.detach()
+
+
+class LinearAttention(_RecurrentMixer):
+    """Linear attention in DeltaNet's place: S_t = S_{t-1} + k_t v_t^T, all else equal.
+
+    `[B, L, width]` -> `[B, L, width]`. Options as `DeltaNet`. There is no normaliser: the norm of each head's
+    output takes its place (Qin et al. 2022).
+
+        >>> LinearAttention(width=32, heads=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        activation: str = "silu",
+        qk_norm: str = "l2",
+        conv_size: int = 4,
+        output_gate: bool = False,
+        norm_eps: float = 1e-5,
+        steps: int = 1,
+    ):
+        head_dim = _head_dim(width, heads, head_dim)
+        options = {"conv_size": conv_size, "output_gate": output_gate, "norm_eps": norm_eps, "steps": steps}
+        super().__init__(width, heads, head_dim, head_dim, **options)
+        self.activation = _choice("activation", activation, ACTIVATIONS)
+        self.qk_norm = _choice("qk_norm", qk_norm, QK_NORMS)
+
+    def _query_key_value(self, x: Tensor, cache: dict | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, steps L, H, d]`, a token's steps one after the other; q, k not normalised."""
+        activation = ACTIVATIONS[self.activation]
+        q, k, v = (self._project(name, x, cache) for name in ("query", "key", "value"))
+        # Only a token's last step is read, so what the earlier ones are asked does not matter.
+        q = activation(_split_heads(q, self.heads)).repeat_interleave(self.steps, dim=1)
+        return q, self._split_steps(activation(k)), self._split_steps(F.silu(v))
+
+    def _split_steps(self, x: Tensor) -> Tensor:
+        """`[B, L, steps H d]` -> `[B, steps L, H, d]`."""
+        return x.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = self._query_key_value(x, cache)
+        q, k = QK_NORMS[self.qk_norm](q), QK_NORMS[self.qk_norm](k)
+        o, state = _linear_attention(q, k, v, _read_state(cache), one_token=x.shape[1] == 1)
+        _keep_state(cache, state)
+        return self._finish(o[:, self.steps - 1 :: self.steps], x)
+
+
+@without_autocast
+def _linear_attention(q, k, v, state: Tensor | None, one_token: bool) -> tuple[Tensor, Tensor]:
+    """`[B, L, H, d]` through chapter 1's functions: step by step for one token, else chunk by chunk."""
+    form = recurrent_linear_attention if one_token else chunkwise_linear_attention
+    o, state = form(*(t.transpose(1, 2) for t in (q, k, v)), initial_state=state)
+    return o.transpose(1, 2), state
+
+
+class DeltaNet(LinearAttention):
+    """The layer of Yang et al. 2024: S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T in each head.
+
+    `[B, L, width]` -> `[B, L, width]`. q and k: linear, short convolution (`conv_size`, 0 for none),
+    `activation` ("silu", "relu", "elu1", "identity"), `qk_norm` ("l2", "l1", "none"). v: linear, short
+    convolution, SiLU. beta: `beta_range` * sigmoid(linear), one a head; 2 admits eigenvalues down to -1
+    (Grazzi et al. 2025). Output: RMSNorm per head, times silu(linear) if `output_gate`, linear.
+    `steps` > 1 takes that many delta steps a token, each with its own k, v and beta: the operator runs on a
+    sequence `steps` times as long and every `steps`-th output is kept (DeltaProduct, Siems et al. 2025).
+    With "none" nothing bounds beta |k|^2, and the state can grow without limit.
+    Raises ValueError for a head count that does not divide width and for unknown options.
+
+        >>> DeltaNet(width=32, heads=2, beta_range=2.0, steps=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int | None = None, *, beta_range: float = 1.0, **options
+    ):
+        super().__init__(width, heads, head_dim, **options)
+        if not 0 < beta_range <= 2:
+            raise ValueError(f"beta_range must be in (0, 2], got {beta_range}")
+        self.beta_range = beta_range
+        self.beta = nn.Linear(width, self.steps * heads, bias=False)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = self._query_key_value(x, cache)
+        beta = self.beta_range * self._split_steps(self.beta(x)).squeeze(-1).sigmoid()
+        if self.qk_norm == "l1":
+            q, k = l1_norm(q), l1_norm(k)
+        options = {"initial_state": _read_state(cache), "output_final_state": cache is not None}
+        # Chapter 2's step is all that one token needs; it also normalises q and k as the whole sequence was.
+        options["backend"] = "recurrent" if cache is not None and x.shape[1] == 1 else "auto"
+        o, state = _delta_rule(q, k, v, beta.to(v.dtype), qk_l2norm=self.qk_norm == "l2", **options)
+        _keep_state(cache, state)
+        return self._finish(o[:, self.steps - 1 :: self.steps], x)
+
+    def state_flops(self, length: int) -> float:
+        """As linear attention's, and a third product for what the state already returns for k."""
+        return 6 * self.steps * self.heads * self.key_dim * self.value_dim
+
+
+_delta_rule = without_autocast(delta_rule)
+
+
+class RetNet(_RecurrentMixer):
+    """Retention (Sun et al. 2023): rotated q and k, a fixed decay 1 - 2^(-5-h) in head h, an output gate.
+
+    `[B, L, width]` -> `[B, L, width]`. Keys and values have the same size here; the original doubles values.
+
+        >>> RetNet(width=32, heads=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 0,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+    ):
+        head_dim = _even(_head_dim(width, heads, head_dim))
+        super().__init__(
+            width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
+        )
+        self.rope_base = rope_base
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = (_split_heads(self._project(n, x, cache), self.heads) for n in ("query", "key", "value"))
+        start = _advance(cache, x.shape[1])
+        q, k = (rotary_embedding(t, start, self.rope_base) for t in (q, k))
+        head = torch.arange(self.heads, device=x.device, dtype=working_dtype(x))
+        log_decay = torch.log1p(-(2.0 ** (-5 - head)))[:, None].expand(x.shape[0], -1, x.shape[1])
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        o, state = retention(q, k, v, log_decay, initial_state=_read_state(cache))
+        _keep_state(cache, state)
+        return self._finish(o.transpose(1, 2), x)
+
+    def state_flops(self, length: int) -> float:
+        """As linear attention's, and a multiply for the decay."""
+        return 5 * self.heads * self.key_dim * self.value_dim
+
+
+class GatedLinearAttention(_RecurrentMixer):
+    """GLA (Yang et al. 2024): a decay for each key channel, computed from the token; an output gate.
+
+    alpha = sigmoid(W_2 W_1 x + b)^(1/16) with an inner size of `rank`. Keys have half the size of values, as
+    in the paper. `[B, L, width]` -> `[B, L, width]`.
+
+        >>> GatedLinearAttention(width=32, heads=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 0,
+        rank: int = 16,
+        norm_eps: float = 1e-5,
+    ):
+        head_dim = _even(_head_dim(width, heads, head_dim))
+        super().__init__(
+            width, heads, head_dim // 2, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
+        )
+        self.decay = nn.Sequential(
+            nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * (head_dim // 2), bias=True)
+        )
+        nn.init.zeros_(self.decay[1].bias)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = (_split_heads(self._project(n, x, cache), self.heads) for n in ("query", "key", "value"))
+        z = _split_heads(self.decay(x), self.heads)
+        log_decay = F.logsigmoid(z.to(working_dtype(z))) / 16
+        q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
+        o, state = gated_linear_attention(q, k, v, log_decay, initial_state=_read_state(cache))
+        _keep_state(cache, state)
+        return self._finish(o.transpose(1, 2), x)
+
+    def state_flops(self, length: int) -> float:
+        """As linear attention's, and a multiply for the decay."""
+        return 5 * self.heads * self.key_dim * self.value_dim
+
+
+class Mamba(nn.Module):
+    """The selective state space of Gu and Dao 2024: `expand` * width channels of `state_size` states each.
+
+    `[B, L, width]` -> `[B, L, width]`. x, z = linear(u); x = silu(conv(x)); delta, B, C are linear in x;
+    y = (scan(x) + D x) * silu(z); out = linear(y). There are no heads.
+
+        >>> Mamba(width=16)(torch.randn(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
+    """
+
+    def __init__(self, width: int, *, expand: int = 2, state_size: int = 16, conv_size: int = 4):
+        super().__init__()
+        self.channels, self.state_size, self.rank = expand * width, state_size, math.ceil(width / 16)
+        self.input = nn.Linear(width, 2 * self.channels, bias=False)
+        self.conv = ShortConvolution(self.channels, conv_size, bias=True) if conv_size else None
+        self.select = nn.Linear(self.channels, self.rank + 2 * state_size, bias=False)
+        self.delta = nn.Linear(self.rank, self.channels, bias=True)
+        self.log_A = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(self.channels, 1))
+        self.D = nn.Parameter(torch.ones(self.channels))
+        self.output = nn.Linear(self.channels, width, bias=False)
+        self.reset_time_scale()
+
+    @torch.no_grad()
+    def reset_time_scale(self, low: float = 1e-3, high: float = 0.1) -> None:
+        """Start delta between `low` and `high`, even in the logarithm: softplus(bias) is the value drawn."""
+        nn.init.uniform_(self.delta.weight, -(self.rank**-0.5), self.rank**-0.5)
+        delta = torch.empty_like(self.delta.bias).uniform_(math.log(low), math.log(high)).exp()
+        self.delta.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+    def forward(self, u: Tensor, cache: dict | None = None) -> Tensor:
+        x, z = self.input(u).chunk(2, dim=-1)
+        x = F.silu(x if self.conv is None else self.conv(x, cache))
+        delta, B, C = self.select(x).split([self.rank, self.state_size, self.state_size], dim=-1)
+        delta = self.delta(delta)
+        delta = F.softplus(delta.to(working_dtype(delta)))
+        A = -self.log_A.to(delta.dtype).exp()
+        y, state = selective_scan(x, delta, A, B, C, initial_state=_read_state(cache))
+        _keep_state(cache, state)
+        return self.output((y + self.D.to(x.dtype) * x) * F.silu(z))
+
+    def state_flops(self, length: int) -> float:
+        """A multiply by the decay, two multiplies and an add to write, a multiply and an add to read."""
+        return 6 * self.channels * self.state_size
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+def _even(head_dim: int) -> int:
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for this mixer, got {head_dim}")
+    return head_dim
+
+
+def _advance(cache: dict | None, length: int) -> int:
+    """The position of the first of `length` new tokens; the cache then stands after them."""
+    if cache is None:
+        return 0
+    start = cache.get("position", 0)
+    cache["position"] = start + length
+    return start
+
+
+def window_block_mask(length: int, window: int, device) -> object:
+    """FlexAttention's block mask for 0 <= i - j < window, made without a `[L, L]` tensor.
+
+    A block of 128 queries needs the key blocks from the one that holds its first query's oldest key up to its
+    own; every one of them is listed as partial, so that the mask function decides inside it.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = 128
+    block = torch.arange(-(-length // size), device=device)
+    first = ((block * size - window + 1).clamp(min=0) // size).to(torch.int32)
+    count = (block - first + 1).to(torch.int32)
+    indices = (first[:, None] + block).clamp(max=block.numel() - 1).to(torch.int32)
+    return BlockMask.from_kv_blocks(
+        count[None, None],
+        indices[None, None].contiguous(),
+        BLOCK_SIZE=size,
+        mask_mod=lambda b, h, i, j: (i >= j) & (i - j < window),
+        seq_lengths=(length, length),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_block_mask(length: int, window: int, device: str):
+    return window_block_mask(length, window, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _window_attention_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding-window attention of a whole sequence on a GPU, `[B, H, L, d]`."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=window_block_mask(q.shape[2], window, q.device))
+    return _compiled_flex_attention()(
+        q, k, v, block_mask=_cached_block_mask(q.shape[2], window, str(q.device))
+    )
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Row i of q attends to the `window` newest keys up to its own; q's last row belongs to k's last.
+
+    q `[B, H, L, d]`, k and v `[B, H, L + past, d]`. A block of `window` queries sees at most 2 window - 1
+    keys, so we go block by block through torch's SDPA with a small mask: work and memory O(L window).
+
+        >>> q, k, v = (torch.randn(1, 1, 5, 2) for _ in range(3))
+        >>> torch.allclose(window_attention(q, k, v, window=1), v)
+        True
+    """
+    length, past, outputs = q.shape[2], k.shape[2] - q.shape[2], []
+    for start in range(0, length, window):
+        stop = min(start + window, length)
+        rows = torch.arange(start, stop, device=q.device)[:, None] + past
+        oldest = max(0, start + past - window + 1)
+        columns = torch.arange(oldest, stop + past, device=q.device)
+        mask = (columns <= rows) & (columns > rows - window)
+        keys, values = k[:, :, oldest : stop + past], v[:, :, oldest : stop + past]
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask))
+    return torch.cat(outputs, dim=2) if outputs else v[:, :, :0]
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention; q's last row belongs to k's last. q `[B, H, L, d]`, k and v `[B, H, L + past, d]`."""
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    if past == 0 or length == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)
+    rows = torch.arange(past, past + length, device=q.device)[:, None]
+    mask = torch.arange(past + length, device=q.device) <= rows
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions, to all earlier tokens or to the newest `window`.
+
+    `[B, L, width]` -> `[B, L, width]`. With window w, token t attends to t - w + 1 ... t. Through torch's
+    SDPA; a window over a whole sequence on a GPU goes through FlexAttention. The cache of full attention
+    grows with the context, that of a window stops at w - 1 tokens.
+
+        >>> Attention(width=32, heads=2, window=3)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    block = 128  # tokens by which the cache of full attention grows
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        window: int | None = None,
+        rope_base: float = 10000.0,
+    ):
+        super().__init__()
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.heads, self.window, self.rope_base = heads, window, rope_base
+        self.head_dim = _even(_head_dim(width, heads, head_dim))
+        for name in ("query", "key", "value"):
+            setattr(self, name, nn.Linear(width, heads * self.head_dim, bias=False))
+        self.output = nn.Linear(heads * self.head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        q, k, v = (_split_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
+        start = _advance(cache, x.shape[1])
+        q, k = (rotary_embedding(t, start, self.rope_base) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = (self._remember(cache, name, t, start) for name, t in (("k", k), ("v", v)))
+        o = self._attend(q, k, v)
+        return self.output(o.transpose(1, 2).flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.window is None or k.shape[2] <= self.window:
+            return full_attention(q, k, v)
+        if q.is_cuda and q.shape[2] == k.shape[2]:
+            return _window_attention_flex(q, k, v, self.window)
+        return window_attention(q, k, v, self.window)
+
+    def _remember(self, cache: dict, name: str, new: Tensor, start: int) -> Tensor:
+        """Add `new` `[B, H, L, d]` to the cache; returns all that the new rows may attend to."""
+        past, stop = cache.get(name), start + new.shape[2]
+        if self.window is not None:
+            both = new if past is None else torch.cat([past.to(new.dtype), new], dim=2)
+            cache[name] = both[:, :, max(0, both.shape[2] - self.window + 1) :].detach().clone()
+            return both
+        if past is None or past.shape[2] < stop:
+            grown = new.new_empty(*new.shape[:2], -(-stop // self.block) * self.block, new.shape[3])
+            if past is not None:
+                grown[:, :, :start] = past[:, :, :start]
+            cache[name] = past = grown
+        past[:, :, start:stop] = new.detach()
+        return new if start == 0 else past[:, :, :stop].to(new.dtype)
+
+    def state_flops(self, length: int) -> float:
+        """A multiply and an add for q . k and for the sum over v, times the mean number of keys seen."""
+        window = length if self.window is None else min(self.window, length)
+        keys = window - window * (window - 1) / (2 * length)
+        return 4 * keys * self.heads * self.head_dim

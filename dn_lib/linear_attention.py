@@ -1,0 +1,354 @@
+"""Chapter 1: softmax attention, linear attention in three forms, and what its state remembers.
+
+Every function takes leading batch dimensions freely: q, k are `[..., L, d_k]`, v is `[..., L, d_v]` and a
+state is `[..., d_k, d_v]`.  Half-precision inputs are computed with in float32; states are float32 at
+least, float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is, else float32: what sums and states are kept in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def initial_state_or_zeros(k: Tensor, v: Tensor, initial_state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The state `[..., d_k, d_v]` to start from, in `dtype`; zeros if `initial_state` is None."""
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    return torch.zeros(*k.shape[:-2], k.shape[-1], v.shape[-1], dtype=dtype, device=k.device)
+
+
+def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...], match: str) -> None:
+    """Raise a one-line ValueError that names the argument unless `tensor` has shape `expected`.
+
+    >>> check_shape("beta", torch.zeros(3, 2), "..., L", (2, 3), "q")
+    Traceback (most recent call last):
+    ValueError: beta must be [..., L] = [2, 3] to match q, got [3, 2]
+    """
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}"
+        )
+
+
+def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
+    """Raise ValueError unless q, k `[..., L, d_k]`, v `[..., L, d_v]` and the state fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor [..., L, d], got {tensor.dtype} {list(tensor.shape)}"
+            )
+    check_shape("k", k, "..., L, d_k", q.shape, "q")
+    check_shape("v", v, "..., L, d_v", (*q.shape[:-1], v.shape[-1]), "q")
+    if initial_state is not None:
+        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
+        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+
+
+# --- From softmax attention to a kernel -----------------------------------------------------------------
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Causal softmax attention: `[..., L, d_k]`, `[..., L, d_k]`, `[..., L, d_v]` -> `[..., L, d_v]`.
+
+    Implements eq-softmax-attention (Vaswani et al. 2017).  `scale=None` means d_k**-0.5.
+    Raises ValueError if the shapes do not fit.
+
+    >>> q, k, v = torch.randn(3, 10, 4).unbind(0)
+    >>> softmax_attention(q, k, v).shape
+    torch.Size([10, 4])
+    """
+    check_sequence(q, k, v)
+    dtype = working_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.to(dtype) @ k.to(dtype).mT) * scale
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v.to(dtype)).to(v.dtype)
+
+
+def elu_feature_map(x: Tensor) -> Tensor:
+    """elu(x) + 1, entry by entry: positive, x + 1 for x > 0 and exp(x) below (Katharopoulos et al. 2020).
+
+    >>> elu_feature_map(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.3679, 1.0000, 3.0000])
+    """
+    return F.elu(x) + 1
+
+
+def taylor_feature_map(x: Tensor, degree: int) -> Tensor:
+    """The features of exp up to `degree`: `[..., d]` -> `[..., 1 + d + d^2 + ... + d^degree]`.
+
+    The dot product of two such vectors is the Taylor polynomial of exp(x^T y): eq-exp-features.
+
+    >>> taylor_feature_map(torch.tensor([1.0, 2.0]), degree=2)
+    tensor([1.0000, 1.0000, 2.0000, 0.7071, 1.4142, 1.4142, 2.8284])
+    """
+    power, features = torch.ones_like(x[..., :1]), []
+    for n in range(degree + 1):
+        features.append(power / math.sqrt(math.factorial(n)))
+        power = (power[..., :, None] * x[..., None, :]).flatten(-2)
+    return torch.cat(features, dim=-1)
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, feature_map: FeatureMap = elu_feature_map) -> Tensor:
+    """Causal attention with weights phi(q_i)^T phi(k_j), normalised to sum to one; quadratic in L.
+
+    Implements eq-kernel-attention.  Shapes as for `softmax_attention`; raises ValueError alike.
+
+    >>> q, k, v = torch.randn(3, 10, 4).unbind(0)
+    >>> kernel_attention(q, k, v).shape
+    torch.Size([10, 4])
+    """
+    check_sequence(q, k, v)
+    dtype = working_dtype(q, k, v)
+    weights = (feature_map(q.to(dtype)) @ feature_map(k.to(dtype)).mT).tril()
+    return (weights @ v.to(dtype) / weights.sum(-1, keepdim=True)).to(v.dtype)
+
+
+def recurrent_kernel_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, feature_map: FeatureMap = elu_feature_map
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`kernel_attention` as a recurrence over the pair (S, z): linear in L.
+
+    Implements eq-kernel-state (Katharopoulos et al. 2020).  Returns o `[..., L, d_v]` and (S, z), of shapes
+    `[..., D, d_v]` and `[..., D]` for D features.  Raises ValueError if the shapes do not fit.
+
+    >>> q, k, v = torch.randn(3, 10, 4).unbind(0)
+    >>> torch.allclose(recurrent_kernel_attention(q, k, v)[0], kernel_attention(q, k, v), atol=1e-5)
+    True
+    """
+    check_sequence(q, k, v)
+    dtype = working_dtype(q, k, v)
+    phi_q, phi_k, values = feature_map(q.to(dtype)), feature_map(k.to(dtype)), v.to(dtype)
+    state = initial_state_or_zeros(phi_k, values, None, dtype)
+    z = torch.zeros_like(state[..., 0])
+    outputs = []
+    for t in range(q.shape[-2]):
+        state = state + phi_k[..., t, :, None] * values[..., t, None, :]
+        z = z + phi_k[..., t, :]
+        read = (phi_q[..., t, None, :] @ state)[..., 0, :]
+        outputs.append(read / (phi_q[..., t, :] * z).sum(-1, keepdim=True))
+    o = torch.stack(outputs, dim=-2) if outputs else values
+    return o.to(v.dtype), (state, z)
+
+
+# --- One memory, three forms ----------------------------------------------------------------------------
+
+
+def linear_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token, as in decoding: write k v^T into the state, then read with q.
+
+    Implements eq-linear-attention.  q, k `[..., d_k]`, v `[..., d_v]`, state `[..., d_k, d_v]`; returns
+    o `[..., d_v]` in v's dtype and the new state.  Raises ValueError if the shapes do not fit.
+
+    >>> o, state = linear_attention_step(*torch.randn(3, 4).unbind(0), torch.zeros(4, 4))
+    >>> o.shape, state.shape
+    (torch.Size([4]), torch.Size([4, 4]))
+    """
+    check_shape("k", k, "..., d_k", q.shape, "q")
+    check_shape("v", v, "..., d_v", (*q.shape[:-1], v.shape[-1]), "q")
+    check_shape("state", state, "..., d_k, d_v", (*k.shape, v.shape[-1]), "k and v")
+    dtype = working_dtype(q, k, v, state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    state = state.to(dtype) + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
+    o = scale * (q.to(dtype)[..., None, :] @ state)[..., 0, :]
+    return o.to(v.dtype), state
+
+
+def recurrent_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention one token at a time: O(L d_k d_v) work in L dependent steps.
+
+    Implements eq-linear-attention.  Returns o `[..., L, d_v]` in v's dtype and the final state
+    `[..., d_k, d_v]`.  `scale=None` means d_k**-0.5.  Raises ValueError if the shapes do not fit.
+
+    >>> o, state = recurrent_linear_attention(*torch.randn(3, 10, 4).unbind(0))
+    >>> o.shape, state.shape
+    (torch.Size([10, 4]), torch.Size([4, 4]))
+    """
+    check_sequence(q, k, v, initial_state)
+    dtype = working_dtype(q, k, v)
+    state = initial_state_or_zeros(k, v, initial_state, dtype)
+    queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    outputs = []
+    for t in range(q.shape[-2]):
+        o, state = linear_attention_step(
+            queries[..., t, :], keys[..., t, :], values[..., t, :], state, scale=scale
+        )
+        outputs.append(o)
+    o = torch.stack(outputs, dim=-2) if outputs else values
+    return o.to(v.dtype), state
+
+
+def parallel_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention as one masked L x L matrix: O(L^2 d) work in a constant number of steps.
+
+    Implements eq-linear-parallel.  Arguments, result and errors as `recurrent_linear_attention`.
+
+    >>> o, state = parallel_linear_attention(*torch.randn(3, 10, 4).unbind(0))
+    >>> o.shape, state.shape
+    (torch.Size([10, 4]), torch.Size([4, 4]))
+    """
+    check_sequence(q, k, v, initial_state)
+    dtype = working_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    o, state = (queries @ keys.mT).tril() @ values, keys.mT @ values
+    if initial_state is not None:
+        o, state = o + queries @ initial_state.to(dtype), state + initial_state.to(dtype)
+    return o.to(v.dtype), state
+
+
+def chunkwise_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Parallel within chunks, recurrent between them: O(L C d + L d^2) work in L / C dependent steps.
+
+    Implements eq-linear-chunk-output and eq-linear-chunk-state.  Any L and any chunk_size >= 1; the last
+    chunk may be shorter.  Arguments, result and errors otherwise as `recurrent_linear_attention`.
+
+    >>> o, state = chunkwise_linear_attention(*torch.randn(3, 10, 4).unbind(0), chunk_size=4)
+    >>> o.shape, state.shape
+    (torch.Size([10, 4]), torch.Size([4, 4]))
+    """
+    check_sequence(q, k, v, initial_state)
+    check_chunk_size(chunk_size)
+    dtype = working_dtype(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    state = initial_state_or_zeros(k, v, initial_state, dtype)
+    outputs = [v[..., :0, :].to(dtype)]
+    for start in range(0, q.shape[-2], chunk_size):
+        q_c, k_c, v_c = (x[..., start : start + chunk_size, :].to(dtype) for x in (q, k, v))
+        q_c = q_c * scale
+        outputs.append(q_c @ state + (q_c @ k_c.mT).tril() @ v_c)
+        state = state + k_c.mT @ v_c
+    return torch.cat(outputs, dim=-2).to(v.dtype), state
+
+
+# --- What they cost -------------------------------------------------------------------------------------
+
+
+def chunkwise_flops(length: int, d_k: int, d_v: int, chunk_size: int) -> int:
+    """Floating-point operations of the matrix products in `chunkwise_linear_attention`, one head.
+
+    Implements eq-linear-work, with a shorter last chunk where chunk_size does not divide the length.  A
+    multiplication and an addition count as two; the masked half of a chunk's scores is computed and counted.
+
+    >>> chunkwise_flops(128, 16, 16, 128) > chunkwise_flops(128, 16, 16, 16)
+    True
+    """
+    check_chunk_size(chunk_size)
+    whole, rest = divmod(length, chunk_size)
+    return 4 * length * d_k * d_v + 2 * (whole * chunk_size**2 + rest**2) * (d_k + d_v)
+
+
+# --- The state as an associative memory -----------------------------------------------------------------
+
+
+def random_unit_keys(count: int, d: int, generator: torch.Generator | None = None) -> Tensor:
+    """`[count, d]` float64 keys, independent and uniform on the unit sphere.
+
+    >>> random_unit_keys(5, 3).norm(dim=-1).sub(1).abs().max() < 1e-12
+    tensor(True)
+    """
+    return F.normalize(torch.randn(count, d, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def retrieval_error(k: Tensor, v: Tensor) -> Tensor:
+    """Squared error |S^T k_j - v_j|^2 of reading each stored pair back, for S = sum k_i v_i^T.
+
+    k `[..., n, d_k]`, v `[..., n, d_v]` -> `[..., n]`: the left side of eq-retrieval less v_j, squared.
+    Raises ValueError if the shapes do not fit.
+
+    >>> retrieval_error(torch.eye(3), torch.randn(3, 2)).sum()
+    tensor(0.)
+    """
+    check_sequence(k, k, v)
+    return (k @ (k.mT @ v) - v).square().sum(-1)
+
+
+def expected_retrieval_error(count: int, d: int) -> float:
+    """What eq-interference predicts for `count` independent, uniform unit keys and values of mean square 1.
+
+    >>> expected_retrieval_error(33, 64)
+    0.5
+    """
+    return (count - 1) / d
+
+
+# --- Signpost: decay ------------------------------------------------------------------------------------
+
+
+def recurrent_decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention whose state fades: S_t = Diag(decay_t) S_{t-1} + k_t v_t^T.
+
+    Implements eq-gated-decay; with one constant in every entry of `decay`, eq-fixed-decay.  decay is
+    `[..., L, d_k]`, in [0, 1]; the rest as `recurrent_linear_attention`.
+
+    >>> o, state = recurrent_decay_attention(*torch.randn(3, 10, 4).unbind(0), torch.full((10, 4), 0.9))
+    >>> o.shape, state.shape
+    (torch.Size([10, 4]), torch.Size([4, 4]))
+    """
+    check_sequence(q, k, v, initial_state)
+    check_shape("decay", decay, "..., L, d_k", k.shape, "k")
+    dtype = working_dtype(q, k, v, decay)
+    state = initial_state_or_zeros(k, v, initial_state, dtype)
+    queries, keys, values, alpha = (x.to(dtype) for x in (q, k, v, decay))
+    outputs = []
+    for t in range(q.shape[-2]):
+        o, state = linear_attention_step(
+            queries[..., t, :],
+            keys[..., t, :],
+            values[..., t, :],
+            alpha[..., t, :, None] * state,
+            scale=scale,
+        )
+        outputs.append(o)
+    o = torch.stack(outputs, dim=-2) if outputs else values
+    return o.to(v.dtype), state

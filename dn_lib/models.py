@@ -1,0 +1,484 @@
+"""Chapter 6: language models, pure or hybrid, from one small configuration.
+
+>>> import dn_lib, torch
+>>> from dn_lib.models import LanguageModel, ModelConfig, generate
+>>> config = ModelConfig(width=32, layers=4, heads=2, hybrid="window", window=16)
+>>> config.mixers()
+('delta', 'window', 'delta', 'window')
+>>> model = LanguageModel(config)
+>>> generate(model, torch.zeros(1, 3, dtype=torch.long), 5).shape
+torch.Size([1, 8])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dn_lib.layers import (
+    ACTIVATIONS,
+    QK_NORMS,
+    Attention,
+    DeltaNet,
+    GatedLinearAttention,
+    LinearAttention,
+    Mamba,
+    RetNet,
+    RMSNorm,
+    ShortConvolution,
+    SwiGLU,
+)
+
+MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
+HYBRIDS = ("none", "window", "global")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a `LanguageModel` is made of. Raises ValueError, naming the field, for what cannot be built.
+
+    Every field, with the mixers that it concerns where not all:
+
+    - `vocab_size`, `width`, `layers`, `heads`; `head_dim`, width // heads if None; `attention_heads` for
+      attention layers, `heads` if None (their head size is width // attention_heads then).
+    - `mixer`: "delta", "linear", "retnet", "gla", "mamba", "attention" or "window".
+    - `hybrid`: "none"; "window", sliding-window attention in every other layer, from the second;
+      "global", full attention in layers 2 and layers/2 + 1, counted from 1.
+    - `pattern`: the mixer of every layer, spelled out; `mixer` and `hybrid` are then not read.
+    - `window`: how many tokens, itself included, a token of a window layer attends to.
+    - `activation`, `qk_norm` (delta, linear): "silu", "relu", "elu1", "identity"; "l2", "l1", "none".
+    - `conv_size` (all but attention): taps of the short convolution, 0 for none.
+    - `beta_range` (delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
+    - `output_gate` (delta, linear); RetNet, GLA and Mamba always have one.
+    - `mlp_ratio`: inner size of SwiGLU over width, rounded up to a multiple of 64; 0 for no feed-forward
+      part. `hidden` gives that size itself.
+    - `mamba_expand`, `mamba_state` (mamba): channels over width, states a channel.
+    - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, retnet). `norm_eps`.
+
+        >>> ModelConfig.from_dict(ModelConfig(width=64).to_dict()).width
+        64
+    """
+
+    vocab_size: int = 256
+    width: int = 256
+    layers: int = 6
+    heads: int = 2
+    head_dim: int | None = None
+    attention_heads: int | None = None
+    mixer: str = "delta"
+    hybrid: str = "none"
+    pattern: tuple[str, ...] | None = None
+    window: int = 128
+    activation: str = "silu"
+    qk_norm: str = "l2"
+    conv_size: int = 4
+    beta_range: float = 1.0
+    delta_steps: int = 1
+    output_gate: bool = False
+    mlp_ratio: float = 8 / 3
+    hidden: int | None = None
+    mamba_expand: int = 2
+    mamba_state: int = 16
+    tie_embeddings: bool = False
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", tuple(self.pattern))
+        self._check_types()
+        self._check_sizes()
+        self._check_choices()
+        self._check_heads()
+
+    def _check_types(self) -> None:
+        optional = ("head_dim", "attention_heads", "hidden")
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name == "pattern" or (field.name in optional and value is None):
+                continue
+            kind = int if field.name in optional else type(default)
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "window", "delta_steps", "mamba_expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("head_dim", "attention_heads", "hidden", "mamba_state", "rope_base", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.conv_size < 0:
+            raise ValueError(f"conv_size must be 0 (no convolution) or more, got {self.conv_size}")
+        if not 0 <= self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be 0 (no feed-forward part) or more, got {self.mlp_ratio}")
+        if not 0 < self.beta_range <= 2:
+            raise ValueError(f"beta_range must be in (0, 2], got {self.beta_range}")
+
+    def _check_choices(self) -> None:
+        options = {"mixer": MIXERS, "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
+        for name, allowed in options.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.pattern is not None:
+            wrong = [mixer for mixer in self.pattern if mixer not in MIXERS]
+            if wrong or len(self.pattern) != self.layers:
+                raise ValueError(
+                    f"pattern must name {self.layers} mixers (one a layer) out of {', '.join(MIXERS)}, "
+                    f"got {list(self.pattern)}"
+                )
+        least = {"none": 1, "window": 2, "global": 4}[self.hybrid]
+        if self.pattern is None and self.layers < least:
+            raise ValueError(
+                f"layers must be at least {least} with hybrid={self.hybrid!r}, got {self.layers}"
+            )
+
+    def _check_heads(self) -> None:
+        used = set(self.mixers())
+        checks = []
+        if used & {"delta", "linear", "retnet", "gla"}:
+            checks.append(("heads", self.heads, self.head_dim, bool(used & {"retnet", "gla"})))
+        if used & {"attention", "window"}:
+            own = self.attention_heads is not None
+            name = "attention_heads" if own else "heads"
+            checks.append((name, getattr(self, name), None if own else self.head_dim, True))
+        for name, heads, head_dim, even in checks:
+            if head_dim is None and self.width % heads:
+                raise ValueError(f"{name} must divide width, got {name} = {heads} and width = {self.width}")
+            head_dim = head_dim or self.width // heads
+            if even and head_dim % 2:
+                raise ValueError(f"head_dim must be even for {', '.join(sorted(used))}, got {head_dim}")
+
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer, first to last."""
+        if self.pattern is not None:
+            return self.pattern
+        names = [self.mixer] * self.layers
+        if self.hybrid == "window":
+            names[1::2] = ["window"] * len(names[1::2])
+        if self.hybrid == "global":
+            names[1] = names[self.layers // 2] = "attention"
+        return tuple(names)
+
+    def mlp_width(self) -> int:
+        """The inner size of SwiGLU; 0 if there is no feed-forward part."""
+        if self.hidden is not None:
+            return self.hidden
+        return 64 * math.ceil(self.mlp_ratio * self.width / 64 - 1e-9)
+
+    def to_dict(self) -> dict:
+        """A dict of numbers, strings, lists and None: `json.dumps` takes it."""
+        values = dataclasses.asdict(self)
+        values["pattern"] = None if self.pattern is None else list(self.pattern)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """The reverse of `to_dict`. Raises ValueError for a field that does not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"model configuration has no field {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+def build_mixer(name: str, config: ModelConfig) -> nn.Module:
+    """The layer that `name`, one of `MIXERS`, means under `config`.
+
+    >>> type(build_mixer("gla", ModelConfig())).__name__
+    'GatedLinearAttention'
+    """
+    c = config
+    common = {"conv_size": c.conv_size, "norm_eps": c.norm_eps}
+    linear = {"activation": c.activation, "qk_norm": c.qk_norm, "output_gate": c.output_gate}
+    linear |= {"steps": c.delta_steps, **common}
+    if name in ("attention", "window"):
+        heads, head_dim = (c.attention_heads, None) if c.attention_heads else (c.heads, c.head_dim)
+        window = c.window if name == "window" else None
+        return Attention(c.width, heads, head_dim, window=window, rope_base=c.rope_base)
+    if name == "delta":
+        return DeltaNet(c.width, c.heads, c.head_dim, beta_range=c.beta_range, **linear)
+    if name == "linear":
+        return LinearAttention(c.width, c.heads, c.head_dim, **linear)
+    if name == "retnet":
+        return RetNet(c.width, c.heads, c.head_dim, rope_base=c.rope_base, **common)
+    if name == "gla":
+        return GatedLinearAttention(c.width, c.heads, c.head_dim, **common)
+    if name == "mamba":
+        return Mamba(c.width, expand=c.mamba_expand, state_size=c.mamba_state, conv_size=c.conv_size)
+    raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {name!r}")
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): `[B, L, width]` -> the same."""
+
+    def __init__(self, name: str, config: ModelConfig):
+        super().__init__()
+        hidden = config.mlp_width()
+        self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.mixer = build_mixer(name, config)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps) if hidden else None
+        self.mlp = SwiGLU(config.width, hidden) if hidden else None
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), cache)
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+
+
+class Cache:
+    """What a model keeps between calls: `layers`, one dict a layer, and `length`, the tokens seen so far.
+
+    >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1, conv_size=0))
+    >>> cache = model.new_cache(batch_size=1)
+    >>> sizes = [model(torch.zeros(1, n, dtype=torch.long), cache) is None or cache.bytes() for n in (5, 50)]
+    >>> sizes  # one 32 x 32 state in float32, however long the context
+    [4096, 4096]
+    """
+
+    def __init__(self, batch_size: int, layers: int):
+        self.batch_size = batch_size
+        self.length = 0
+        self.layers: list[dict] = [{} for _ in range(layers)]
+
+    def bytes(self) -> int:
+        """The memory held by all its tensors."""
+        tensors = [t for layer in self.layers for t in layer.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class LanguageModel(nn.Module):
+    """Embedding, `config.layers` pre-norm blocks, a last RMSNorm and a linear head over the vocabulary.
+
+    Linear weights and the embedding start as N(0, 0.02^2), the projections that write into the residual
+    stream divided by sqrt(2 layers).
+
+        >>> model = LanguageModel(ModelConfig(width=32, layers=2, heads=2))
+        >>> model(torch.zeros(3, 7, dtype=torch.long)).shape
+        torch.Size([3, 7, 256])
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([Block(name, config) for name in config.mixers()])
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        tied = config.tie_embeddings
+        self.head = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the linear and embedding weights anew; other parameters keep their layer's own start."""
+        residual = std / math.sqrt(2 * self.config.layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=residual if name.endswith(".output") else std)
+        for module in self.modules():
+            if isinstance(module, Mamba):
+                module.reset_time_scale()
+
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """`[B, L]` -> what the head reads, `[B, L, width]`; `cache` is updated in place."""
+        if cache is not None and tokens.shape[0] != cache.batch_size:
+            raise ValueError(
+                f"tokens must have the cache's batch size {cache.batch_size}, got shape {tuple(tokens.shape)}"
+            )
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`[..., width]` -> `[..., vocab_size]`."""
+        return F.linear(features, self.embedding.weight if self.head is None else self.head.weight)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Tokens `[B, L]` (integers) -> logits `[B, L, vocab_size]` of the token after each.
+
+        With a `cache` (from `new_cache`) the tokens continue those of earlier calls.
+        """
+        return self.logits(self.features(tokens, cache))
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """An empty cache for `batch_size` sequences."""
+        return Cache(batch_size, len(self.blocks))
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """All parameters; without `embeddings`, all but the embedding table (kept if it is the head)."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings or self.head is None else total - self.embedding.weight.numel()
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs of training on one token, forward and backward, in sequences of `length` tokens.
+
+        3 * (2 P + sum over layers of s), P being the weights that multiply a token: linear layers, short
+        convolutions and the head, not the embedding look-up. s counts the mixing itself for one token:
+
+        - attention: 4 d keys a head, with keys the mean number that a query sees, (L + 1) / 2 for full
+          attention;
+        - linear attention: 4 d_k d_v a head, a multiply-add for the write and for the read; RetNet and GLA
+          5 (the decay), DeltaNet 6 (the prediction S^T k) times `delta_steps`; Mamba 6 a state.
+
+        The backward pass is counted as twice the forward. What an algorithm does beyond this (a chunkwise
+        form's products inside a chunk, recomputation) is not counted, nor are norms, activations and softmax.
+
+            >>> model = LanguageModel(ModelConfig(width=32, layers=2, heads=2, mixer="attention"))
+            >>> model.flops_per_token(100) > 6 * model.num_parameters(embeddings=False) * 0.99
+            True
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear | ShortConvolution))
+        weights += 0 if self.head is not None else self.embedding.weight.numel()
+        return 3 * (2 * weights + sum(block.mixer.state_flops(length) for block in self.blocks))
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompt: Tensor,
+    new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue `prompt` `[B, L]`, L >= 1, by `new_tokens`: returns `[B, L + new_tokens]`.
+
+    The prompt goes through the model once, then each new token alone, through one cache. temperature 0 takes
+    the most likely token; `top_k` draws among the k most likely. `generator` (on the model's device) makes
+    the draw repeatable. Raises ValueError for arguments out of range.
+
+        >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
+        >>> a, b = (generate(model, torch.zeros(1, 1, dtype=torch.long), 8, temperature=0) for _ in range(2))
+        >>> torch.equal(a, b)
+        True
+    """
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must be [B, L] with L at least 1, got shape {tuple(prompt.shape)}")
+    if new_tokens < 0:
+        raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    cache, tokens, new = model.new_cache(prompt.shape[0]), [prompt], prompt
+    for _ in range(new_tokens):
+        logits = model.logits(model.features(new, cache)[:, -1]).float()
+        new = _sample(logits, temperature, top_k, generator)
+        tokens.append(new)
+    return torch.cat(tokens, dim=1)
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+    """`[B, vocab]` -> `[B, 1]`."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    # The largest logit is taken off first, so that a very small temperature cannot make inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# --------------------------------------------------------------------------------- saving and loading
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def _write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename to `path`: a reader sees the old file or the new, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | None = None) -> None:
+    """Write `model.safetensors` and `config.json` into `folder`, which is made if need be.
+
+    Each file is written under another name, flushed to disk and renamed. The weights carry the configuration
+    too, so that `load_model` notices a pair out of step. A compiled model is saved as the model inside;
+    `state_dict` replaces the model's own (as when its parameters are spread over several devices).
+    """
+    from safetensors.torch import save_file
+
+    model = getattr(model, "_orig_mod", model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config.to_dict(), indent=2)
+    weights = model.state_dict() if state_dict is None else state_dict
+    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    _write_atomically(folder / WEIGHTS, lambda p: save_file(weights, p, metadata={"config": config}))
+    _write_atomically(folder / CONFIG, lambda p: Path(p).write_text(config + "\n"))
+
+
+def load_model(folder: str | os.PathLike, device: str | torch.device | None = None) -> LanguageModel:
+    """The model that `save_model` wrote, in the dtype of its weights, on `device` (the CPU if None).
+
+    Raises FileNotFoundError if a file is missing, ValueError if the two files do not belong together.
+
+        >>> import tempfile
+        >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(folder, model)
+        ...     again = load_model(folder)
+        >>> torch.equal(again.head.weight, model.head.weight)
+        True
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"folder must hold {CONFIG} and {WEIGHTS}: no {name} in {folder}")
+    values = json.loads((folder / CONFIG).read_text())
+    with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as file:
+        stored = (file.metadata() or {}).get("config")
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if stored is not None and json.loads(stored) != values:
+        raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} come from two different models")
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig.from_dict(values))
+    missing, extra = _difference(model.state_dict(), weights)
+    if missing or extra:
+        raise ValueError(
+            f"{WEIGHTS} in {folder} does not fit {CONFIG}: missing {missing}, not wanted {extra}"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model.to(device or "cpu")
+
+
+def _difference(wanted: dict, given: dict) -> tuple[list[str], list[str]]:
+    """Names (with shapes) that only one of two state dicts has; at most three of each."""
+    a, b = ({f"{name} {list(t.shape)}" for name, t in d.items()} for d in (wanted, given))
+    return sorted(a - b)[:3], sorted(b - a)[:3]

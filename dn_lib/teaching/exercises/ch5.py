@@ -1,0 +1,631 @@
+"""The exercises of chapter 5.
+
+Where the answer is a kernel, the wrong answers are the right one with a piece of its text exchanged: text,
+because kernels run in a child process, and because this module must load where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import normalize
+
+from dn_lib.cost import Shape, linear_attention
+from dn_lib.delta_rule import delta_rule_step
+from dn_lib.householder import scaled_inverse
+from dn_lib.teaching.kernel_check import PLANS, Plan, guarded
+from dn_lib.teaching.registry import Exercise, Mutant
+
+NO_FAULTS = torch.zeros(3)  # accesses outside, races, refusals: see `guarded`
+C = 16
+
+
+def _normal(g, *shape):
+    return torch.randn(*shape, generator=g)
+
+
+def _uniform(g, *shape):
+    return torch.rand(*shape, generator=g)
+
+
+def _integer(g, low, high):
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=g))
+
+
+def exchange(source: str, *pairs: tuple[str, str]) -> str:
+    """`source` with each first text replaced by the second.  Raises ValueError if it is not there once."""
+    for old, new in pairs:
+        if source.count(old) != 1:
+            raise ValueError(f"{old!r} occurs {source.count(old)} times, must occur once")
+        source = source.replace(old, new)
+    return source
+
+
+def _mutants(number: str, source: str, *wrong: tuple) -> tuple[Mutant, ...]:
+    """Mutants from (pairs to exchange, message, hint)."""
+    return tuple(
+        Mutant(guarded(number, exchange(source, *pairs), strict=False), message, hint)
+        for pairs, message, hint in wrong
+    )
+
+
+# --- 5.1 a two-dimensional block -------------------------------------------------------------------------
+
+SCALE_ROWS = """
+@triton.jit
+def scale_rows(x_ptr, s_ptr, out_ptr, R, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < R) & (columns[None, :] < n)
+    at = rows[:, None] * n + columns[None, :]
+    s = tl.load(s_ptr + rows, mask=rows < R, other=0.0)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    tl.store(out_ptr + at, s[:, None] * x, mask=inside)
+"""
+
+
+def _plan_scale_rows(x, s):
+    rows, n = x.shape
+    grid = (-(-rows // 8),)
+    return Plan((x, s, torch.empty_like(x), rows, n), (2,), grid, {"ROWS": 8, "COLUMNS": C})
+
+
+PLANS["5.1"] = _plan_scale_rows
+EX_5_1 = Exercise(
+    number="5.1",
+    title="A block of rows",
+    stars=1,
+    minutes=15,
+    sample=lambda g: (x := _normal(g, _integer(g, 17, 30), _integer(g, 9, 15)), _normal(g, x.shape[0])),
+    reference=lambda x, s: (s[:, None] * x, NO_FAULTS),
+    tested="4 matrices whose sizes are no multiple of the block's, and compiled for sm_90",
+    tolerance=1e-6,
+    trials=4,
+    mutants=_mutants(
+        "5.1",
+        SCALE_ROWS,
+        (
+            [(" & (columns[None, :] < n)", " & (columns[None, :] < COLUMNS)")],
+            "The columns have no mask: a block is wider than the matrix, and what lies past the end of a row "
+            "is the next row.",
+            "How many columns does the block have, and how many does the matrix?",
+        ),
+        (
+            [("(rows[:, None] < R) & ", ""), ("mask=rows < R", "mask=rows >= 0")],
+            "The rows have no mask: the last program reaches past the last row.",
+            "How many rows do all programs together have, and how many does the matrix?",
+        ),
+        (
+            [("rows[:, None] * n +", "rows[:, None] * COLUMNS +")],
+            "Wrong stride: neighbouring rows of the matrix do not lie COLUMNS elements apart.",
+            "Where in memory does row 1 begin, if row 0 has n elements?",
+        ),
+        (
+            [
+                ("s_ptr + rows, mask=rows < R", "s_ptr + columns, mask=columns < n"),
+                (", s[:, None] * x", ", s[None, :] * x"),
+            ],
+            "The scale follows the columns: s has one number for each row.",
+            "Which of `rows` and `columns` indexes s, and along which axis is it then repeated?",
+        ),
+    ),
+)
+
+
+# --- 5.2 linear attention that forgets -------------------------------------------------------------------
+
+RETENTION = """
+@triton.jit
+def retention(q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, log_gamma, L, C: tl.constexpr, D: tl.constexpr):
+    i, d = tl.arange(0, C), tl.arange(0, D)
+    gap = i[:, None] - i[None, :]
+    within = tl.where(gap >= 0, tl.exp2(gap * log_gamma), 0.0)
+    since = tl.exp2((i + 1) * log_gamma)
+    until = tl.exp2((C - 1 - i) * log_gamma)
+    whole = tl.exp2((i * 0 + C) * log_gamma)
+    S = tl.zeros([D, D], tl.float32)
+    for start in range(0, L, C):
+        at = (start + i)[:, None] * D + d[None, :]
+        q, k, v = tl.load(q_ptr + at), tl.load(k_ptr + at), tl.load(v_ptr + at)
+        A = tl.dot(q, tl.trans(k), input_precision="ieee") * within
+        new = tl.dot(tl.trans(k), until[:, None] * v, input_precision="ieee")
+        o = tl.dot(A, v, input_precision="ieee")
+        o += since[:, None] * tl.dot(q, S, input_precision="ieee")
+        tl.store(o_ptr + at, o)
+        S = tl.max(whole, 0) * S + new
+    tl.store(state_ptr + d[:, None] * D + d[None, :], S)
+"""
+
+
+def _sample_retention(g):
+    length = C * _integer(g, 2, 4)
+    q, k, v = (_normal(g, length, C) for _ in range(3))
+    return q, k, v, 0.7 + 0.25 * float(_uniform(g, 1))
+
+
+def _retention(q, k, v, gamma):
+    state, outputs = torch.zeros(C, C, dtype=torch.float64), []
+    for q_t, k_t, v_t in zip(q.double(), k.double(), v.double(), strict=True):
+        state = gamma * state + torch.outer(k_t, v_t)
+        outputs.append(q_t @ state)
+    return torch.stack(outputs).float(), state.float(), NO_FAULTS
+
+
+def _plan_retention(q, k, v, gamma):
+    import math
+
+    arguments = (q, k, v, torch.empty_like(v), torch.empty(C, C), math.log2(gamma), q.shape[0])
+    return Plan(arguments, (3, 4), (1,), {"C": C, "D": C})
+
+
+PLANS["5.2"] = _plan_retention
+EX_5_2 = Exercise(
+    number="5.2",
+    title="A state that forgets",
+    stars=3,
+    minutes=40,
+    sample=_sample_retention,
+    reference=_retention,
+    tested="3 sequences of 32 to 64 tokens, outputs and final state, and compiled for sm_90",
+    tolerance=1e-5,
+    trials=3,
+    mutants=_mutants(
+        "5.2",
+        RETENTION,
+        (
+            [("gap >= 0", "gap > 0")],
+            "The diagonal is missing: a token does not see its own value.",
+            "With gamma^0 = 1, what does token i read of what token i wrote?",
+        ),
+        (
+            [("tl.exp2(gap * log_gamma)", "1.0")],
+            "Inside a chunk nothing fades: the weights there are those of linear attention.",
+            "How many times has a value been multiplied by gamma between token j and token i?",
+        ),
+        (
+            [("(i + 1) * log_gamma", "i * log_gamma")],
+            "The chunk's input state is one factor of gamma too large: row 0 already sees it faded once.",
+            "Write the recurrence for the first token of a chunk.",
+        ),
+        (
+            [("(C - 1 - i) * log_gamma", "(C - i) * log_gamma")],
+            "What the chunk writes into the state fades once too often.",
+            "By what is the value of the chunk's last token multiplied when the chunk ends?",
+        ),
+        (
+            [
+                (
+                    "        o += since[:, None]",
+                    "        S = tl.max(whole, 0) * S + new\n        o += since[:, None]",
+                ),
+                (
+                    "        tl.store(o_ptr + at, o)\n        S = tl.max(whole, 0) * S + new",
+                    "        tl.store(o_ptr + at, o)",
+                ),
+            ],
+            "The state is updated before the output is read: this chunk's values are counted twice.",
+            "Which state does Q meet in the chunk's output: the one before the chunk, or after?",
+        ),
+        (
+            [("* S + new", "* S + new\n        S = S.to(tl.bfloat16).to(tl.float32)")],
+            "The state is kept in bfloat16: every chunk rounds it to 8 bits.",
+            "The inputs may be short numbers. What about a sum that thousands of tokens go into?",
+        ),
+    ),
+)
+
+
+# --- 5.3 bytes of a kernel -------------------------------------------------------------------------------
+
+
+def _requested(B, L, H, d_k, d_v, element, block_v):
+    shape = Shape(B=B, L=L, H=H, d_k=d_k, d_v=d_v, element=element, block_v=block_v)
+    return linear_attention(shape)[0].requested
+
+
+def _sample_requested(g):
+    d_v = 32 * _integer(g, 2, 4)
+    return _integer(g, 1, 4), 64 * _integer(g, 1, 9), _integer(g, 1, 8), 16 * _integer(g, 1, 8), d_v, 2, 32
+
+
+EX_5_3 = Exercise(
+    number="5.3",
+    title="Count before you run",
+    stars=1,
+    minutes=10,
+    sample=_sample_requested,
+    reference=_requested,
+    tested="8 random shapes, to the byte",
+    tolerance=0.0,
+    mutants=(
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v) * e + d_k * d_v * 4),
+            "q and k are counted once, but every block of values reads them again.",
+            "Programs share nothing. Which tensors do two programs of one head both need?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * L * (2 * d_k * (d_v // bv) + 2 * d_v) * e,
+            "The final state is missing.",
+            "What does the kernel store after its loop?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k * (d_v // bv) + 2 * d_v) + d_k * d_v) * e,
+            "The state is counted in the elements of q, but it is float32.",
+            "How many bytes does one number of the state take?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: (
+                B * H * (L * (2 * d_k + 2 * d_v) * (d_v // bv) * e + d_k * d_v * 4)
+            ),
+            "v and o are counted once for every block of values, but a program takes only its own columns.",
+            "Which columns of v does a program load?",
+        ),
+    ),
+)
+
+
+# --- 5.4 join two blocks of N ----------------------------------------------------------------------------
+
+JOIN = """
+@triton.jit
+def join(n_ptr, l_ptr, beta_ptr, out_ptr, HALF: tl.constexpr, C: tl.constexpr):
+    i = tl.arange(0, C)
+    at = i[:, None] * C + i[None, :]
+    n, l, beta = tl.load(n_ptr + at), tl.load(l_ptr + at), tl.load(beta_ptr + i)
+    cross = tl.where((i[:, None] >= HALF) & (i[None, :] < HALF), l, 0.0)
+    right = cross + tl.dot(cross, beta[:, None] * n, input_precision="ieee")
+    left = right + tl.dot(n * beta[None, :], right, input_precision="ieee")
+    tl.store(out_ptr + at, n - left)
+"""
+JOIN_SMALL = """
+@triton.jit
+def join(n_ptr, l_ptr, beta_ptr, out_ptr, HALF: tl.constexpr, C: tl.constexpr):
+    i, h = tl.arange(0, C), tl.arange(0, HALF)
+    at = i[:, None] * C + i[None, :]
+    upper = h[:, None] * C + h[None, :]
+    lower = upper + HALF * (C + 1)
+    corner = upper + HALF * C
+    n11, n22, l21 = tl.load(n_ptr + upper), tl.load(n_ptr + lower), tl.load(l_ptr + corner)
+    right = l21 + tl.dot(l21, tl.load(beta_ptr + h)[:, None] * n11, input_precision="ieee")
+    n21 = right + tl.dot(n22 * tl.load(beta_ptr + HALF + h)[None, :], right, input_precision="ieee")
+    tl.store(out_ptr + at, tl.load(n_ptr + at))
+    tl.store(out_ptr + corner, -n21)
+"""
+
+
+def _sample_join(g):
+    k = normalize(_normal(g, C, C) + 0.4, dim=-1)
+    beta = 2 * _uniform(g, C)
+    halves = [scaled_inverse(k[h], beta[h]) for h in (slice(0, C // 2), slice(C // 2, C))]
+    return torch.block_diag(*halves), (k @ k.T).tril(-1), beta
+
+
+def _join(n, gram, beta):
+    n, gram, beta = n.double(), gram.double(), beta.double()
+    h = C // 2
+    n21 = -(torch.eye(h) + n[h:, h:] * beta[h:]) @ gram[h:, :h] @ (torch.eye(h) + beta[:h, None] * n[:h, :h])
+    out = n.clone()
+    out[h:, :h] = n21
+    return out.float(), NO_FAULTS
+
+
+PLANS["5.4"] = lambda n, gram, beta: Plan(
+    (n, gram, beta, torch.empty_like(n)), (3,), (1,), {"HALF": C // 2, "C": C}
+)
+EX_5_4 = Exercise(
+    number="5.4",
+    title="Join two blocks of N",
+    stars=2,
+    minutes=25,
+    sample=_sample_join,
+    reference=_join,
+    tested="3 chunks of correlated keys with beta up to 2, and compiled for sm_90",
+    tolerance=1e-5,
+    trials=3,
+    mutants=(
+        *_mutants(
+            "5.4",
+            JOIN,
+            (
+                [("n - left", "n + left")],
+                "The sign of the new block is wrong: each pass through L brings a minus.",
+                "Take beta = 0: what is N then?",
+            ),
+            (
+                [("beta[:, None] * n", "n"), ("n * beta[None, :]", "n")],
+                "beta is missing: N stands between two diagonal matrices in T = D + D N D.",
+                "Where do D_1 and D_2 stand in the equation?",
+            ),
+            (
+                [
+                    ("beta[:, None] * n", "n * beta[None, :]"),
+                    ("n * beta[None, :], right", "beta[:, None] * n, right"),
+                ],
+                "beta multiplies the wrong side: rows where it should be columns.",
+                "D_1 N_11 scales the rows of N_11. And N_22 D_2?",
+            ),
+            (
+                [("left = right + tl.dot(", "left = cross + tl.dot("), (", right, input", ", cross, input")],
+                "Only the lower half is passed through: the factor I + D_1 N_11 is lost.",
+                "The new block is a product of three matrices. How many are in yours?",
+            ),
+        ),
+        Mutant(
+            guarded("5.4", JOIN_SMALL, strict=False),
+            "The numbers are right, but the hardware refuses: these dots have an inner size of 8, "
+            "and 16 is the least.",
+            "Work in the full 16 x 16 square, and let masks choose the block.",
+        ),
+    ),
+)
+
+
+# --- 5.5 one chunk in error form -------------------------------------------------------------------------
+
+ERRORS = """
+@triton.jit
+def errors(k_ptr, v_ptr, beta_ptr, n_ptr, s_ptr, e_ptr, out_ptr, C: tl.constexpr, D: tl.constexpr):
+    i, d = tl.arange(0, C), tl.arange(0, D)
+    row, square, state = i[:, None] * D + d[None, :], i[:, None] * C + i[None, :], d[:, None] * D + d[None, :]
+    k, v, beta = tl.load(k_ptr + row), tl.load(v_ptr + row), tl.load(beta_ptr + i)[:, None]
+    n, S = tl.load(n_ptr + square), tl.load(s_ptr + state)
+    R = v - tl.dot(k, S, input_precision="ieee")
+    E = R + tl.dot(n, beta * R, input_precision="ieee")
+    tl.store(e_ptr + row, E)
+    tl.store(out_ptr + state, S + tl.dot(tl.trans(k), beta * E, input_precision="ieee"))
+"""
+
+
+def _sample_errors(g):
+    k, beta = normalize(_normal(g, C, 32) + 0.2, dim=-1), 2 * _uniform(g, C)
+    return k, _normal(g, C, 32), beta, scaled_inverse(k, beta), _normal(g, 32, 32)
+
+
+def _errors(k, v, beta, n, S):
+    k, v, beta, state = (x.double() for x in (k, v, beta, S))
+    found = []
+    for k_t, v_t, b_t in zip(k, v, beta, strict=True):
+        found.append(v_t - k_t @ state)
+        state = state + torch.outer(k_t, b_t * found[-1])
+    return torch.stack(found).float(), state.float(), NO_FAULTS
+
+
+PLANS["5.5"] = lambda k, v, beta, n, S: Plan(
+    (k, v, beta, n, S, torch.empty_like(v), torch.empty_like(S)), (5, 6), (1,), {"C": C, "D": 32}
+)
+EX_5_5 = Exercise(
+    number="5.5",
+    title="One chunk, in errors",
+    stars=2,
+    minutes=20,
+    sample=_sample_errors,
+    reference=_errors,
+    tested="3 chunks against a loop over tokens, errors and state, and compiled for sm_90",
+    tolerance=1e-5,
+    trials=3,
+    mutants=_mutants(
+        "5.5",
+        ERRORS,
+        (
+            [("tl.dot(n, beta * R,", "tl.dot(n, R,")],
+            "Inside N the earlier residuals count in full, but a write of strength beta moves by beta R.",
+            "What stands to the right of N in T = D + D N D?",
+        ),
+        (
+            [("tl.trans(k), beta * E", "tl.trans(k), E")],
+            "The state takes the whole error: beta is missing from the write.",
+            "The pseudo-value of a token is not its error. What is it?",
+        ),
+        (
+            [("E = R + tl.dot", "E = R - tl.dot")],
+            "N is subtracted, but it carries its own minus.",
+            "N = -(I + L D)^{-1} L.",
+        ),
+        (
+            [('R = v - tl.dot(k, S, input_precision="ieee")', "R = v")],
+            "The residual forgets the state: what earlier chunks stored for these keys is not taken off.",
+            "What would the state return for each key before this chunk writes?",
+        ),
+        (
+            [("tl.store(out_ptr + state, S +", "tl.store(out_ptr + state,")],
+            "The chunk's input state is lost: only what this chunk writes comes out.",
+            "S' = S + ...",
+        ),
+    ),
+)
+
+
+# --- 5.6 join segments -----------------------------------------------------------------------------------
+
+
+def _join_segments(M, X, S, *, reverse=False, forget=False, enter=True, transpose=False):
+    pairs = list(zip(M, X, strict=True))
+    state = S if enter else torch.zeros_like(S)
+    for m, x in reversed(pairs) if reverse else pairs:
+        state = (state if forget else (m.mT if transpose else m) @ state) + x
+    return state
+
+
+def _double(g, *shape):
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+EX_5_6 = Exercise(
+    number="5.6",
+    title="Four segments, one state",
+    stars=2,
+    minutes=10,
+    sample=lambda g: (_double(g, 4, 5, 5), _double(g, 4, 5, 7), _double(g, 5, 7)),
+    reference=_join_segments,
+    tested="8 chains of four segments in float64",
+    mutants=(
+        Mutant(
+            lambda M, X, S: _join_segments(M, X, S, forget=True),
+            "You add the segments up. That is linear attention: here each segment also erases.",
+            "What does segment 2 do to a state that segment 1 left behind?",
+        ),
+        Mutant(
+            lambda M, X, S: _join_segments(M, X, S, reverse=True),
+            "The order is reversed: the first segment in time must act first.",
+            "Which matrix stands next to the initial state in M_4 M_3 M_2 M_1 S?",
+        ),
+        Mutant(
+            lambda M, X, S: _join_segments(M, X, S, enter=False),
+            "The initial state does not enter.",
+            "The chain begins with a state, not with zero.",
+        ),
+        Mutant(
+            lambda M, X, S: _join_segments(M, X, S, transpose=True),
+            "M is transposed, as in the paper's convention; our states are [d_k, d_v].",
+            "Which side of S does H_t = I - beta k k^T stand on in our delta rule?",
+        ),
+    ),
+)
+
+
+# --- 5.7 the gradient of the values ----------------------------------------------------------------------
+
+VALUE_GRADIENT = """
+@triton.jit
+def value_gradient(n_ptr, beta_ptr, dvn_ptr, dv_ptr, C: tl.constexpr, D: tl.constexpr):
+    i, d = tl.arange(0, C), tl.arange(0, D)
+    n, beta = tl.load(n_ptr + i[:, None] * C + i[None, :]), tl.load(beta_ptr + i)[:, None]
+    dvn = tl.load(dvn_ptr + i[:, None] * D + d[None, :])
+    z = dvn + tl.dot(tl.trans(n), beta * dvn, input_precision="ieee")
+    tl.store(dv_ptr + i[:, None] * D + d[None, :], beta * z)
+"""
+
+
+def _sample_value_gradient(g):
+    k, beta = normalize(_normal(g, C, 8) + 0.4, dim=-1), 0.1 + 1.8 * _uniform(g, C)
+    return scaled_inverse(k, beta), beta, _normal(g, C, 32)
+
+
+def _value_gradient(n, beta, dvn):
+    """Through autograd: dV of the sum of dVn * Vn, Vn = D (R + N D R), R = V - K S."""
+    n, beta, dvn = n.double(), beta.double()[:, None], dvn.double()
+    r = torch.zeros_like(dvn, requires_grad=True)
+    (gradient,) = torch.autograd.grad((dvn * beta * (r + n @ (beta * r))).sum(), r)
+    return gradient.float(), NO_FAULTS
+
+
+PLANS["5.7"] = lambda n, beta, dvn: Plan((n, beta, dvn, torch.empty_like(dvn)), (3,), (1,), {"C": C, "D": 32})
+EX_5_7 = Exercise(
+    number="5.7",
+    title="The gradient of the values",
+    stars=2,
+    minutes=25,
+    sample=_sample_value_gradient,
+    reference=_value_gradient,
+    tested="3 chunks against autograd in float64, and compiled for sm_90",
+    tolerance=1e-5,
+    trials=3,
+    mutants=_mutants(
+        "5.7",
+        VALUE_GRADIENT,
+        (
+            [("tl.trans(n)", "n")],
+            "N is not transposed: gradients run from later tokens to earlier ones.",
+            "If y = A x, what matrix takes dy to dx?",
+        ),
+        (
+            [("tl.trans(n), beta * dvn", "tl.trans(n), dvn")],
+            "The beta on the side of the later token is missing: T^T is D + D N^T D.",
+            "How many times does D stand beside N^T?",
+        ),
+        (
+            [(", beta * z)", ", z)")],
+            "You stopped at Z: the gradient of V has one more factor of beta.",
+            "T^T begins with D, too.",
+        ),
+        (
+            [("z = dvn + tl.dot", "z = tl.dot")],
+            "The token's own write is missing: T has a diagonal.",
+            "T = D + D N D has two terms.",
+        ),
+    ),
+)
+
+
+# --- 5.8 decoding ----------------------------------------------------------------------------------------
+
+DECODE = """
+@triton.jit
+def decode(q_ptr, k_ptr, v_ptr, beta_ptr, s_ptr, o_ptr, out_ptr, d, D: tl.constexpr):
+    h = tl.program_id(0)
+    i = tl.arange(0, D)
+    square = h * d * d + i[:, None] * d + i[None, :]
+    inside = (i[:, None] < d) & (i[None, :] < d)
+    q = tl.load(q_ptr + h * d + i, mask=i < d, other=0.0)
+    k = tl.load(k_ptr + h * d + i, mask=i < d, other=0.0)
+    v = tl.load(v_ptr + h * d + i, mask=i < d, other=0.0)
+    beta = tl.load(beta_ptr + h)
+    S = tl.load(s_ptr + square, mask=inside, other=0.0)
+    error = v - tl.sum(k[:, None] * S, axis=0)
+    S += k[:, None] * (beta * error)[None, :]
+    o = tl.sum(q[:, None] * S, axis=0)
+    tl.store(o_ptr + h * d + i, o, mask=i < d)
+    tl.store(out_ptr + square, S, mask=inside)
+"""
+
+
+def _sample_decode(g):
+    heads, d = _integer(g, 2, 4), _integer(g, 9, 15)
+    q, k, v = (_normal(g, heads, d) for _ in range(3))
+    return q, normalize(k, dim=-1), v, 2 * _uniform(g, heads), _normal(g, heads, d, d)
+
+
+def _decode(q, k, v, beta, state):
+    o, new = delta_rule_step(*(x.double() for x in (q, k, v, beta, state)), scale=1.0)
+    return o.float(), new.float(), NO_FAULTS
+
+
+PLANS["5.8"] = lambda q, k, v, beta, s: Plan(
+    (q, k, v, beta, s, torch.empty_like(v), torch.empty_like(s), q.shape[1]), (5, 6), (q.shape[0],), {"D": C}
+)
+EX_5_8 = Exercise(
+    number="5.8",
+    title="One token",
+    stars=2,
+    minutes=25,
+    sample=_sample_decode,
+    reference=_decode,
+    tested="3 states whose size is no power of two, and compiled for sm_90",
+    tolerance=1e-5,
+    trials=3,
+    mutants=_mutants(
+        "5.8",
+        DECODE,
+        (
+            [
+                ("    o = tl.sum(q[:, None] * S, axis=0)\n", ""),
+                ("    error = v", "    o = tl.sum(q[:, None] * S, axis=0)\n    error = v"),
+            ],
+            "The output is read before the token is written.",
+            "o_t = S_t^T q_t: which of the two states is S_t?",
+        ),
+        (
+            [("error = v - tl.sum(k[:, None] * S, axis=0)", "error = v")],
+            "Nothing is erased: that is linear attention with a write strength.",
+            "What does the state return for k before the write?",
+        ),
+        (
+            [("beta * error", "error")],
+            "beta is missing: every write replaces the old value completely.",
+            "How far does a write of strength 0.1 move the stored value?",
+        ),
+        (
+            [("k[:, None] * S, axis=0", "k[None, :] * S, axis=1")],
+            "The state is read along its wrong axis: S is [d_k, d_v], and k runs along its rows.",
+            "Which index of S does a key share, and which is summed?",
+        ),
+        (
+            [("inside = (i[:, None] < d) & (i[None, :] < d)", "inside = i[:, None] < D")],
+            "The state has no mask: a 16 x 16 block is larger than the state, and reaches into other heads.",
+            "A mask for a matrix has two conditions.",
+        ),
+    ),
+)
+
+
+ENTRIES = [EX_5_1, EX_5_2, EX_5_3, EX_5_4, EX_5_5, EX_5_6, EX_5_7, EX_5_8]

@@ -1,0 +1,160 @@
+"""One look for every figure of the book: readable in print, on a projector and without colour vision.
+
+Series differ by marker and line style as well as by colour; the colours are those of Okabe and Ito, which
+stay apart under the common forms of colour blindness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from PIL import Image as PillowImage
+
+WIDTH = 7.2  # inches: the text width of the site, and of a printed page
+
+# Okabe and Ito's palette, darkest and most distinct pairs first; their yellow is too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+
+#: Keyword arguments of `Axes.plot` for series 0, 1, 2, ...; there are eight.
+STYLES: list[dict[str, Any]] = [
+    {"color": colour, "marker": marker, "linestyle": line}
+    for colour, marker, line in zip(COLOURS, MARKERS, LINES, strict=True)
+]
+
+MAPS = {"diverging": "RdBu_r", "sequential": "cividis"}
+
+
+def use_style() -> None:
+    """Set Matplotlib's defaults to the book's style; call it once, at the top of a chapter.
+
+    >>> use_style()
+    >>> plt.rcParams["axes.grid"]
+    True
+    """
+    plt.rcParams.update(
+        {
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "axes.labelsize": 11,
+            "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=LINES),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 12,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 120,
+            "figure.facecolor": "white",  # a figure stays readable on a page with a dark theme
+            "font.family": "DejaVu Sans",  # comes with Matplotlib, so that figures look alike everywhere
+            "font.size": 11,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+            "legend.handlelength": 3.2,  # long enough to tell the line styles apart
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5.5,
+            "savefig.facecolor": "white",
+        }
+    )
+
+
+def figure(rows: int = 1, columns: int = 1, height: float = 3.2, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of the book's width and `height` inches; `subplots` goes to `plt.subplots`.
+
+    Returns the figure and one Axes, or the array of them where there are several.
+
+    >>> fig, axes = figure(columns=2)
+    >>> axes.shape
+    (2,)
+    >>> plt.close(fig)
+    """
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), **subplots)
+
+
+def matrix(ax: Axes, tensor: torch.Tensor, title: str = "", cmap: str = "diverging", values: bool = False) -> AxesImage:
+    """Draw the two-dimensional `tensor` as a grid of coloured cells.
+
+    `cmap="diverging"` shows signs and centres the colours on zero; `"sequential"` shows magnitudes.
+    `values=True` writes each number into its cell.  Rows and columns are counted from 1, as in the text.
+    Returns the image, for `fig.colorbar`.  Raises ValueError if `tensor` has not two dimensions, or for
+    any other `cmap`.
+
+    >>> fig, ax = figure()
+    >>> matrix(ax, torch.eye(3), "identity").get_clim()
+    (-1.0, 1.0)
+    >>> plt.close(fig)
+    """
+    if cmap not in MAPS:
+        raise ValueError(f"cmap must be one of {sorted(MAPS)}, got {cmap!r}")
+    if tensor.ndim != 2:
+        raise ValueError(f"tensor must be [rows, columns], got shape {list(tensor.shape)}")
+    array = tensor.detach().to("cpu", torch.float64).numpy()
+    norm = CenteredNorm(halfrange=abs(array).max() or 1.0) if cmap == "diverging" else Normalize()
+    image = ax.imshow(array, cmap=MAPS[cmap], norm=norm, interpolation="nearest")
+    ax.set_title(title)
+    ax.grid(False)
+    for axis, count in ((ax.xaxis, array.shape[1]), (ax.yaxis, array.shape[0])):
+        shown = range(0, count, max(1, count // 8))
+        axis.set_ticks(list(shown), [str(i + 1) for i in shown])
+    ax.spines[:].set_visible(True)
+    ax.tick_params(length=0, labelsize=9)
+    if values:
+        for (i, j), number in np.ndenumerate(array):
+            # Rec. 601 luma of the cell decides between black and white digits.
+            red, green, blue, _ = image.cmap(image.norm(number))
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            ax.text(j, i, f"{number:.2g}", ha="center", va="center", color=ink, fontsize=9)
+    return image
+
+
+def animation(
+    draw: Callable[[Figure, Any], None],
+    frames: Iterable[Any],
+    *,
+    fps: float = 2,
+    height: float = 3.2,
+    alt: str | None = None,
+) -> Any:
+    """A short animation, to be the last expression of a cell.
+
+    `draw(fig, frame)` is called on an empty figure for every item of `frames`.  The result, an IPython
+    `Image`, is an animated PNG that loops: every browser and notebook plays it, it needs no script, and
+    where it cannot move, as in print, the last frame stands in for it.  A frame takes about 10 kB.
+    Raises ValueError if `frames` is empty.
+
+    >>> moving = animation(lambda fig, n: fig.text(0.5, 0.5, str(n)), range(3))
+    >>> PillowImage.open(BytesIO(moving.data)).is_animated
+    True
+    """
+    from IPython.display import Image  # here, so that scripts can draw figures without Jupyter
+
+    fig = Figure(figsize=(WIDTH, height), layout="constrained", dpi=100)
+    canvas = FigureCanvasAgg(fig)
+    pictures = []
+    for frame in frames:
+        fig.clear()
+        draw(fig, frame)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    if not pictures:
+        raise ValueError("frames must hold at least one item, got none")
+    # One palette for all frames makes the file three times smaller; what is nearly white in it is the paper.
+    palette = PillowImage.fromarray(np.concatenate(pictures)).quantize(256)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[(colours >= 250).all(axis=1)] = 255
+    palette.putpalette(colours.ravel().tolist())
+    pages = [PillowImage.fromarray(picture).quantize(palette=palette, dither=0) for picture in pictures]
+    buffer = BytesIO()
+    # With `default_image` the first page is the still, and the animation is the rest.
+    options = {"save_all": True, "default_image": True, "duration": round(1000 / fps), "loop": 0}
+    pages[-1].save(buffer, format="PNG", append_images=pages, optimize=True, **options)
+    return Image(data=buffer.getvalue(), format="png", alt=alt)

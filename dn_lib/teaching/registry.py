@@ -1,0 +1,160 @@
+"""What the book claims, in a form that the test suite can check.
+
+An `Equation` belongs to a labelled equation of a chapter; an `Exercise` to an exercise.  Both carry
+*mutants*: the classic wrong versions, each of which has to be told apart from the right one.
+Entries live in `equations/chN.py` and `exercises/chN.py` as a list named `ENTRIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["identity", "definition", "bound", "count"]
+KINDS = ("identity", "definition", "bound", "count")
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A labelled equation and how it is checked.
+
+    label: the MyST label, e.g. `"eq-delta-rule"`.
+    kind: what the check means.
+      - identity: `left` and `right` are computed independently of each other and agree.
+      - definition: `left` is the library function, `right` the formula as the chapter prints it.
+      - bound: `left <= right` on every input that `sample` finds, adversarial ones included.
+      - count: `left` is counted (operations, bytes, steps), `right` is the formula; exact.
+    sample: draws one set of inputs from a `torch.Generator`; tensors are float64.
+    left, right: called with the sampled inputs.  A tensor, a number, or a tuple of them.
+    mutants: description -> a wrong version of `right`.  Each must fail the same check.
+    tolerance: largest relative error, in float64, for identities and definitions.
+    trials: how many inputs are drawn.
+    """
+
+    label: str
+    kind: Kind
+    sample: Callable[[torch.Generator], tuple]
+    left: Callable[..., Any]
+    right: Callable[..., Any]
+    mutants: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    tolerance: float = 1e-10
+    trials: int = 10
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r} for {self.label}")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong answer that learners give, and what to tell them.
+
+    fn: the wrong function.  message: names the misunderstanding.  hint: where to look, not the answer.
+    """
+
+    fn: Callable[..., Any]
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise that `check` can judge.
+
+    number: chapter and position, `"2.3"`.  stars: 1 to 3.  minutes: for a reader of the chapter.
+    sample: draws one set of inputs.  reference: the right function.
+    tested: what a passing answer was tested on, for the message, e.g. "8 random shapes in float64".
+    tolerance: largest relative error against the reference.
+    """
+
+    number: str
+    title: str
+    stars: int
+    minutes: int
+    sample: Callable[[torch.Generator], tuple]
+    reference: Callable[..., Any]
+    mutants: tuple[Mutant, ...]
+    tested: str
+    tolerance: float = 1e-8
+    trials: int = 8
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors in `value` (a tensor, a number, a bool, or a nest of tuples and lists) as float64."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [torch.as_tensor(value).detach().to("cpu", torch.float64)]
+
+
+def relative_error(value: Any, reference: Any) -> float:
+    """Largest |value - ref| / |ref| over the leaves; infinite if shapes differ or NaN appears."""
+    a, b = leaves(value), leaves(reference)
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        scale = y.norm().item()
+        error = (x - y).norm().item() / (scale if scale > 0 else 1.0)
+        if error != error:
+            return float("inf")
+        worst = max(worst, error)
+    return worst
+
+
+def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int = 0) -> bool:
+    """Whether `equation` (or, given `right`, its mutant) passes on `equation.trials` random inputs."""
+    right = right or equation.right
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(equation.trials):
+        inputs = equation.sample(generator)
+        a, b = equation.left(*inputs), right(*inputs)
+        if equation.kind == "bound":
+            ok = all(
+                bool((x <= y + 1e-12 * y.abs()).all()) for x, y in zip(leaves(a), leaves(b), strict=True)
+            )
+        elif equation.kind == "count":
+            ok = relative_error(a, b) == 0.0
+        else:
+            ok = relative_error(a, b) <= equation.tolerance
+        if not ok:
+            return False
+    return True
+
+
+def _modules(package: ModuleType) -> list[ModuleType]:
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+def _collect(package: ModuleType, key: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for module in _modules(package):
+        for entry in module.ENTRIES:
+            name = getattr(entry, key)
+            if name in found:
+                raise ValueError(f"{key} {name!r} is registered twice, the second time in {module.__name__}")
+            found[name] = entry
+    return found
+
+
+@cache
+def equations() -> dict[str, Equation]:
+    """All equations of the book, by label."""
+    from dn_lib.teaching import equations as package
+
+    return _collect(package, "label")
+
+
+@cache
+def exercises() -> dict[str, Exercise]:
+    """All exercises of the book, by number."""
+    from dn_lib.teaching import exercises as package
+
+    return _collect(package, "number")

@@ -1,0 +1,402 @@
+"""What a Triton kernel touches: loads, stores and dots of every program, recorded in the interpreter.
+
+`record()` watches every kernel that is launched inside it.  Arguments are copied into an arena with wide
+gaps between them, so that an access outside of its tensor is seen, named and left out instead of reading a
+neighbour or ending the process; results are copied back.
+
+    >>> from dn_lib.kernels.ladder import scaled_add
+    >>> with record() as trace:
+    ...     out = scaled_add(torch.ones(100), torch.ones(100), 2.0, block=64)
+    >>> trace.launches[0].programs, trace.bytes("load", "x"), trace.launches[0].overlaps()
+    (2, 400, [])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAP = 1 << 22  # bytes on each side of a tensor in the arena
+PROGRAM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load, store or atomic of one program: the flat indices of the elements it touched."""
+
+    program: int
+    kind: str
+    tensor: str
+    elements: np.ndarray
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One `tl.dot`: `[m, k] @ [k, n]`, and the types of its operands."""
+
+    program: int
+    m: int
+    k: int
+    n: int
+    batch: int
+    types: tuple[str, str]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An access that fell outside of every argument: its nearest tensor, and where it would have been."""
+
+    program: tuple[int, int, int]
+    kind: str
+    tensor: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    count: int
+    line: str
+
+    def __str__(self) -> str:
+        where = "[" + ", ".join(map(str, self.index)) + "]"
+        return (
+            f"program {self.program} would {self.kind} {self.tensor}{where}, but {self.tensor} is "
+            f"{list(self.shape)} ({self.count} such elements), in `{self.line}`"
+        )
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel: its grid, its tensors by name, and what its programs did, in their order."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    shapes: dict[str, tuple[int, ...]]
+    events: list[Access | Dot] = field(default_factory=list)
+    outside: list[Outside] = field(default_factory=list)
+
+    @property
+    def programs(self) -> int:
+        return int(np.prod(self.grid))
+
+    @property
+    def accesses(self) -> list[Access]:
+        return [e for e in self.events if isinstance(e, Access)]
+
+    @property
+    def dots(self) -> list[Dot]:
+        return [e for e in self.events if isinstance(e, Dot)]
+
+    def bytes(self, kind: str | None = None, tensor: str | None = None) -> int:
+        """Bytes that the programs asked for, of one kind ("load", "store") and tensor if given."""
+        chosen = (a for a in self.accesses if kind in (None, a.kind) and tensor in (None, a.tensor))
+        return sum(a.elements.size * a.itemsize for a in chosen)
+
+    def overlaps(self) -> list[str]:
+        """Elements that two programs race for: both store, or one stores what the other loads.
+
+        The interpreter runs programs one after the other and shows nothing of it; a GPU runs them at once.
+        """
+        found = []
+        for name, shape in self.shapes.items():
+            size = int(np.prod(shape)) if shape else 1
+            writer = np.full(size, -1)
+            clashes: dict[tuple[int, int, str], int] = {}
+            for kind in ("store", "load"):
+                for a in self.accesses:
+                    if a.tensor != name or a.kind != kind:
+                        continue
+                    owners = writer[a.elements]
+                    other = (owners >= 0) & (owners != a.program)
+                    for owner in np.unique(owners[other]):
+                        first = int(a.elements[other & (owners == owner)].min())
+                        clashes.setdefault((int(owner), a.program, kind), first)
+                    if kind == "store":
+                        writer[a.elements] = a.program
+            for (one, two, kind), first in clashes.items():
+                index = [int(i) for i in np.unravel_index(first, shape)] if shape else []
+                found.append(
+                    f"programs {one} and {two}: {name}{index} is stored by {one}, and {two} {kind}s it"
+                )
+        return found
+
+
+@dataclass
+class Trace:
+    """All launches seen by one `record()`."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    def bytes(self, kind: str | None = None, tensor: str | None = None) -> int:
+        return sum(launch.bytes(kind, tensor) for launch in self.launches)
+
+    @property
+    def flops(self) -> int:
+        return sum(dot.flops for launch in self.launches for dot in launch.dots)
+
+    @property
+    def outside(self) -> list[Outside]:
+        return [o for launch in self.launches for o in launch.outside]
+
+
+class _Arena:
+    """Copies of tensors, far apart in one stretch of memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+        self.names = list(tensors)
+        self.spans = {n: self._span(t) for n, t in tensors.items()}
+        largest = max((self.spans[n] * t.element_size() for n, t in tensors.items()), default=0)
+        self.slot = 2 * GAP + -(-max(largest, 16) // 64) * 64
+        # Fresh pages of a large allocation cost nothing until they are touched, and the gaps never are.
+        self.memory = np.empty(self.slot * max(len(tensors), 1) + 64, np.uint8)
+        self.base = -(-self.memory.ctypes.data // 64) * 64
+        self.copies = {}
+        for i, (name, t) in enumerate(tensors.items()):
+            start = self.base - self.memory.ctypes.data + i * self.slot + GAP
+            length = self.spans[name] * t.element_size()
+            flat = torch.from_numpy(self.memory[start : start + length]).view(t.dtype)
+            self.copies[name] = flat.as_strided(t.shape, t.stride())
+            self.copies[name].copy_(t)
+
+    @staticmethod
+    def _span(t: Tensor) -> int:
+        if t.numel() == 0:
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+    def copy_back(self) -> None:
+        for name, t in self.tensors.items():
+            t.copy_(self.copies[name])
+
+    def locate(self, addresses: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+        """The tensor that most addresses are nearest to, their element offsets in it, which are inside."""
+        relative = addresses.astype(np.int64) - self.base
+        slots = np.clip(relative // self.slot, 0, max(len(self.names) - 1, 0))
+        slot = int(np.bincount(slots.ravel()).argmax()) if slots.size else 0
+        name = self.names[slot]
+        itemsize = self.tensors[name].element_size()
+        offsets = (relative - slot * self.slot - GAP) // itemsize
+        return name, offsets, (offsets >= 0) & (offsets < self.spans[name])
+
+    def index(self, name: str, offset: int) -> tuple[int, ...]:
+        """The index that `offset` stands for; the leading one may lie outside of the shape."""
+        strides = self.tensors[name].stride()
+        index = []
+        for stride in strides[:-1]:
+            step, offset = (offset // stride, offset % stride) if stride else (0, offset)
+            index.append(int(step))
+        return (*index, int(offset // max(strides[-1], 1))) if strides else (int(offset),)
+
+
+class _Watcher:
+    """Stands between the interpreter's builder and memory during one launch."""
+
+    def __init__(self, builder: Any, arena: _Arena, launch: Launch):
+        self.builder, self.arena, self.launch = builder, arena, launch
+
+    def program(self) -> int:
+        x, y, z = self.builder.grid_idx
+        _, ny, nz = self.launch.grid
+        return (x * ny + y) * nz + z
+
+    def _kernel_line(self) -> str:
+        """The source line of the kernel that is being executed: the nearest frame outside of Triton."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if "/triton/" not in name and name != __file__:
+                return linecache.getline(name, frame.f_lineno).strip()
+            frame = frame.f_back
+        return ""
+
+    def admit(self, kind: str, pointers: Any, mask: np.ndarray) -> np.ndarray:
+        """Note the access; return the mask without the elements that lie outside of every tensor."""
+        mask = np.broadcast_to(mask, pointers.data.shape)
+        active = pointers.data[mask]
+        if active.size == 0:
+            return mask
+        name, offsets, inside = self.arena.locate(active)
+        itemsize = self.arena.tensors[name].element_size()
+        self.launch.events.append(Access(self.program(), kind, name, offsets[inside], itemsize))
+        if inside.all():
+            return mask
+        index = self.arena.index(name, int(offsets[~inside][0]))
+        shape = self.launch.shapes[name]
+        count = int((~inside).sum())
+        self.launch.outside.append(
+            Outside(tuple(self.builder.grid_idx), kind, name, index, shape, count, self._kernel_line())
+        )
+        allowed = mask.copy()
+        allowed[mask] = inside
+        return allowed
+
+    def patches(self) -> dict[str, Any]:
+        from triton.runtime.interpreter import TensorHandle
+
+        builder = type(self.builder)
+
+        def load(pointers, mask, *rest):
+            allowed = TensorHandle(self.admit("load", pointers, mask.data), mask.dtype)
+            return builder.create_masked_load(self.builder, pointers, allowed, *rest)
+
+        def store(pointers, value, mask, *rest):
+            allowed = TensorHandle(self.admit("store", pointers, mask.data), mask.dtype)
+            return builder.create_masked_store(self.builder, pointers, value, allowed, *rest)
+
+        def atomic(operation, pointers, value, mask, *rest):
+            allowed = TensorHandle(self.admit("atomic", pointers, mask.data), mask.dtype)
+            return builder.create_atomic_rmw(self.builder, operation, pointers, value, allowed, *rest)
+
+        def dot(a, b, *rest):
+            batch = int(np.prod(a.data.shape[:-2]))
+            (m, k), n = a.data.shape[-2:], b.data.shape[-1]
+            types = (str(a.dtype.scalar), str(b.dtype.scalar))
+            self.launch.events.append(Dot(self.program(), m, k, n, batch, types))
+            return builder.create_dot(self.builder, a, b, *rest)
+
+        return {
+            "create_masked_load": load,
+            "create_masked_store": store,
+            "create_atomic_rmw": atomic,
+            "create_dot": dot,
+        }
+
+
+@contextlib.contextmanager
+def record() -> Iterator[Trace]:
+    """Record every kernel launched inside the block; see the module's first lines.
+
+    Needs the interpreter: raises RuntimeError where kernels are compiled (there, use `observe`).
+    """
+    from triton.runtime import interpreter
+
+    from dn_lib.kernels.ladder import interpreted
+
+    if not interpreted():
+        raise RuntimeError("record() needs Triton's interpreter; where kernels are compiled use observe()")
+    trace, original = Trace(), interpreter.GridExecutor.__call__
+    builder = interpreter.interpreter_builder
+
+    def launch_and_watch(self, *args, **kwargs):
+        names = inspect.getfullargspec(self.fn).args
+        bound = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
+        tensors = {n.removesuffix("_ptr"): x for n, x in bound.items() if isinstance(x, Tensor)}
+        arena = _Arena(tensors)
+        copies = {n: arena.copies[n.removesuffix("_ptr")] for n, x in bound.items() if isinstance(x, Tensor)}
+        grid = self.grid(bound) if callable(self.grid) else self.grid
+        grid = (*grid, 1, 1)[:3]
+        launch = Launch(self.fn.__name__, grid, {n: tuple(t.shape) for n, t in tensors.items()})
+        trace.launches.append(launch)
+        patches = _Watcher(builder, arena, launch).patches()
+        vars(builder).update(patches)
+        # The executor would copy whole storages, the arena's gaps included, onto themselves.
+        restore, self._restore_args_dev = self._restore_args_dev, lambda *_: None
+        try:
+            original(self, **{**bound, **copies})
+        finally:
+            self._restore_args_dev = restore
+            for name in patches:
+                vars(builder).pop(name, None)
+        arena.copy_back()
+
+    interpreter.GridExecutor.__call__ = launch_and_watch
+    try:
+        yield trace
+    finally:
+        interpreter.GridExecutor.__call__ = original
+
+
+def observe(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
+    """Call `function`, which launches kernels, under `record()`: its result and the trace.
+
+    Where kernels are compiled the call runs in a child process with the interpreter, on copies on the CPU;
+    `function` must then belong to a module that the child can import.
+    """
+    from dn_lib.kernels.ladder import interpreted
+
+    if interpreted():
+        with record() as trace:
+            return function(*args, **kwargs), trace
+    from dn_lib.teaching.kernel_check import call_in_child
+
+    return call_in_child("observe", function.__module__, function.__qualname__, args, kwargs)
+
+
+# --- Pictures -------------------------------------------------------------------------------------------
+
+
+def _plane(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor's shape as rows and columns for a picture."""
+    columns = shape[-1] if len(shape) > 1 else (shape[0] if shape else 1)
+    return (int(np.prod(shape)) if shape else 1) // max(columns, 1), columns
+
+
+def _colour(program: int) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(PROGRAM_COLOURS[program % len(PROGRAM_COLOURS)])
+
+
+def frames(launch: Launch) -> list[list[Access | Dot]]:
+    """Event n of every program, for n = 0, 1, ...: what a GPU that runs all programs in step would do."""
+    by_program: dict[int, list[Access | Dot]] = {}
+    for event in launch.events:
+        by_program.setdefault(event.program, []).append(event)
+    longest = max(map(len, by_program.values()), default=0)
+    return [[e[n] for e in by_program.values() if n < len(e)] for n in range(longest)]
+
+
+def draw_frame(fig: Any, launch: Launch, tensors: list[str], n: int) -> None:
+    """Draw step `n` of `launch` on `fig`: full colour is touched now, pale was touched before.
+
+    Each program has a colour; a cell that a program stores is marked with a dot as well.
+    """
+    steps = frames(launch)
+    axes = np.atleast_1d(
+        fig.subplots(1, len(tensors), width_ratios=[max(_plane(launch.shapes[t])[1], 8) for t in tensors])
+    )
+    for ax, name in zip(axes, tensors, strict=True):
+        rows, columns = _plane(launch.shapes[name])
+        picture = np.ones((rows * columns, 3))
+        stored = np.zeros(rows * columns, bool)
+        for step in range(n + 1):
+            strength = 1.0 if step == n else 0.25
+            for event in steps[step]:
+                if isinstance(event, Access) and event.tensor == name:
+                    picture[event.elements] = 1 - strength * (1 - np.array(_colour(event.program)))
+                    stored[event.elements] |= event.kind != "load"
+        ax.imshow(picture.reshape(rows, columns, 3), interpolation="nearest", aspect="auto")
+        r, c = np.nonzero(stored.reshape(rows, columns))
+        ax.plot(c, r, linestyle="none", marker=".", markersize=1.6, color="black")
+        ax.set_title(name, fontsize=10)
+        ax.grid(False)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(True)
+    now = steps[n]
+    dots = {f"dot [{e.m}, {e.k}] x [{e.k}, {e.n}]" for e in now if isinstance(e, Dot)}
+    moves = {f"{e.kind} {e.tensor}" for e in now if isinstance(e, Access)}
+    fig.suptitle(
+        f"{launch.kernel}, step {n + 1} of {len(steps)}: " + ", ".join(sorted(dots | moves)), fontsize=10
+    )
+
+
+def animate(launch: Launch, tensors: list[str] | None = None, *, limit: int = 24, height: float = 3.0) -> Any:
+    """An animated figure of `launch`, at most `limit` steps of it, as the last expression of a cell."""
+    from dn_lib.teaching import plotting
+
+    tensors = tensors or list(launch.shapes)
+    steps = range(min(len(frames(launch)), limit))
+    return plotting.animation(lambda fig, n: draw_frame(fig, launch, tensors, n), steps, fps=2, height=height)

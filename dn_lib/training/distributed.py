@@ -1,0 +1,121 @@
+"""Several processes: DDP or FSDP2, started by torchrun, with NCCL on GPUs and gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place: `rank` of `world`, and the device it works on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes a GPU if there is one.
+
+    Raises ValueError if a GPU is asked for that is not there.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device {name} was asked for, but torch finds {found} GPUs: use --device cpu")
+    return device
+
+
+@contextmanager
+def processes(device: str = "auto"):
+    """Join the other processes if torchrun started this one; a single process otherwise."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Processes(0, 1, resolve_device(device))
+        return
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:
+    """The module to call in the loop.  `model` keeps the parameters (as shards with "fsdp").
+
+    "ddp": every process has all parameters, gradients are averaged.  "fsdp": each process has a part of
+    every parameter and gathers a block's when the block runs.
+    """
+    if place.world == 1:
+        return model
+    if parallel == "ddp":
+        ids = [place.device.index] if place.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def gradient_sync(module: nn.Module, wanted: bool):
+    """A context for one forward and backward pass; gradients are exchanged in it only if `wanted`."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not wanted:
+        return module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(wanted)
+    return nullcontext()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter, gathered if it is sharded.  Every process has to call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assign(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor into `target`, or this process's part of it if `target` is sharded."""
+    with torch.no_grad():
+        if hasattr(target, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.to(target.device, target.dtype)
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)
+
+
+def sum_over_processes(tensor: torch.Tensor, place: Processes) -> torch.Tensor:
+    """The sum over all processes (a new tensor); the tensor itself if there is one process."""
+    if place.world == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,321 @@
+"""The mixers of chapter 6 against plain recurrences in float64, and their caches."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dn_lib import layers
+from dn_lib.delta_rule import recurrent_delta_rule
+from dn_lib.layers import (
+    Attention,
+    DeltaNet,
+    GatedLinearAttention,
+    LinearAttention,
+    Mamba,
+    RetNet,
+    ShortConvolution,
+    SwiGLU,
+    gated_linear_attention,
+    retention,
+    rotary_embedding,
+    selective_scan,
+    window_attention,
+    window_block_mask,
+)
+
+# Sums of a few hundred terms: 1e-12 leaves float64 (eps 2e-16) three digits to lose, 1e-5 float32 two.
+EXACT, SINGLE = 1e-12, 1e-5
+
+MIXERS = {
+    "delta": lambda **o: DeltaNet(24, 2, **o),
+    "delta without conv": lambda **o: DeltaNet(24, 2, conv_size=0, **o),
+    "delta, gate, beta to 2": lambda **o: DeltaNet(24, 2, output_gate=True, beta_range=2.0, **o),
+    "delta, two steps": lambda **o: DeltaNet(24, 2, steps=2, beta_range=2.0, **o),
+    "delta, l1": lambda **o: DeltaNet(24, 2, qk_norm="l1", activation="elu1", **o),
+    "delta, wide head": lambda **o: DeltaNet(24, 3, 16, **o),
+    "linear": lambda **o: LinearAttention(24, 2, **o),
+    "linear, two steps": lambda **o: LinearAttention(24, 2, steps=2, **o),
+    "retnet": lambda **o: RetNet(24, 2, **o),
+    "gla": lambda **o: GatedLinearAttention(24, 2, conv_size=4, **o),
+    "mamba": lambda **o: Mamba(24, **o),
+    "mamba without conv": lambda **o: Mamba(24, conv_size=0, **o),
+    "attention": lambda **o: Attention(24, 2, **o),
+    "window": lambda **o: Attention(24, 2, window=5, **o),
+    "window of one": lambda **o: Attention(24, 2, window=1, **o),
+}
+
+
+def relative(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+def decayed_recurrence(q, k, v, decay, state):
+    """S_t = decay_t * S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(d_k), one token at a time."""
+    outputs = []
+    for t in range(q.shape[-2]):
+        state = decay[..., t, :, None] * state + k[..., t, :, None] * v[..., t, None, :]
+        outputs.append((q[..., t, None, :] @ state)[..., 0, :] / math.sqrt(q.shape[-1]))
+    return torch.stack(outputs, -2), state
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 150])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT), (torch.float32, SINGLE)])
+def test_decayed_forms_equal_the_recurrence(length, dtype, tolerance):
+    torch.manual_seed(length)
+    q, k, v, state = (
+        torch.randn(2, 3, *s, dtype=torch.float64) for s in [(length, 6)] * 2 + [(length, 5), (6, 5)]
+    )
+    per_channel = torch.rand(2, 3, length, 6, dtype=torch.float64)
+    per_token = torch.rand(2, 3, length, 1, dtype=torch.float64)
+    for function, decay in ((gated_linear_attention, per_channel), (retention, per_token)):
+        log_decay = decay.log() if decay.shape[-1] > 1 else decay.log().squeeze(-1)
+        o, last = function(*(t.to(dtype) for t in (q, k, v, log_decay)), initial_state=state.to(dtype))
+        reference, final = decayed_recurrence(q, k, v, decay, state)
+        assert o.dtype == dtype and relative(o, reference) < tolerance
+        assert relative(last, final) < tolerance
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -1e-4, -30.0, -1e4])
+def test_extreme_decays_stay_finite_and_right_in_float32(log_decay):
+    """exp(-b) of the textbook factoring overflows float32 as soon as a chunk's decay falls below e^-88."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 100, 4, dtype=torch.float64) for _ in range(3))
+    decays = torch.full((1, 1, 100, 4), log_decay, dtype=torch.float64)
+    reference, _ = decayed_recurrence(q, k, v, decays.exp(), torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+    narrow = [t.float().requires_grad_() for t in (q, k, v, decays)]
+    for function, last in ((gated_linear_attention, narrow[3]), (retention, narrow[3][..., 0])):
+        o, _ = function(*narrow[:3], last)
+        assert relative(o.detach(), reference) < SINGLE
+        grads = torch.autograd.grad(o.square().sum(), narrow)
+        assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 70])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT), (torch.float32, SINGLE)])
+def test_selective_scan_equals_the_recurrence(length, dtype, tolerance):
+    torch.manual_seed(length)
+    x, B, C = (torch.randn(2, length, n, dtype=torch.float64) for n in (5, 3, 3))
+    delta, A = torch.rand(2, length, 5, dtype=torch.float64) * 3, -5 * torch.rand(5, 3, dtype=torch.float64)
+    first = state = torch.randn(2, 5, 3, dtype=torch.float64)
+    outputs = []
+    for t in range(length):
+        state = (delta[:, t, :, None] * A).exp() * state + (delta * x)[:, t, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    y, last = selective_scan(*(t.to(dtype) for t in (x, delta, A, B, C)), initial_state=first.to(dtype))
+    assert relative(y, torch.stack(outputs, 1)) < tolerance and relative(last, state) < tolerance
+
+
+def test_selective_scan_gradient_through_recomputation():
+    torch.manual_seed(0)
+    x, delta, B, C = (torch.randn(1, 5, n, dtype=torch.float64) for n in (2, 2, 3, 3))
+    inputs = [x, delta.exp(), -torch.rand(2, 3, dtype=torch.float64), B, C]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, chunk_size=2), inputs)
+
+
+@pytest.mark.parametrize("function, channels", [(gated_linear_attention, 3), (retention, None)])
+def test_decayed_gradients(function, channels):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shape = (1, 5) if channels is None else (1, 5, channels)
+    log_decay = torch.rand(shape, dtype=torch.float64).log().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: function(*t, chunk_size=2), (q, k, v, log_decay))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_pieces_equal_the_whole(name):
+    """Split anywhere, the first piece shorter than the convolution too, then one token at a time."""
+    torch.manual_seed(1)
+    layer, x = MIXERS[name](), torch.randn(2, 21, 24)
+    with torch.no_grad():
+        whole = layer(x)
+        assert whole.shape == x.shape
+        for cuts in ([1], [2, 3], [7], [20], [0, 5, 6, 13], list(range(1, 21))):
+            cache, edges = {}, [0, *cuts, 21]
+            pieces = [layer(x[:, a:b], cache) for a, b in itertools.pairwise(edges)]
+            assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-4), cuts
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_no_layer_looks_ahead(name):
+    torch.manual_seed(2)
+    layer, x = MIXERS[name]().double(), torch.randn(1, 20, 24, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 12] += 1
+    a, b = layer(x), layer(changed)
+    assert torch.allclose(a[:, :12], b[:, :12], atol=1e-12)
+    assert (a[:, 12] - b[:, 12]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_parameter_has_a_gradient(name):
+    torch.manual_seed(3)
+    layer = MIXERS[name]()
+    layer(torch.randn(2, 20, 24)).square().sum().backward()
+    for parameter_name, parameter in layer.named_parameters():
+        if name == "window of one" and parameter_name.startswith(("query", "key")):
+            continue  # one key: its weight is 1 whatever q and k are
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_autocast_keeps_the_state_in_float32(name):
+    torch.manual_seed(4)
+    layer, x, cache = MIXERS[name](), torch.randn(1, 9, 24), {}
+    reference = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, cache)
+        layer(x[:, :1], cache)
+    assert cache.get("state", torch.zeros(1)).dtype == torch.float32
+    assert relative(y.float(), reference) < 0.05  # a dozen roundings of 2^-9 each, some of them amplified
+
+
+def test_deltanet_layer_is_what_the_chapter_writes():
+    """Convolution, SiLU, L2 norm, beta, recurrence, norm per head: written out for one example."""
+    torch.manual_seed(5)
+    layer, x = DeltaNet(12, 2, beta_range=2.0).double(), torch.randn(1, 9, 12, dtype=torch.float64)
+
+    def convolved(name):
+        y = F.pad(getattr(layer, name)(x).mT, (3, 0))
+        return F.silu(F.conv1d(y, getattr(layer, f"{name}_conv").weight, groups=12)).mT
+
+    q, k, v = (convolved(n).view(1, 9, 2, 6).transpose(1, 2) for n in ("query", "key", "value"))
+    q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+    beta = 2 * layer.beta(x).sigmoid().mT
+    o, _ = recurrent_delta_rule(q, k, v, beta)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    # The operator may guard the norm of q and k in another way than by 1e-6 under the root: hence 1e-3.
+    assert relative(layer(x), layer.output(o.transpose(1, 2).flatten(-2))) < 1e-3
+
+
+def test_delta_steps_are_steps_of_the_operator():
+    """With 2 steps a token, output t is what a plain recurrence over 2L steps has after step 2t + 1."""
+    torch.manual_seed(6)
+    layer, x = DeltaNet(8, 1, steps=2, conv_size=0, qk_norm="l1").double(), torch.randn(1, 5, 8).double()
+    q = layers.l1_norm(F.silu(layer.query(x)))
+    k = layers.l1_norm(F.silu(layer.key(x)).view(1, 10, 8))
+    v, beta = F.silu(layer.value(x)).view(1, 10, 8), layer.beta(x).sigmoid().view(1, 10)
+    zeros = torch.zeros_like(q)
+    o, _ = recurrent_delta_rule(torch.stack([zeros, q], 2).view(1, 10, 8), k, v, beta)
+    assert relative(layer(x), layer.output(layer.norm(o[:, 1::2]))) < EXACT
+
+
+@pytest.mark.parametrize("activation", layers.ACTIVATIONS)
+@pytest.mark.parametrize("qk_norm", layers.QK_NORMS)
+def test_ablation_options_run(activation, qk_norm):
+    torch.manual_seed(7)
+    layer = DeltaNet(16, 2, activation=activation, qk_norm=qk_norm)
+    x, cache = 0.1 * torch.randn(1, 12, 16), {}
+    with torch.no_grad():
+        pieces = torch.cat(
+            [layer(x[:, :5], cache), *(layer(x[:, t : t + 1], cache) for t in range(5, 12))], 1
+        )
+        assert torch.allclose(pieces, layer(x), atol=1e-4)
+
+
+def masked_softmax(q, k, v, window):
+    length = q.shape[-2]
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill((j > i) | (j <= i - window), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("length, window", [(1, 1), (7, 1), (7, 3), (8, 4), (30, 7), (30, 29), (30, 64)])
+def test_window_attention_equals_a_masked_softmax(length, window):
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64) for _ in range(3))
+    reference = masked_softmax(q, k, v, window)
+    assert relative(window_attention(q, k, v, window), reference) < EXACT
+    last = (length + 1) // 2
+    assert relative(window_attention(q[:, :, -last:], k, v, window), reference[:, :, -last:]) < EXACT
+
+
+@pytest.mark.parametrize(
+    "length, window", [(128, 128), (300, 1), (300, 128), (513, 129), (640, 200), (64, 5)]
+)
+def test_block_mask_covers_the_window_and_no_block_more(length, window):
+    """What FlexAttention is told to visit, against the mask written out."""
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    mask = (j <= i) & (j > i - window)
+    pad = -length % 128
+    blocks = F.pad(mask, (0, pad, 0, pad)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
+    made = window_block_mask(length, window, "cpu")
+    assert torch.equal(made.to_dense()[0, 0].bool(), blocks)
+    assert torch.equal(made.mask_mod(0, 0, i, j), mask)
+
+
+def test_flex_attention_agrees_on_the_cpu():
+    """The call that a GPU makes, in FlexAttention's own reference form."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(8)
+    q, k, v = (torch.randn(1, 2, 300, 16) for _ in range(3))
+    with pytest.warns(UserWarning):  # torch: uncompiled flex_attention is slow
+        o = flex_attention(q, k, v, block_mask=window_block_mask(300, 40, "cpu"))
+    assert relative(o, window_attention(q, k, v, 40)) < SINGLE
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    torch.manual_seed(9)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def score(i, j):
+        return (rotary_embedding(q, i) * rotary_embedding(k, j)).sum()
+
+    assert torch.allclose(score(5, 3), score(1005, 1003)) and not torch.allclose(score(5, 3), score(5, 4))
+    assert torch.allclose(rotary_embedding(q, 0), q)
+
+
+def test_short_convolution_equals_torch_and_its_cache_handles_short_pieces():
+    torch.manual_seed(10)
+    conv, x = ShortConvolution(6, 4, bias=True), torch.randn(2, 10, 6)
+    torch.nn.init.normal_(conv.bias)
+    reference = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight, conv.bias, groups=6).mT
+    assert relative(conv(x), reference) < SINGLE
+    cache = {}
+    pieces = [conv(x[:, a:b], cache) for a, b in ((0, 1), (1, 3), (3, 10))]
+    assert torch.equal(torch.cat(pieces, 1), conv(x))
+    assert torch.equal(cache["conv"], x[:, -3:])
+
+
+def test_swiglu():
+    torch.manual_seed(11)
+    layer, x = SwiGLU(4, 6), torch.randn(3, 4)
+    gate, up = x @ layer.gate.weight.T, x @ layer.up.weight.T
+    assert torch.allclose(layer(x), (gate * torch.sigmoid(gate) * up) @ layer.output.weight.T, atol=1e-6)
+
+
+def test_caches_grow_as_they_should():
+    """A recurrent state stays; a window stops at w - 1 tokens; full attention holds every token."""
+    x = torch.randn(1, 300, 24)
+    delta, window, full = {}, {}, {}
+    for part in (x[:, :100], x[:, 100:]):
+        DeltaNet(24, 2)(part, delta)
+        Attention(24, 2, window=50)(part, window)
+        Attention(24, 2)(part, full)
+    assert delta["state"].shape == (1, 2, 12, 12)
+    assert window["k"].shape == (1, 2, 49, 12)
+    assert full["k"].shape[2] >= 300 and full["position"] == 300
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: DeltaNet(10, 3), "heads must divide width, got heads = 3 and width = 10"),
+        (lambda: Attention(10, 3), "heads must divide width"),
+        (lambda: Attention(6, 2), "head_dim must be even"),
+        (lambda: GatedLinearAttention(6, 2), "head_dim must be even"),
+        (lambda: DeltaNet(8, 2, activation="gelu"), "activation must be one of silu, relu, elu1, identity"),
+        (lambda: DeltaNet(8, 2, qk_norm="max"), "qk_norm must be one of l2, l1, none"),
+        (lambda: DeltaNet(8, 2, beta_range=3.0), r"beta_range must be in \(0, 2\], got 3.0"),
+        (lambda: Attention(8, 2, window=0), "window must be at least 1, got 0"),
+        (lambda: ShortConvolution(4, 0), "size must be at least 1, got 0"),
+        (lambda: DeltaNet(8, 0), "heads must be at least 1, got 0"),
+    ],
+)
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
