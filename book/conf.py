@@ -1,9 +1,15 @@
 """Sphinx configuration of the book's site; `make book` builds it."""
 
+import sys
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx_exercise.nodes import exercise_enumerable_node, exercise_subtitle
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.lowering import exercise_title
 
 project = "DeltaNet, step by step"
 author = ""
@@ -25,7 +31,7 @@ nb_execution_timeout = 900
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # no widgets, and nothing to load from elsewhere
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 # Everything is numbered within its chapter: equation (2.3), figure 2.1, exercise 2.4.
 numfig = True
 numfig_secnum_depth = 1
@@ -61,20 +67,19 @@ def fold_hints(app, doctree):
             admonition["collapsible"] = "closed"
 
 
-def link_solutions(app, doctree):
-    """Below every exercise, a link to the page with its solution."""
-    name = app.env.docname
-    solutions = f"solutions/{name}"
-    if solutions not in app.env.found_docs:
-        return
-    for exercise in doctree.findall(lambda node: node.tagname == "exercise_enumerable_node"):
-        link = pending_xref(
-            "", nodes.inline("", "Solution"), refdomain="std", reftype="doc", reftarget=f"/{solutions}",
-            refdoc=name, refexplicit=True, refwarn=True,
-        )  # fmt: skip
-        exercise += nodes.paragraph("", "", link, classes=["solution-link"])
+def complete_exercises(app, doctree):
+    """Stars and minutes in one form in every title, and below each exercise a link to its solution's page."""
+    solutions = f"solutions/{app.env.docname}"
+    for exercise in doctree.findall(exercise_enumerable_node):
+        (subtitle,) = exercise.findall(exercise_subtitle)
+        title, stars, minutes = exercise_title(subtitle.astext())
+        subtitle.children = [nodes.Text(f"{title}, {'★' * stars}, {minutes} minutes")]
+        if solutions in app.env.found_docs:
+            options = {"refdomain": "std", "reftype": "doc", "refdoc": app.env.docname, "refexplicit": True}
+            link = pending_xref("", nodes.inline("", "Solution"), reftarget=f"/{solutions}", refwarn=True, **options)
+            exercise += nodes.paragraph("", "", link, classes=["solution-link"])
 
 
 def setup(app):
     app.connect("doctree-read", fold_hints)
-    app.connect("doctree-read", link_solutions)
+    app.connect("doctree-read", complete_exercises)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import FlopCounterMode
 
 from dn_lib.householder import scaled_inverse, ut_transform
 from dn_lib.linear_attention import (
@@ -233,6 +232,8 @@ def multiply_adds(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     >>> multiply_adds(torch.matmul, torch.ones(2, 3), torch.ones(3, 5))
     30
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it takes half a second to import
+
     mapping = {torch.ops.aten.linalg_solve_triangular: _triangular_solve_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         fn(*args, **kwargs)
@@ -289,14 +290,14 @@ def chunk_backward(
     """
     N, b = scaled_inverse(k, beta, method="solve"), beta[..., None]
     pseudo = b * errors
-    P, F_ = (q @ k.mT).tril(), (do @ pseudo.mT).tril()
+    P, dP = (q @ k.mT).tril(), (do @ pseudo.mT).tril()
     dpseudo = P.mT @ do + k @ dstate  # eq-backward-pseudo
-    Z = dpseudo + N.mT @ (b * dpseudo)  # eq-backward-t: Z, dR, dbeta, G
+    Z = dpseudo + N.mT @ (b * dpseudo)  # eq-backward-t: Z, dR, dbeta, dB
     dR = b * Z
     dbeta = (Z * errors).sum(-1)
-    G = -(dR @ pseudo.mT).tril(-1)
-    dq = do @ state.mT + F_ @ k  # eq-backward-inputs
-    dk = F_.mT @ q + pseudo @ dstate.mT - dR @ state.mT + (G + G.mT) @ k
+    dB = -(dR @ pseudo.mT).tril(-1)
+    dq = do @ state.mT + dP @ k  # eq-backward-inputs
+    dk = dP.mT @ q + pseudo @ dstate.mT - dR @ state.mT + (dB + dB.mT) @ k
     return dq, dk, dR, dbeta, dstate + q.mT @ do - k.mT @ dR  # eq-backward-state
 
 

@@ -93,9 +93,7 @@ class Cost:
         return self.flops / self.bytes
 
 
-def _cost(
-    shape: Shape, name: str, reads: str, writes: str, flops: int, again: str = "", steps: int = 1
-) -> Cost:
+def _cost(shape: Shape, name: str, reads: str, writes: str, flops: int, again: str = "", steps: int = 1) -> Cost:
     """A `Cost` from names of tensors; those in `again` are read by every block of values."""
     return Cost(
         name,
@@ -108,7 +106,7 @@ def _cost(
 
 
 def roofline_time(costs: Iterable[Cost], bandwidth: float, flop_rate: float) -> float:
-    """Seconds that `costs` take one after the other (eq-kernel-roofline), at `bandwidth` bytes and `flop_rate`
+    """Seconds that `costs` take one after the other (eq-roofline), at `bandwidth` bytes and `flop_rate`
     operations a second.
 
     >>> roofline_time([Cost("copy", {"x": 1000}, {"y": 1000}, flops=0)], bandwidth=1e3, flop_rate=1e3)
@@ -139,6 +137,12 @@ def compulsory(shape: Shape, *, backward: bool = False) -> tuple[Cost, ...]:
     return forward, Cost("compulsory backward", reads, gradients, 0)
 
 
+def softmax_attention(shape: Shape) -> tuple[Cost, ...]:
+    """Causal attention in one kernel that keeps its scores on chip and skips the blocks above the diagonal."""
+    work = shape.B * shape.H * shape.L * (shape.L + shape.C) * (shape.d_k + shape.d_v)
+    return (_cost(shape, "softmax attention", "q k v", "o", work),)
+
+
 # --- Linear attention -----------------------------------------------------------------------------------
 
 
@@ -150,7 +154,7 @@ def recurrent_linear_attention(shape: Shape) -> tuple[Cost, ...]:
 
 
 def linear_attention(shape: Shape) -> tuple[Cost, ...]:
-    """The chunk kernel of `dn_lib.kernels.ladder` (eq-kernel-linear-flops)."""
+    """The chunk kernel of `dn_lib.kernels.ladder` (eq-triton-linear-flops)."""
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     flops = t * (2 * C * d_k * shape.value_blocks + 2 * C * d_v + 4 * d_k * d_v)
     return (_cost(shape, "chunk kernel", "q k v", "o final", flops, again="q k", steps=shape.chunks),)
@@ -160,16 +164,23 @@ def linear_attention(shape: Shape) -> tuple[Cost, ...]:
 
 
 def inverse_flops(C: int, method: str) -> int:
-    """FLOPs in the dots of one C x C inverse of `dn_lib.kernels.ladder.INVERSES`.
+    """FLOPs in the dots of one C x C inverse (eq-inverse-flops): a method of
+    `dn_lib.kernels.ladder.INVERSES`, or "scaled", the operator's own N.
 
-    "substitution" takes none: its C - 1 dependent steps are sums.  Raises KeyError for another method.
+    "substitution" takes none: its C - 1 dependent steps are sums.  "scaled" joins blocks up to 16 as C / 16
+    small matrices and wider ones in the full square.  Raises KeyError for another method.
 
-    >>> inverse_flops(16, "merging"), inverse_flops(16, "doubling")
-    (65536, 49152)
+    >>> [inverse_flops(64, method) // 64**3 for method in ("doubling", "merging", "scaled")]
+    [20, 24, 8]
     """
     levels = int(log2(C))
-    dots = {"substitution": 0, "doubling": 2 * (levels - 1), "merging": 2 * levels}[method]
-    return dots * 2 * C**3
+    small = 3 * 2 * 2 * (C // 16) * 16**3
+    return {
+        "substitution": 0,
+        "doubling": 2 * (levels - 1) * 2 * C**3,
+        "merging": 2 * levels * 2 * C**3,
+        "scaled": small + 2 * max(levels - 4, 0) * 2 * C**3,
+    }[method]
 
 
 def recurrent_delta_rule(shape: Shape) -> tuple[Cost, ...]:
@@ -179,7 +190,7 @@ def recurrent_delta_rule(shape: Shape) -> tuple[Cost, ...]:
 
 
 def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
-    """The four kernels of `dn_lib.kernels.ladder.delta_rule_in_steps` (eq-kernel-steps)."""
+    """The four kernels of `dn_lib.kernels.ladder.delta_rule_in_steps` (eq-steps-bytes)."""
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     inverse = shape.heads * shape.chunks * inverse_flops(C, method)
     return (
@@ -190,8 +201,8 @@ def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost,
     )
 
 
-def two_kernels(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
-    """One kernel writes N, the second walks the chunks and writes the output (eq-kernel-two-kernels)."""
+def two_kernels(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
+    """One kernel writes N, the second walks the chunks and writes the output (eq-walk-bytes)."""
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     inverse = shape.heads * shape.chunks * inverse_flops(C, method)
     walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
@@ -201,7 +212,7 @@ def two_kernels(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
     )
 
 
-def fused(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
+def fused(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
     """One kernel that keeps N on chip too; every block of values forms N anew."""
     first, second = two_kernels(shape, method=method)
     flops = first.flops * shape.value_blocks + second.flops

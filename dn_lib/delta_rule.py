@@ -19,9 +19,7 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> N
         raise ValueError(f"{name} must be [{expected}] {reason}, got {list(tensor.shape)}")
 
 
-def _check(
-    time: bool, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: Tensor | None
-) -> None:
+def _check(time: bool, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: Tensor | None) -> None:
     """Check shapes with (`time`) or without a dimension of length L before the features."""
     rank = 2 if time else 1
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -38,9 +36,7 @@ def _check(
         name = "initial_state" if time else "state"
         _expect(name, state, (k.shape[-1], v.shape[-1]), "to match k and v")
         leading.append(state.shape[:-2])
-    for name, shape in zip(
-        ["q", "k", "v", *gates, "initial_state" if time else "state"], leading, strict=False
-    ):
+    for name, shape in zip(["q", "k", "v", *gates, "initial_state" if time else "state"], leading, strict=False):
         try:
             torch.broadcast_shapes(leading[1], shape)
         except RuntimeError:

@@ -179,9 +179,7 @@ def _ut_substitution(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
 def _ut_solve(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
     A = beta[..., None] * L
     identity_plus_A = A + _eye(L.shape[-1], L)
-    return torch.linalg.solve_triangular(
-        identity_plus_A, torch.diag_embed(beta), upper=False, unitriangular=True
-    )
+    return torch.linalg.solve_triangular(identity_plus_A, torch.diag_embed(beta), upper=False, unitriangular=True)
 
 
 def _ut_blocked(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
@@ -210,9 +208,7 @@ UT_METHODS = {
 # ---- The part of T that never grows ----------------------------------------------------------------------
 
 
-def scaled_inverse(
-    k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: MatMul = torch.matmul
-) -> Tensor:
+def scaled_inverse(k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: MatMul = torch.matmul) -> Tensor:
     """N, strictly lower triangular, with T = D + D N D where D = diag(beta); |N| <= 1 for unit keys.
 
     k: `[..., L, d]`.  beta: `[..., L]`, zeros allowed.  Returns `[..., L, L]`.

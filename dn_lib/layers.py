@@ -27,10 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from dn_lib.linear_attention import (
     chunkwise_linear_attention,
     initial_state_or_zeros,
-    recurrent_linear_attention,
     working_dtype,
 )
-from dn_lib.ops import delta_rule
+from dn_lib.ops import delta_rule, l2_normalise
 
 RMSNorm = nn.RMSNorm
 
@@ -50,8 +49,7 @@ def l1_norm(x: Tensor) -> Tensor:
 
 def l2_norm(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6) along the last dimension, computed in float32 at least."""
-    wide = x.to(working_dtype(x))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return l2_normalise(x).to(x.dtype)
 
 
 QK_NORMS = {"l2": l2_norm, "l1": l1_norm, "none": lambda x: x}
@@ -173,12 +171,13 @@ def _to_chunks(x: Tensor, chunk: int) -> Tensor:
 def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """S_{n+1} = decay_n * S_n + update_n over chunks: the state before each, and the last.
 
-    decay `[..., n, d_k or 1, 1]`, update `[..., n, d_k, d_v]`, state `[..., d_k, d_v]`.
+    update `[..., n, d_k, d_v]`, decay the same or with ones, state `[..., d_k, d_v]`. (`unbind`, because the
+    gradient of each indexing would be a tensor of zeros of the full size.)
     """
     before = []
-    for n in range(update.shape[-3]):
+    for decay_n, update_n in zip(decay.unbind(-3), update.unbind(-3), strict=True):
         before.append(state)
-        state = decay[..., n, :, :] * state + update[..., n, :, :]
+        state = decay_n * state + update_n
     return torch.stack(before, dim=-3), state
 
 
@@ -268,29 +267,31 @@ def gated_linear_attention(
     return _in_chunks(q, k, v, log_decay, _scores_per_channel, **options)
 
 
-def _scan_chunk(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor):
-    """One chunk of `selective_scan` by doubling: after each pass, row t composes its last 2 span steps."""
-    a = (delta.unsqueeze(-1) * A).exp()  # [B, C, channels, N], each in (0, 1]
+def _scan_segment(x, delta, A, B, C, state, chunk: int) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of a stretch: all its chunks step by step at once, then from chunk to chunk."""
+    length = x.shape[1]
+    x, delta, B, C = (_to_chunks(t, min(chunk, length)) for t in (x, delta, B, C))
+    a = (delta.unsqueeze(-1) * A).exp()  # [batch, n, chunk, channels, N], each in (0, 1]
     b = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
-    span = 1
-    while span < x.shape[1]:
-        a_before = F.pad(a[:, :-span], (0, 0, 0, 0, span, 0), value=1.0)
-        b_before = F.pad(b[:, :-span], (0, 0, 0, 0, span, 0))
-        a, b = a * a_before, a * b_before + b
-        span *= 2
-    states = a * state.unsqueeze(1) + b
-    return (states * C.unsqueeze(-2)).sum(-1), states[:, -1]
+    inside = []  # h as if every chunk began at zero
+    for a_t, b_t in zip(a.unbind(2), b.unbind(2), strict=True):
+        inside.append(a_t * inside[-1] + b_t if inside else b_t)
+    decay = (delta.cumsum(2).unsqueeze(-1) * A).exp()  # from the chunk's start
+    before, state = _states_before_chunks(decay[:, :, -1], inside[-1], state)
+    h = torch.stack(inside, dim=2) + decay * before.unsqueeze(2)
+    return (h * C.unsqueeze(-2)).sum(-1).flatten(1, 2)[:, :length], state
 
 
 @without_autocast
 def selective_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state=None, chunk_size: int = 32
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state=None, chunk_size=32
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T, y_t = h_t C_t: N states for each of D channels.
 
     x, delta `[B, L, D]` with delta >= 0; A `[D, N]` negative; B, C `[B, L, N]` -> y `[B, L, D]` in x's dtype
-    and the last state `[B, D, N]`, float32 at least. Where gradients are needed only the states between
-    chunks are kept, and a chunk's own are computed again. Source: Mamba, Gu and Dao 2024.
+    and the last state `[B, D, N]`, float32 at least. The states h of all tokens are N times as large as x, so
+    we go by stretches of 32 chunks, and where gradients are needed keep only the state between stretches and
+    compute the rest again. Source: Mamba, Gu and Dao 2024.
 
         >>> x, B, C = torch.randn(1, 9, 3), torch.randn(1, 9, 2), torch.randn(1, 9, 2)
         >>> y, state = selective_scan(x, x.exp(), -torch.rand(3, 2), B, C)
@@ -300,17 +301,18 @@ def selective_scan(
     dtype = working_dtype(x, delta, A, B, C)
     wide = [t.to(dtype) for t in (x, delta, B, C)]
     A = A.to(dtype)
-    state = (
-        x.new_zeros(x.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    )
+    zeros = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
+    state = zeros if initial_state is None else initial_state.to(dtype)
     outputs = [wide[0][:, :0]]
-    for start in range(0, x.shape[1], chunk_size):
-        x_c, delta_c, B_c, C_c = (t[:, start : start + chunk_size] for t in wide)
-        arguments = (x_c, delta_c, A, B_c, C_c, state)
+    for stretch in zip(*(t.split(32 * chunk_size, dim=1) for t in wide), strict=True):
+        if stretch[0].shape[1] == 0:
+            continue
+        x_s, delta_s, B_s, C_s = stretch
+        arguments = (x_s, delta_s, A, B_s, C_s, state, chunk_size)
         if torch.is_grad_enabled():
-            y, state = checkpoint(_scan_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            y, state = checkpoint(_scan_segment, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = _scan_chunk(*arguments)
+            y, state = _scan_segment(*arguments)
         outputs.append(y)
     return torch.cat(outputs, dim=1).to(x.dtype), state
 
@@ -402,16 +404,15 @@ class LinearAttention(_RecurrentMixer):
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         q, k, v = self._query_key_value(x, cache)
         q, k = QK_NORMS[self.qk_norm](q), QK_NORMS[self.qk_norm](k)
-        o, state = _linear_attention(q, k, v, _read_state(cache), one_token=x.shape[1] == 1)
+        o, state = _linear_attention(q, k, v, _read_state(cache))
         _keep_state(cache, state)
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
 
 @without_autocast
-def _linear_attention(q, k, v, state: Tensor | None, one_token: bool) -> tuple[Tensor, Tensor]:
-    """`[B, L, H, d]` through chapter 1's functions: step by step for one token, else chunk by chunk."""
-    form = recurrent_linear_attention if one_token else chunkwise_linear_attention
-    o, state = form(*(t.transpose(1, 2) for t in (q, k, v)), initial_state=state)
+def _linear_attention(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`[B, L, H, d]` through chapter 1's function; a chunk of one token is one step of the recurrence."""
+    o, state = chunkwise_linear_attention(*(t.transpose(1, 2) for t in (q, k, v)), initial_state=state)
     return o.transpose(1, 2), state
 
 
@@ -431,9 +432,7 @@ class DeltaNet(LinearAttention):
         torch.Size([1, 5, 32])
     """
 
-    def __init__(
-        self, width: int, heads: int, head_dim: int | None = None, *, beta_range: float = 1.0, **options
-    ):
+    def __init__(self, width: int, heads: int, head_dim: int | None = None, *, beta_range: float = 1.0, **options):
         super().__init__(width, heads, head_dim, **options)
         if not 0 < beta_range <= 2:
             raise ValueError(f"beta_range must be in (0, 2], got {beta_range}")
@@ -442,13 +441,13 @@ class DeltaNet(LinearAttention):
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         q, k, v = self._query_key_value(x, cache)
-        beta = self.beta_range * self._split_steps(self.beta(x)).squeeze(-1).sigmoid()
+        beta = self._split_steps(self.beta(x)).squeeze(-1)
+        beta = self.beta_range * beta.to(working_dtype(beta)).sigmoid()
         if self.qk_norm == "l1":
             q, k = l1_norm(q), l1_norm(k)
         options = {"initial_state": _read_state(cache), "output_final_state": cache is not None}
-        # Chapter 2's step is all that one token needs; it also normalises q and k as the whole sequence was.
-        options["backend"] = "recurrent" if cache is not None and x.shape[1] == 1 else "auto"
-        o, state = _delta_rule(q, k, v, beta.to(v.dtype), qk_l2norm=self.qk_norm == "l2", **options)
+        # For a single token the operator takes one step of the recurrence, whatever the backend.
+        o, state = _delta_rule(q, k, v, beta, qk_l2norm=self.qk_norm == "l2", **options)
         _keep_state(cache, state)
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
@@ -480,9 +479,7 @@ class RetNet(_RecurrentMixer):
         norm_eps: float = 1e-5,
     ):
         head_dim = _even(_head_dim(width, heads, head_dim))
-        super().__init__(
-            width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
-        )
+        super().__init__(width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps)
         self.rope_base = rope_base
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
@@ -647,9 +644,7 @@ def _window_attention_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tens
 
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=window_block_mask(q.shape[2], window, q.device))
-    return _compiled_flex_attention()(
-        q, k, v, block_mask=_cached_block_mask(q.shape[2], window, str(q.device))
-    )
+    return _compiled_flex_attention()(q, k, v, block_mask=_cached_block_mask(q.shape[2], window, str(q.device)))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

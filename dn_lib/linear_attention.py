@@ -37,9 +37,7 @@ def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...],
     ValueError: beta must be [..., L] = [2, 3] to match q, got [3, 2]
     """
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}")
 
 
 def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
@@ -197,9 +195,7 @@ def recurrent_linear_attention(
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
     outputs = []
     for t in range(q.shape[-2]):
-        o, state = linear_attention_step(
-            queries[..., t, :], keys[..., t, :], values[..., t, :], state, scale=scale
-        )
+        o, state = linear_attention_step(queries[..., t, :], keys[..., t, :], values[..., t, :], state, scale=scale)
         outputs.append(o)
     o = torch.stack(outputs, dim=-2) if outputs else values
     return o.to(v.dtype), state

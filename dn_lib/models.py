@@ -141,9 +141,7 @@ class ModelConfig:
                 )
         least = {"none": 1, "window": 2, "global": 4}[self.hybrid]
         if self.pattern is None and self.layers < least:
-            raise ValueError(
-                f"layers must be at least {least} with hybrid={self.hybrid!r}, got {self.layers}"
-            )
+            raise ValueError(f"layers must be at least {least} with hybrid={self.hybrid!r}, got {self.layers}")
 
     def _check_heads(self) -> None:
         used = set(self.mixers())
@@ -292,6 +290,8 @@ class LanguageModel(nn.Module):
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """`[B, L]` -> what the head reads, `[B, L, width]`; `cache` is updated in place."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be [B, L], got shape {tuple(tokens.shape)}")
         if cache is not None and tokens.shape[0] != cache.batch_size:
             raise ValueError(
                 f"tokens must have the cache's batch size {cache.batch_size}, got shape {tuple(tokens.shape)}"
@@ -369,6 +369,9 @@ def generate(
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be [B, L] with L at least 1, got shape {tuple(prompt.shape)}")
+    if not 0 <= prompt.min() <= prompt.max() < model.config.vocab_size:
+        low, high, size = prompt.min().item(), prompt.max().item(), model.config.vocab_size
+        raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {low} to {high}")
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -471,9 +474,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
         model = LanguageModel(ModelConfig.from_dict(values))
     missing, extra = _difference(model.state_dict(), weights)
     if missing or extra:
-        raise ValueError(
-            f"{WEIGHTS} in {folder} does not fit {CONFIG}: missing {missing}, not wanted {extra}"
-        )
+        raise ValueError(f"{WEIGHTS} in {folder} does not fit {CONFIG}: missing {missing}, not wanted {extra}")
     model.load_state_dict(weights, assign=True)
     return model.to(device or "cpu")
 

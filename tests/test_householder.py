@@ -61,7 +61,7 @@ def test_householder_matrix_keeps_precision_with_a_plain_number():
     assert hh.householder_matrix(torch.randn(3).half(), 0.5).dtype == torch.float32
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**shapes)
 def test_product_by_three_roads(length, d, seed):
     k, _, beta = problem(length, d, seed=seed)
@@ -78,7 +78,7 @@ def test_product_has_the_newest_factor_on_the_left():
     assert error(hh.householder_product(k, beta), first @ second) > 1e-3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**shapes)
 def test_pseudo_values_rebuild_the_recurrent_state(length, d, seed):
     k, v, beta = problem(length, d, seed=seed)
@@ -95,7 +95,7 @@ def test_pseudo_values_rebuild_the_recurrent_state(length, d, seed):
 # ---- T and N ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**shapes)
 def test_all_methods_agree_in_float64(length, d, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +150,7 @@ def test_the_merge_survives_half_precision_operands(cosine, strength):
         assert error(N, reference) < 20 * 2**-11, method
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     length=st.integers(1, 32), d=st.integers(2, 16), seed=st.integers(0, 10**6), cosine=st.floats(0, 1),
     strength=st.floats(0, 2),
@@ -235,15 +235,11 @@ BAD = {
     "v must be [..., L, d_v] = [2, 5, d_v] to match k, got [2, 4, 4]": lambda: hh.pseudo_values(
         K, torch.zeros(2, 4, 4), BETA
     ),
-    "state must be [..., 4, d_v] to match k, got [3, 4]": lambda: hh.apply_householder(
-        K, BETA, torch.zeros(3, 4)
-    ),
+    "state must be [..., 4, d_v] to match k, got [3, 4]": lambda: hh.apply_householder(K, BETA, torch.zeros(3, 4)),
     "method must be one of 'substitution', 'solve', 'blocked', 'doubling', got 'lu'": lambda: hh.ut_transform(
         K, BETA, method="lu"
     ),
-    "method must be one of 'blocked', 'masked', 'solve', got 'lu'": lambda: hh.scaled_inverse(
-        K, BETA, method="lu"
-    ),
+    "method must be one of 'blocked', 'masked', 'solve', got 'lu'": lambda: hh.scaled_inverse(K, BETA, method="lu"),
 }
 
 

@@ -65,9 +65,7 @@ def decayed_recurrence(q, k, v, decay, state):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT), (torch.float32, SINGLE)])
 def test_decayed_forms_equal_the_recurrence(length, dtype, tolerance):
     torch.manual_seed(length)
-    q, k, v, state = (
-        torch.randn(2, 3, *s, dtype=torch.float64) for s in [(length, 6)] * 2 + [(length, 5), (6, 5)]
-    )
+    q, k, v, state = (torch.randn(2, 3, *s, dtype=torch.float64) for s in [(length, 6)] * 2 + [(length, 5), (6, 5)])
     per_channel = torch.rand(2, 3, length, 6, dtype=torch.float64)
     per_token = torch.rand(2, 3, length, 1, dtype=torch.float64)
     for function, decay in ((gated_linear_attention, per_channel), (retention, per_token)):
@@ -93,7 +91,7 @@ def test_extreme_decays_stay_finite_and_right_in_float32(log_decay):
         assert all(torch.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 70])
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 70, 1100])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, EXACT), (torch.float32, SINGLE)])
 def test_selective_scan_equals_the_recurrence(length, dtype, tolerance):
     torch.manual_seed(length)
@@ -114,6 +112,15 @@ def test_selective_scan_gradient_through_recomputation():
     inputs = [x, delta.exp(), -torch.rand(2, 3, dtype=torch.float64), B, C]
     inputs = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, chunk_size=2), inputs)
+
+
+def test_selective_scan_over_several_stretches_has_the_gradient_of_one():
+    torch.manual_seed(0)
+    x, B, C = (torch.randn(1, 70, n, dtype=torch.float64) for n in (2, 3, 3))
+    inputs = [x, x.exp(), -torch.rand(2, 3, dtype=torch.float64), B, C]
+    inputs = [t.requires_grad_() for t in inputs]
+    many, one = (torch.autograd.grad(selective_scan(*inputs, chunk_size=c)[0].square().sum(), inputs) for c in (1, 64))
+    assert all(relative(a, b) < EXACT for a, b in zip(many, one, strict=True))
 
 
 @pytest.mark.parametrize("function, channels", [(gated_linear_attention, 3), (retention, None)])
@@ -210,9 +217,7 @@ def test_ablation_options_run(activation, qk_norm):
     layer = DeltaNet(16, 2, activation=activation, qk_norm=qk_norm)
     x, cache = 0.1 * torch.randn(1, 12, 16), {}
     with torch.no_grad():
-        pieces = torch.cat(
-            [layer(x[:, :5], cache), *(layer(x[:, t : t + 1], cache) for t in range(5, 12))], 1
-        )
+        pieces = torch.cat([layer(x[:, :5], cache), *(layer(x[:, t : t + 1], cache) for t in range(5, 12))], 1)
         assert torch.allclose(pieces, layer(x), atol=1e-4)
 
 
@@ -233,9 +238,7 @@ def test_window_attention_equals_a_masked_softmax(length, window):
     assert relative(window_attention(q[:, :, -last:], k, v, window), reference[:, :, -last:]) < EXACT
 
 
-@pytest.mark.parametrize(
-    "length, window", [(128, 128), (300, 1), (300, 128), (513, 129), (640, 200), (64, 5)]
-)
+@pytest.mark.parametrize("length, window", [(128, 128), (300, 1), (300, 128), (513, 129), (640, 200), (64, 5)])
 def test_block_mask_covers_the_window_and_no_block_more(length, window):
     """What FlexAttention is told to visit, against the mask written out."""
     i, j = torch.arange(length)[:, None], torch.arange(length)

@@ -255,6 +255,7 @@ def test_sampling():
     [
         ((torch.zeros(1, 0, dtype=torch.long), 3), {}, "prompt must be"),
         ((torch.zeros(3, dtype=torch.long), 3), {}, "prompt must be"),
+        ((torch.tensor([[0, 50]]), 3), {}, "prompt must hold tokens from 0 to 49, got 0 to 50"),
         ((torch.zeros(1, 1, dtype=torch.long), -1), {}, "new_tokens must be 0 or more, got -1"),
         ((torch.zeros(1, 1, dtype=torch.long), 3), {"temperature": -1}, "temperature must be 0"),
         ((torch.zeros(1, 1, dtype=torch.long), 3), {"top_k": 0}, "top_k must be at least 1, got 0"),
@@ -265,8 +266,10 @@ def test_generation_errors(arguments, options, message):
         generate(LanguageModel(ModelConfig(**SMALL)), *arguments, **options)
 
 
-def test_cache_for_another_batch_size():
+def test_tokens_of_a_wrong_shape():
     model, tokens = model_and_tokens({})
+    with pytest.raises(ValueError, match=r"tokens must be \[B, L\], got shape \(24,\)"):
+        model(tokens[0])
     with pytest.raises(ValueError, match="cache's batch size 3, got shape"):
         model(tokens, model.new_cache(3))
 
@@ -290,6 +293,29 @@ def test_memory_of_a_cache():
     assert a < b < c and c >= 2 * 4 * 32 * 300 * 4
 
 
+def test_bfloat16_decoding_chooses_the_same_tokens():
+    """A model that has learned something (untrained, its best logits are ties), with every mixer in it."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**SMALL | {"layers": len(MIXERS), "pattern": MIXERS}))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = [torch.randint(0, 50, (8, 1))]
+    for _ in range(39):
+        tokens.append((3 * tokens[-1] + 7) % 50)
+    tokens = torch.cat(tokens, dim=1)
+    for _ in range(15):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimiser.step()
+    model.bfloat16()
+    with torch.no_grad():
+        whole, cache = model(tokens), model.new_cache(8)
+        pieces = [model(tokens[:, :10], cache)]
+        pieces += [model(tokens[:, t : t + 1], cache) for t in range(10, 40)]
+    assert loss < 2  # untrained: log 50 = 3.9
+    assert (torch.cat(pieces, 1).argmax(-1) == whole.argmax(-1)).float().mean() >= 0.99
+
+
 def test_compiled_model_agrees(tmp_path):
     """Traced whole, without a break; the compiler's own code generation is left to the GPU runs."""
     model, tokens = model_and_tokens({"hybrid": "window", "layers": 2})
@@ -297,3 +323,30 @@ def test_compiled_model_agrees(tmp_path):
     assert torch.equal(compiled(tokens), model(tokens))
     save_model(tmp_path, compiled)
     assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name):
+    """The CPU's numbers, a cache's and a compiled model's: Triton and FlexAttention in the PyTorch forms' place."""
+    options = MODELS[name] | {"width": 64, "window": 200}
+    model, tokens = model_and_tokens(options, length=515)
+    with torch.no_grad():
+        reference = model(tokens)
+        model, tokens = model.cuda(), tokens.cuda()
+        whole, cache = model(tokens), model.new_cache(2)
+        pieces = [model(tokens[:, :300], cache), model(tokens[:, 300:505], cache)]
+        pieces += [model(tokens[:, t : t + 1], cache) for t in range(505, 515)]
+    scale = reference.norm()
+    # FlexAttention's float32 products are TF32 on some versions: a relative rounding of 2^-11 each.
+    assert (whole.cpu() - reference).norm() < 2e-3 * scale
+    assert (torch.cat(pieces, 1) - whole).norm() < 2e-3 * scale
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = nn.functional.cross_entropy(compiled(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+    loss.backward()
+    expected = nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss - expected) < 0.05 * expected
+    for parameter_name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0, parameter_name

@@ -3,9 +3,6 @@
 from io import BytesIO
 
 import matplotlib
-
-matplotlib.use("agg")
-
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -29,9 +26,7 @@ def test_series_differ_by_colour_by_marker_and_by_line_style():
 
 def luminance(colour):
     """Relative luminance of WCAG 2, from 0 (black) to 1 (white)."""
-    linear = [
-        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)
-    ]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -87,6 +82,7 @@ def test_animation_plays_the_frames_and_leaves_no_open_figure():
     for page in range(4):
         picture.seek(page)
         pixels.append(picture.convert("RGB").tobytes())
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)  # paper stays white
     assert pixels[0] == pixels[3] and len(set(pixels)) == 3
     assert picture.info["duration"] == 250
     assert len(shown.data) < 100_000

@@ -22,7 +22,8 @@ ADMONITIONS = {"note": "Note", "warning": "Warning", "tip": "Tip"}
 DIRECTIVES = {"math", "exercise", "admonition", *ADMONITIONS}
 ROLES = {"eq", "cite", "ref", "doc"}
 
-ROLE = re.compile(r"(?<!`)\{([\w:.-]+)\}`([^`]+)`")
+# A role, {name}`body`, or else a span of inline code, in which nothing is a role.
+ROLE_OR_CODE = re.compile(r"\{(?P<role>[\w:.-]+)\}`(?P<body>[^`]+)`|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.S)
 TARGET = re.compile(r"^\(([\w-]+)\)=\s*$")
 TITLED = re.compile(r"^(.*?)\s*<([^<>]+)>$", re.DOTALL)  # text <target>
 OPTION = re.compile(r"^:([\w-]+):\s*(.*)$")
@@ -62,11 +63,16 @@ def directives(text: str) -> list[Directive]:
 
 
 def prose(text: str) -> str:
-    """`text` without its fenced blocks, and without inline code that is no role."""
+    """`text` without its fenced blocks and its inline code."""
     lines = text.splitlines()
     for token in reversed(fences(text)):
         lines[slice(*token.map)] = []
-    return re.sub(r"(?<![}`])(`+)(?!`).+?(?<!`)\1(?!`)", "", "\n".join(lines))
+    return ROLE_OR_CODE.sub(lambda match: match[0] if match["role"] else "", "\n".join(lines))
+
+
+def roles(text: str) -> list[tuple[str, str]]:
+    """The roles of `text` outside code, as (name, body)."""
+    return [(m["role"], m["body"].strip()) for m in ROLE_OR_CODE.finditer(text) if m["role"]]
 
 
 @dataclass
@@ -122,15 +128,27 @@ def equation_labels(text: str) -> list[str]:
     return labels
 
 
+def exercise_title(argument: str) -> tuple[str, int, int]:
+    """Title, stars and minutes of an exercise, however they stand in its first line.
+
+    >>> exercise_title("A running sum (★★, 10 minutes)"), exercise_title("★ A product (5 min)")
+    (('A running sum', 2, 10), ('A product', 1, 5))
+    """
+    stars = re.search("★+", argument)
+    minutes = re.search(r"(\d+) min(ute)?s?\b", argument)
+    if not stars or not minutes:
+        raise ValueError(f"an exercise needs its stars and minutes, as in (★★, 10 minutes), got {argument!r}")
+    title = argument.replace(stars[0], "").replace(minutes[0], "")
+    return re.sub(r"\(\W*\)", "", title).strip(" ,·"), len(stars[0]), int(minutes[1])
+
+
 def author_year(entry: Entry) -> str:
     """ "Gu and Dao 2024", "Yang et al. 2024"."""
     names = [
         " ".join(str(part) for part in person.rich_prelast_names + person.rich_last_names)
         for person in entry.persons["author"]
     ]
-    authors = (
-        names[0] if len(names) == 1 else " and ".join(names) if len(names) == 2 else f"{names[0]} et al."
-    )
+    authors = names[0] if len(names) == 1 else " and ".join(names) if len(names) == 2 else f"{names[0]} et al."
     return f"{authors} {entry.fields['year']}"
 
 
@@ -150,7 +168,7 @@ class Chapter:
         """Key -> what stands in the text; works of one author and year are told apart by a letter."""
         # A first pass in reading order, over everything but code cells.
         text = "\n".join(c.source for c in self._notebook().cells if c.cell_type == "markdown")
-        keys = [key.strip() for role, body in ROLE.findall(text) if role == "cite" for key in body.split(",")]
+        keys = [key.strip() for role, body in roles(text) if role == "cite" for key in body.split(",")]
         keys = list(dict.fromkeys(keys))
         for key in keys:
             if key not in self.book.sources:
@@ -168,7 +186,9 @@ class Chapter:
     # --- inline
 
     def role(self, match: re.Match) -> str:
-        name, body = match[1], match[2].strip()
+        if match["role"] is None:
+            return match[0]
+        name, body = match["role"], match["body"].strip()
         titled = TITLED.match(body)
         title, target = (titled[1], titled[2].strip()) if titled else (None, body)
         if name == "eq":
@@ -199,7 +219,7 @@ class Chapter:
         raise self._error(f"the role {{{name}}} is not one of {sorted(ROLES)}")
 
     def inline(self, text: str) -> str:
-        return ROLE.sub(self.role, text)
+        return ROLE_OR_CODE.sub(self.role, text)
 
     # --- blocks
 
@@ -220,14 +240,17 @@ class Chapter:
             numbered = re.fullmatch(r"ex-(\d+)-(\d+)", directive.options.get("label", ""))
             if not numbered:
                 raise self._error(f"{{exercise}} {title} needs :label: ex-N-M")
-            return f"**Exercise {numbered[1]}.{numbered[2]}.** {title}\n\n{body}"
+            try:
+                title, stars, minutes = exercise_title(title)
+            except ValueError as error:
+                raise self._error(str(error)) from None
+            about = f"({'★' * stars}, {minutes} minutes)"
+            return f"**Exercise {numbered[1]}.{numbered[2]}.** {title} {about}\n\n{body}"
         title = title or ADMONITIONS.get(name, "")
         if "dropdown" in directive.options.get("class", "").split():
             return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
         # Inside a quotation, a display on several lines would swallow the quotation's marks.
-        body = re.sub(
-            r"\$\$(.+?)\$\$", lambda m: "$$ " + " ".join(m[1].split()) + " $$", body, flags=re.DOTALL
-        )
+        body = re.sub(r"\$\$(.+?)\$\$", lambda m: "$$ " + " ".join(m[1].split()) + " $$", body, flags=re.DOTALL)
         return "\n".join(f"> {line}".rstrip() for line in [f"**{title}**", "", *body.splitlines()])
 
     def markdown(self, text: str) -> str:

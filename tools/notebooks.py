@@ -30,6 +30,7 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
 
     Raises ChapterError if a cell raises, or writes to standard error (a warning, a progress bar).
     """
+    os.environ.pop("MPLBACKEND", None)  # it would take the place of the kernel's own, and show no figure
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,

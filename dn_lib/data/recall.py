@@ -61,6 +61,40 @@ def multi_query_associative_recall(
     return tokens, labels
 
 
+def recall_with_updates(
+    n: int, pairs: int, *, vocab: int = 64, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw `n` examples of recall in which every key is written twice and only the newest value counts.
+
+    Tokens are those of `multi_query_associative_recall`.  An example is `pairs` key-value pairs, then the
+    same keys in another order with new values, then all keys in a third order: 6 * pairs tokens.  The label
+    at a query is the key's second value; every other label is -100.
+    Returns `(tokens, labels)`, both int64 of shape `[n, 6 * pairs]`, on the CPU.
+    Raises ValueError unless `vocab` is even and has `pairs` keys and `2 * pairs` values.
+
+    >>> tokens, labels = recall_with_updates(2, 4, vocab=32)
+    >>> tokens.shape, int((labels != -100).sum())
+    (torch.Size([2, 24]), 8)
+    """
+    if n < 0 or pairs < 1:
+        raise ValueError(f"n must be at least 0 and pairs at least 1, got n={n}, pairs={pairs}")
+    if vocab % 2 or vocab // 2 < 2 * pairs:
+        raise ValueError(f"vocab must be even and at least 4 * pairs = {4 * pairs}, got {vocab}")
+    half = vocab // 2
+    keys = 1 + torch.rand(n, half - 1, generator=generator).topk(pairs, dim=1).indices
+    values = half + torch.rand(n, half, generator=generator).topk(2 * pairs, dim=1).indices
+    second, third = (torch.rand(n, pairs, generator=generator).argsort(1) for _ in range(2))
+    newest = torch.empty_like(keys).scatter_(1, second, values[:, pairs:])
+
+    tokens = torch.zeros(n, 6 * pairs, dtype=torch.long)
+    tokens[:, 0 : 4 * pairs : 2] = torch.cat([keys, keys.gather(1, second)], dim=1)
+    tokens[:, 1 : 4 * pairs : 2] = values
+    tokens[:, 4 * pairs :: 2] = keys.gather(1, third)
+    labels = torch.full_like(tokens, IGNORE)
+    labels[:, 4 * pairs :: 2] = newest.gather(1, third)
+    return tokens, labels
+
+
 def correlated_keys(
     n: int,
     d: int,

@@ -70,7 +70,7 @@ class BPETokenizer:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        model.train_from_iterable((text.decode(errors="replace") for text in texts), trainer)
+        model.train_from_iterator((text.decode(errors="replace") for text in texts), trainer)
         return cls(model)
 
     @classmethod

@@ -66,7 +66,7 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
     def record(self, *args, grid, warmup, **kwargs):
         start = time.perf_counter()
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in seen:
+        if kernel is not None and kernel.hash not in seen:
             seen.add(kernel.hash)
             row = {
                 "kernel": self.fn.__name__,

@@ -9,6 +9,9 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
 N, E and the final states are all that the forward saves; v is not needed again.
+
+Everything is linear in dO and dS, so `walk_back` works on gradients divided by the scale: dO then goes to the
+tensor cores as it was read, and the scale is put back where something is written.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dn_lib.kernels.common import (
     dot,
     load_scalars,
     load_tile,
+    negative,
     segment_bounds,
     state_mask,
     state_offsets,
@@ -65,7 +69,7 @@ def walk_back(
     at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
     dS = tl.zeros([BK, BV], dtype=tl.float32)
     if DSTATE_OUT:
-        dS = tl.load(dstate_out + at, mask=inside, other=0.0).to(tl.float32)
+        dS = tl.load(dstate_out + at, mask=inside, other=0.0).to(tl.float32) / scale
     if FUSED:
         S = tl.load(state_end + at, mask=inside, other=0.0)
 
@@ -79,10 +83,8 @@ def walk_back(
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
         N = load_tile(n, token, head, H, rows, left, rows, C, C)
         b = load_scalars(beta, token, head, H, rows, left)
-        q_scale = tl.where(rows < left, scale, 0.0)
-        k_scale = tl.where(rows < left, 1.0, 0.0)
         if NORM:
-            q_scale = scale * load_scalars(q_norm, token, head, H, rows, left)
+            q_scale = load_scalars(q_norm, token, head, H, rows, left)
             k_scale = load_scalars(k_norm, token, head, H, rows, left)
         dS_low = dS.to(DTYPE)
         if not FUSED:
@@ -90,73 +92,87 @@ def walk_back(
                 at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
                 tl.store(dstates + at_chunk, dS_low, mask=inside)
         # dVn = P^T dO + K dS
-        P_T = dot(k_tile, tl.trans(q_tile), PRECISION) * q_scale[None, :]
-        P_T = tl.where(rows[:, None] <= rows[None, :], P_T, 0.0)
+        P_T = dot(k_tile, tl.trans(q_tile), PRECISION)
         if NORM:
-            P_T = P_T * k_scale[:, None]
-            dVn = dot(P_T.to(DTYPE), do_tile, PRECISION) + k_scale[:, None] * dot(k_tile, dS_low, PRECISION)
-        else:
-            dVn = dot(P_T.to(DTYPE), do_tile, PRECISION) + dot(k_tile, dS_low, PRECISION)
+            P_T = P_T * (k_scale[:, None] * q_scale[None, :])
+        P_T = tl.where(rows[:, None] <= rows[None, :], P_T, 0.0)
+        dVn = dot(k_tile, dS_low, PRECISION)
+        if NORM:
+            dVn = dVn * k_scale[:, None]
+        dVn += dot(P_T.to(DTYPE), do_tile, PRECISION)
         # Z = dVn + N^T D dVn;  dR = D Z
         Z = dVn + dot(tl.trans(N), (b[:, None] * dVn).to(DTYPE), PRECISION)
-        dR = (b[:, None] * Z).to(DTYPE)
+        dR = b[:, None] * Z
+        minus_dR = (-dR).to(DTYPE)
         if not LOCAL:
-            store_tile(dv, dR, token, head, H, rows, left, values, V, BV)
+            store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
             E = load_tile(e, token, head, H, rows, left, values, V, BV)
-            db = tl.sum(Z * E.to(tl.float32), axis=1)
+            db = tl.sum(Z * E.to(tl.float32), axis=1) * scale
             tl.store(dbeta + (block * tokens + token) * H + head + rows * H, db, mask=rows < left)
         if FUSED:
             Vn = (b[:, None] * E.to(tl.float32)).to(DTYPE)
             if NORM:
-                S -= dot(tl.trans(k_tile), (k_scale[:, None] * Vn.to(tl.float32)).to(DTYPE), PRECISION)
+                S += dot(tl.trans(k_tile), (-k_scale[:, None] * Vn.to(tl.float32)).to(DTYPE), PRECISION)
             else:
-                S -= dot(tl.trans(k_tile), Vn, PRECISION)
+                S += dot(tl.trans(k_tile), negative(Vn), PRECISION)
             S_low = S.to(DTYPE)
-            dP = dot(do_tile, tl.trans(Vn), PRECISION)
-            G = dot(dR, tl.trans(Vn), PRECISION)
-            dQ = dot(do_tile, tl.trans(S_low), PRECISION)
-            dK = dot(Vn, tl.trans(dS_low), PRECISION) - dot(dR, tl.trans(S_low), PRECISION)
-            write_gradients(
-                dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+            dP = dot(do_tile, tl.trans(Vn), PRECISION) * scale
+            dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
+            dQ = dot(do_tile, tl.trans(S_low), PRECISION) * scale
+            write_dq(
+                dq, dQ, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
+            )
+            dK = (dot(Vn, tl.trans(dS_low), PRECISION) + dot(minus_dR, tl.trans(S_low), PRECISION)) * scale
+            minus_G = dot(minus_dR, tl.trans(Vn), PRECISION) * scale
+            write_dk(
+                dk, dK, dP, minus_G, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
                 K, BK, PRECISION, NORM,
             )  # fmt: skip
-        # dS_in = dS + Q^T dO - K^T dR
-        do_scaled = (q_scale[:, None] * do_tile.to(tl.float32)).to(DTYPE)
+        # dS_in = dS + Q^T dO - K^T dR; two sums, so that each dot accumulates in the registers of dS
         if NORM:
-            dR_scaled = (k_scale[:, None] * dR.to(tl.float32)).to(DTYPE)
+            dS += dot(tl.trans(q_tile), (q_scale[:, None] * do_tile.to(tl.float32)).to(DTYPE), PRECISION)
+            dS += dot(tl.trans(k_tile), (-k_scale[:, None] * dR).to(DTYPE), PRECISION)
         else:
-            dR_scaled = dR
-        dS += dot(tl.trans(q_tile), do_scaled, PRECISION) - dot(tl.trans(k_tile), dR_scaled, PRECISION)
+            dS += dot(tl.trans(q_tile), do_tile, PRECISION)
+            dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
 
     if DSTATE_IN:
-        tl.store(dstate_in + at, dS, mask=inside)
+        tl.store(dstate_in + at, dS * scale, mask=inside)
 
 
 @triton.jit
-def write_gradients(
-    dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+def write_dq(
+    dq, dQ, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
     K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms inside the chunk and writes dq, dk.
+    """dQ = scale (dO S^T + tril(dO Vn^T) K): adds the second term to the first.  dP is already masked and scaled."""
+    if NORM:
+        k_scale = load_scalars(k_norm, token, head, H, rows, left)
+        dQ += dot((dP * k_scale[None, :]).to(k_tile.dtype), k_tile, PRECISION)
+        dQ = normalised_gradient(dQ, q_tile, load_scalars(q_norm, token, head, H, rows, left))
+    else:
+        dQ += dot(dP.to(k_tile.dtype), k_tile, PRECISION)
+    store_tile(dq, dQ, token, head, H, rows, left, keys, K, BK)
 
-    dQ = dO S^T, dK = Vn dS^T - dR S^T, dP = dO Vn^T and G = dR Vn^T are whole products, summed over values.
-    """
+
+@triton.jit
+def write_dk(
+    dk, dK, dP, minus_G, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
+    K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """dK = Vn dS^T - dR S^T + tril(dO Vn^T)^T Q + (G + G^T) K: adds the last two terms to the first two."""
     DTYPE: tl.constexpr = k_tile.dtype
-    dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0) * scale
-    G = tl.where(rows[:, None] > rows[None, :], -G, 0.0)
+    G = tl.where(rows[:, None] > rows[None, :], minus_G, 0.0)
     G = G + tl.trans(G)
     if NORM:
         q_scale = load_scalars(q_norm, token, head, H, rows, left)
         k_scale = load_scalars(k_norm, token, head, H, rows, left)
-        dQ = dQ * scale + dot((dP * k_scale[None, :]).to(DTYPE), k_tile, PRECISION)
         dK += dot((tl.trans(dP) * q_scale[None, :]).to(DTYPE), q_tile, PRECISION)
         dK += dot((G * k_scale[None, :]).to(DTYPE), k_tile, PRECISION)
-        dQ = normalised_gradient(dQ, q_tile, q_scale)
         dK = normalised_gradient(dK, k_tile, k_scale)
     else:
-        dQ = dQ * scale + dot(dP.to(DTYPE), k_tile, PRECISION)
-        dK += dot(tl.trans(dP).to(DTYPE), q_tile, PRECISION) + dot(G.to(DTYPE), k_tile, PRECISION)
-    store_tile(dq, dQ, token, head, H, rows, left, keys, K, BK)
+        dK += dot(tl.trans(dP).to(DTYPE), q_tile, PRECISION)
+        dK += dot(G.to(DTYPE), k_tile, PRECISION)
     store_tile(dk, dK, token, head, H, rows, left, keys, K, BK)
 
 
@@ -224,7 +240,7 @@ def gradients(
     dQ = tl.zeros([C, BK], dtype=tl.float32)
     dK = tl.zeros([C, BK], dtype=tl.float32)
     dP = tl.zeros([C, C], dtype=tl.float32)
-    G = tl.zeros([C, C], dtype=tl.float32)
+    minus_G = tl.zeros([C, C], dtype=tl.float32)
     for start in tl.range(0, V, BV, num_stages=STAGES):
         values = start + tl.arange(0, BV)
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
@@ -234,15 +250,20 @@ def gradients(
         at = state_offsets(c.to(tl.int64), head, H, keys, values, K, V)
         S = tl.load(states + at, mask=inside, other=0.0)
         dS = tl.load(dstates + at, mask=inside, other=0.0)
-        Vn = (b[:, None] * E.to(tl.float32)).to(E.dtype)
+        # `dstates` is per unit of scale; with the scale in Vn, dP and dK come out whole.
+        Vn = (scale * b[:, None] * E.to(tl.float32)).to(E.dtype)
         dP += dot(do_tile, tl.trans(Vn), PRECISION)
-        G += dot(dR, tl.trans(Vn), PRECISION)
+        minus_G += dot(negative(dR), tl.trans(Vn), PRECISION)
         dQ += dot(do_tile, tl.trans(S), PRECISION)
         dK += dot(Vn, tl.trans(dS), PRECISION)
-        dK -= dot(dR, tl.trans(S), PRECISION)
+        dK += dot(negative(dR), tl.trans(S), PRECISION)
+    dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
     q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
     k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
-    write_gradients(
-        dq, dk, dQ, dK, dP, G, q_tile, k_tile, q_norm, k_norm, scale, token, head, H, rows, left, keys,
+    write_dq(
+        dq, dQ * scale, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
+    )
+    write_dk(
+        dk, dK, dP, minus_G / scale, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
         K, BK, PRECISION, NORM,
     )  # fmt: skip

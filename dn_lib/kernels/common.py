@@ -31,6 +31,12 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def negative(x):
+    """-x, by way of float32: the interpreter would negate the bit pattern of a bfloat16."""
+    return (-x.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C: tl.constexpr, VARLEN: tl.constexpr):
     """First token, end token (both counted over the whole batch) and first chunk of segment `s`."""
     if VARLEN:

@@ -105,6 +105,18 @@ def matmul(a: Tensor, b: Tensor, *, block: int = 16) -> Tensor:
     return out
 
 
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 `x` as TF32 holds it: the 13 lowest of 23 fraction bits rounded away, half away from zero.
+
+    What a tensor core sees of float32 operands by default; here so that a CPU can show it.
+
+    >>> round_to_tf32(torch.tensor([1.0 + 2**-11, 1.0 + 2**-12])).tolist()
+    [1.0009765625, 1.0]
+    """
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
 # --- Linear attention -----------------------------------------------------------------------------------
 
 
@@ -133,7 +145,7 @@ def linear_attention_kernel(
 
 
 def linear_attention(q, k, v, *, scale=None, chunk_size=16, block_v=None):
-    """Chunkwise linear attention in one kernel (eq-kernel-linear-chunk).
+    """Chunkwise linear attention in one kernel (eq-triton-linear).
 
     q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, contiguous -> o like v, state `[B, H, d_k, d_v]` float32.
 
@@ -157,7 +169,7 @@ def linear_attention(q, k, v, *, scale=None, chunk_size=16, block_v=None):
 
 @triton.jit
 def inverse_by_substitution(A, C: tl.constexpr):
-    """Row by row (eq-kernel-substitution): C - 1 dependent steps, no dot."""
+    """Row by row (eq-ut-row): C - 1 dependent steps, no dot."""
     i = tl.arange(0, C)
     M = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for row in range(1, C):
@@ -169,7 +181,7 @@ def inverse_by_substitution(A, C: tl.constexpr):
 
 @triton.jit
 def inverse_by_doubling(A, C: tl.constexpr):
-    """(I - A)(I + A^2)(I + A^4)... (eq-kernel-doubling): 2 (log2 C - 1) dots.  Exact, and unusable."""
+    """(I - A)(I + A^2)(I + A^4)... (eq-doubling): 2 (log2 C - 1) dots.  Exact, and unusable."""
     i = tl.arange(0, C)
     power = -A
     M = tl.where(i[:, None] == i[None, :], 1.0, 0.0) + power
@@ -183,7 +195,7 @@ def inverse_by_doubling(A, C: tl.constexpr):
 
 @triton.jit
 def inverse_by_merging(A, C: tl.constexpr):
-    """Diagonal blocks of size 1, 2, 4, ... merged in pairs (eq-kernel-merge): 2 log2 C dots."""
+    """Diagonal blocks of size 1, 2, 4, ... merged in pairs (eq-merge-levels): 2 log2 C dots."""
     i = tl.arange(0, C)
     M = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     size = 1
@@ -301,7 +313,7 @@ def ut_transform(k: Tensor, beta: Tensor, *, method: str = "merging", chunk_size
 
 
 def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="merging", block_v=None):
-    """The delta rule as four kernels (eq-kernel-steps), each of which writes its result to memory.
+    """The delta rule as four kernels (eq-steps-bytes), each of which writes its result to memory.
 
     q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, beta `[B, L, H]`, contiguous.  Returns o like v, the final
     state `[B, H, d_k, d_v]` float32, and the intermediates by name: T, W, U, new (U - W S) and S, the
@@ -322,9 +334,7 @@ def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="mer
     S = torch.empty(B, chunks, H, d_k, d_v, dtype=torch.float32, device=q.device)
     final = torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     wu_kernel[(chunks, B * H)](T, k, v, W, U, L, H, d_k, d_v, **sizes, BV=BV)
-    state_kernel[(B * H, triton.cdiv(d_v, narrow))](
-        k, W, U, new, S, final, L, H, d_k, d_v, **sizes, BV=narrow
-    )
+    state_kernel[(B * H, triton.cdiv(d_v, narrow))](k, W, U, new, S, final, L, H, d_k, d_v, **sizes, BV=narrow)
     scale = d_k**-0.5 if scale is None else scale
     output_kernel[(chunks, B * H)](q, k, new, S, o, scale, L, H, d_k, d_v, **sizes, BV=BV)
     return o, final, dict(T=T, W=W, U=U, new=new, S=S)

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dn_lib.teaching.registry import exercises, relative_error
+from dn_lib.teaching.registry import all_exercises, relative_error
 
 HOPPER = 90
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block of threads may have on sm_90
@@ -104,18 +104,57 @@ def agreement(candidates: dict[str, tuple[Tensor, float]], reference: Tensor) ->
     return "\n".join(lines)
 
 
-def excerpt(kernel: Any, first: str, last: str) -> str:
+def excerpt(kernel: Any, first: str, last: str, **constants: bool) -> str:
     """The lines of a kernel's source from the one that holds `first` to the next that holds `last`.
 
-    Raises ValueError if there are none.
+    constants: values of compile-time flags; branches on them (`if FLAG:`, `if not FLAG:`) are resolved as
+    the compiler does.  Raises ValueError if there are no such lines.
     """
     lines = inspect.getsource(kernel.fn).splitlines()
+    lines = resolve(lines, constants)
     for i, line in enumerate(lines):
         if first in line:
             for j in range(i, len(lines)):
                 if last in lines[j]:
                     return textwrap.dedent("\n".join(lines[i : j + 1]))
     raise ValueError(f"{kernel.fn.__name__} has no lines from {first!r} to {last!r}")
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def resolve(lines: list[str], constants: dict[str, bool]) -> list[str]:
+    """`lines` without the branches that `constants` rule out, those that remain moved to the left.
+
+    >>> resolve(["if FLAG:", "    a", "else:", "    b", "c"], {"FLAG": False})
+    ['b', 'c']
+    """
+
+    def block(start: int, indent: int) -> int:
+        """The index after the lines that are indented further than `indent`."""
+        while start < len(lines) and (not lines[start].strip() or _indent(lines[start]) > indent):
+            start += 1
+        return start
+
+    kept, i = [], 0
+    while i < len(lines):
+        found = re.fullmatch(r"(\s*)if (not )?(\w+):", lines[i])
+        if not found or found[3] not in constants:
+            kept.append(lines[i])
+            i += 1
+            continue
+        indent = len(found[1])
+        end = block(i + 1, indent)
+        taken, rest = lines[i + 1 : end], end
+        if end < len(lines) and lines[end].strip() == "else:" and _indent(lines[end]) == indent:
+            rest = block(end + 1, indent)
+        if constants[found[3]] == bool(found[2]):
+            taken = lines[end + 1 : rest]
+        shift = _indent(taken[0]) - indent if taken else 0
+        kept += resolve([line[shift:] for line in taken], constants)
+        i = rest
+    return kept
 
 
 # --- A kernel as text -----------------------------------------------------------------------------------
@@ -358,11 +397,7 @@ def _compile(source: str, name: str, types: tuple[str, ...], constants: dict[str
 def interpret(kernel: Any, plan: Plan) -> Findings:
     """Run `kernel` (or its source) as `plan` says, in the interpreter child.  Raises KernelError."""
     arguments = tuple(
-        torch.full_like(a, float("nan")).cpu()
-        if i in plan.outputs
-        else a.cpu()
-        if isinstance(a, Tensor)
-        else a
+        torch.full_like(a, float("nan")).cpu() if i in plan.outputs else a.cpu() if isinstance(a, Tensor) else a
         for i, a in enumerate(plan.arguments)
     )
     cpu = Plan(arguments, plan.outputs, plan.grid, plan.constants)
@@ -428,14 +463,14 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
     `strict`, a count that belongs to no known mistake of the exercise is raised as a KernelError instead.
     """
     if number not in PLANS:
-        exercises()
+        all_exercises()
     if number not in PLANS:
         raise KeyError(f"number must be one of {sorted(PLANS)}, got {number!r}")
 
     def answer(*inputs: Any) -> Any:
         if is_blank(kernel):
             return None
-        exercise = exercises()[number]
+        exercise = all_exercises()[number]
         plan = PLANS[number](*inputs)
         found = interpret(kernel, plan)
         outputs, complaint, refused = found.outputs, "", 0

@@ -147,12 +147,15 @@ def animation(
         pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     if not pictures:
         raise ValueError("frames must hold at least one item, got none")
-    # One palette for all frames makes the file three times smaller; what is nearly white in it is the paper.
-    palette = PillowImage.fromarray(np.concatenate(pictures)).quantize(256)
-    colours = np.array(palette.getpalette()).reshape(-1, 3)
-    colours[(colours >= 250).all(axis=1)] = 255
-    palette.putpalette(colours.ravel().tolist())
-    pages = [PillowImage.fromarray(picture).quantize(palette=palette, dither=0) for picture in pictures]
+    # One palette for all frames makes the file three times smaller; its last entry is the paper's white.
+    palette = PillowImage.fromarray(np.concatenate(pictures)).quantize(255)
+    colours = [*palette.getpalette()[: 3 * 255], 255, 255, 255]
+    pages = []
+    for picture in pictures:
+        entries = np.asarray(PillowImage.fromarray(picture).quantize(palette=palette, dither=0)).copy()
+        entries[(picture == 255).all(axis=-1)] = len(colours) // 3 - 1
+        pages.append(PillowImage.fromarray(entries))
+        pages[-1].putpalette(colours)
     buffer = BytesIO()
     # With `default_image` the first page is the still, and the animation is the rest.
     options = {"save_all": True, "default_image": True, "duration": round(1000 / fps), "loop": 0}

@@ -116,9 +116,7 @@ def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int
         inputs = equation.sample(generator)
         a, b = equation.left(*inputs), right(*inputs)
         if equation.kind == "bound":
-            ok = all(
-                bool((x <= y + 1e-12 * y.abs()).all()) for x, y in zip(leaves(a), leaves(b), strict=True)
-            )
+            ok = all(bool((x <= y + 1e-12 * y.abs()).all()) for x, y in zip(leaves(a), leaves(b), strict=True))
         elif equation.kind == "count":
             ok = relative_error(a, b) == 0.0
         else:
@@ -128,12 +126,12 @@ def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int
     return True
 
 
-def _modules(package: ModuleType) -> list[ModuleType]:
-    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+def _modules(package: str) -> list[ModuleType]:
+    path = importlib.import_module(package).__path__
+    return [importlib.import_module(f"{package}.{name}") for name in sorted(i.name for i in pkgutil.iter_modules(path))]
 
 
-def _collect(package: ModuleType, key: str) -> dict[str, Any]:
+def _collect(package: str, key: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for module in _modules(package):
         for entry in module.ENTRIES:
@@ -145,16 +143,12 @@ def _collect(package: ModuleType, key: str) -> dict[str, Any]:
 
 
 @cache
-def equations() -> dict[str, Equation]:
+def all_equations() -> dict[str, Equation]:
     """All equations of the book, by label."""
-    from dn_lib.teaching import equations as package
-
-    return _collect(package, "label")
+    return _collect("dn_lib.teaching.equations", "label")
 
 
 @cache
-def exercises() -> dict[str, Exercise]:
+def all_exercises() -> dict[str, Exercise]:
     """All exercises of the book, by number."""
-    from dn_lib.teaching import exercises as package
-
-    return _collect(package, "number")
+    return _collect("dn_lib.teaching.exercises", "number")

@@ -126,9 +126,7 @@ class Launch:
                         writer[a.elements] = a.program
             for (one, two, kind), first in clashes.items():
                 index = [int(i) for i in np.unravel_index(first, shape)] if shape else []
-                found.append(
-                    f"programs {one} and {two}: {name}{index} is stored by {one}, and {two} {kind}s it"
-                )
+                found.append(f"programs {one} and {two}: {name}{index} is stored by {one}, and {two} {kind}s it")
         return found
 
 
@@ -336,6 +334,8 @@ def observe(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
 
 # --- Pictures -------------------------------------------------------------------------------------------
 
+Step = list[Access | Dot]
+
 
 def _plane(shape: tuple[int, ...]) -> tuple[int, int]:
     """A tensor's shape as rows and columns for a picture."""
@@ -343,60 +343,77 @@ def _plane(shape: tuple[int, ...]) -> tuple[int, int]:
     return (int(np.prod(shape)) if shape else 1) // max(columns, 1), columns
 
 
-def _colour(program: int) -> tuple[float, float, float]:
+def steps(launch: Launch) -> list[Step]:
+    """What happens when, if all programs run in step: a list of events for each step.
+
+    A program's step is a run of loads, or a run of stores, with the dots that follow it.
+
+    >>> from dn_lib.kernels.ladder import scaled_add
+    >>> with record() as trace:
+    ...     out = scaled_add(torch.ones(100), torch.ones(100), 2.0, block=64)
+    >>> [sorted({event.kind for event in step}) for step in steps(trace.launches[0])]
+    [['load'], ['store']]
+    """
+    by_program: dict[int, list[Step]] = {}
+    last: dict[int, str] = {}
+    for event in launch.events:
+        own = by_program.setdefault(event.program, [])
+        kind = event.kind if isinstance(event, Access) else "dot"
+        if not own or (kind != "dot" and kind != last[event.program]):
+            own.append([])
+        own[-1].append(event)
+        last[event.program] = kind
+    longest = max(map(len, by_program.values()), default=0)
+    return [[e for own in by_program.values() if n < len(own) for e in own[n]] for n in range(longest)]
+
+
+def _paint(picture: np.ndarray, elements: np.ndarray, columns: int, program: int, now: bool, fresh: np.ndarray) -> None:
+    """Colour `elements`; what two programs touch in one step is chequered in both colours."""
     from matplotlib.colors import to_rgb
 
-    return to_rgb(PROGRAM_COLOURS[program % len(PROGRAM_COLOURS)])
+    colour = np.array(to_rgb(PROGRAM_COLOURS[program % len(PROGRAM_COLOURS)]))
+    chequer = (elements // columns + elements % columns) // 2 % 2 == program % 2
+    chosen = elements[fresh[elements] | chequer]
+    picture[chosen] = 1 - (1.0 if now else 0.25) * (1 - colour)
+    fresh[elements] = False
 
 
-def frames(launch: Launch) -> list[list[Access | Dot]]:
-    """Event n of every program, for n = 0, 1, ...: what a GPU that runs all programs in step would do."""
-    by_program: dict[int, list[Access | Dot]] = {}
-    for event in launch.events:
-        by_program.setdefault(event.program, []).append(event)
-    longest = max(map(len, by_program.values()), default=0)
-    return [[e[n] for e in by_program.values() if n < len(e)] for n in range(longest)]
-
-
-def draw_frame(fig: Any, launch: Launch, tensors: list[str], n: int) -> None:
+def draw_step(fig: Any, launch: Launch, tensors: list[str], n: int) -> None:
     """Draw step `n` of `launch` on `fig`: full colour is touched now, pale was touched before.
 
-    Each program has a colour; a cell that a program stores is marked with a dot as well.
+    Each program has a colour.  A tensor that is being stored has a thick frame.
     """
-    steps = frames(launch)
-    axes = np.atleast_1d(
-        fig.subplots(1, len(tensors), width_ratios=[max(_plane(launch.shapes[t])[1], 8) for t in tensors])
-    )
+    events = steps(launch)
+    widths = [max(_plane(launch.shapes[name])[1], 12) for name in tensors]
+    axes = np.atleast_1d(fig.subplots(1, len(tensors), width_ratios=widths))
     for ax, name in zip(axes, tensors, strict=True):
         rows, columns = _plane(launch.shapes[name])
         picture = np.ones((rows * columns, 3))
-        stored = np.zeros(rows * columns, bool)
         for step in range(n + 1):
-            strength = 1.0 if step == n else 0.25
-            for event in steps[step]:
+            fresh = np.ones(rows * columns, bool)
+            for event in events[step]:
                 if isinstance(event, Access) and event.tensor == name:
-                    picture[event.elements] = 1 - strength * (1 - np.array(_colour(event.program)))
-                    stored[event.elements] |= event.kind != "load"
+                    _paint(picture, event.elements, columns, event.program, step == n, fresh)
         ax.imshow(picture.reshape(rows, columns, 3), interpolation="nearest", aspect="auto")
-        r, c = np.nonzero(stored.reshape(rows, columns))
-        ax.plot(c, r, linestyle="none", marker=".", markersize=1.6, color="black")
-        ax.set_title(name, fontsize=10)
+        kinds = {e.kind for e in events[n] if isinstance(e, Access) and e.tensor == name}
+        ax.set_title(" ".join([name, *(f"({kind})" for kind in sorted(kinds))]), fontsize=9)
         ax.grid(False)
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.spines[:].set_visible(True)
-    now = steps[n]
-    dots = {f"dot [{e.m}, {e.k}] x [{e.k}, {e.n}]" for e in now if isinstance(e, Dot)}
-    moves = {f"{e.kind} {e.tensor}" for e in now if isinstance(e, Access)}
-    fig.suptitle(
-        f"{launch.kernel}, step {n + 1} of {len(steps)}: " + ", ".join(sorted(dots | moves)), fontsize=10
-    )
+        ax.spines[:].set(visible=True, linewidth=3.0 if kinds - {"load"} else 0.8)
+    dots = [f"[{e.m}, {e.k}] x [{e.k}, {e.n}]" for e in events[n] if isinstance(e, Dot) and e.program == 0]
+    count = f"{len(dots)} dot" if len(dots) == 1 else f"{len(dots)} dots"
+    then = f", then {count}: {', '.join(dict.fromkeys(dots))}" if dots else ""
+    fig.suptitle(f"{launch.kernel}, step {n + 1} of {len(events)}{then}", fontsize=10)
 
 
 def animate(launch: Launch, tensors: list[str] | None = None, *, limit: int = 24, height: float = 3.0) -> Any:
-    """An animated figure of `launch`, at most `limit` steps of it, as the last expression of a cell."""
+    """An animated figure of `launch`, at most `limit` steps of it, as the last expression of a cell.
+
+    tensors: names of those to draw, in order; all by default.
+    """
     from dn_lib.teaching import plotting
 
     tensors = tensors or list(launch.shapes)
-    steps = range(min(len(frames(launch)), limit))
-    return plotting.animation(lambda fig, n: draw_frame(fig, launch, tensors, n), steps, fps=2, height=height)
+    shown = range(min(len(steps(launch)), limit))
+    return plotting.animation(lambda fig, n: draw_step(fig, launch, tensors, n), shown, fps=2, height=height)

@@ -172,8 +172,7 @@ def check_same_run(about: dict[str, Any], model_config: dict[str, Any], facts: d
     for name in sorted(set(saved) | set(model_config), key=lambda name: (name != "vocab_size", name)):
         if saved.get(name) != model_config.get(name):
             raise CheckpointError(
-                f"cannot resume: {name} is {saved.get(name)!r} in the checkpoint, "
-                f"{model_config.get(name)!r} here"
+                f"cannot resume: {name} is {saved.get(name)!r} in the checkpoint, {model_config.get(name)!r} here"
             )
     for name in ("tokenizer", "file_list_sha256"):
         if about["corpus"].get(name) != facts.get(name):

@@ -42,9 +42,7 @@ def windows(tokens: np.ndarray, length: int, limit: int | None = None) -> torch.
 
 
 @torch.no_grad()
-def token_losses(
-    model: nn.Module, tokens: torch.Tensor, *, batch: int = 8, precision: str = "auto"
-) -> torch.Tensor:
+def token_losses(model: nn.Module, tokens: torch.Tensor, *, batch: int = 8, precision: str = "auto") -> torch.Tensor:
     """Loss in nats of every predicted token.
 
     tokens: int64 `[n, L + 1]`.  Returns float32 `[n, L]` on the CPU: `[i, t]` is -log p(token t + 1).
@@ -69,7 +67,7 @@ def bits_per_byte(loss: float | torch.Tensor, bytes_per_token: float = 1.0) -> f
     >>> bits_per_byte(math.log(256))
     8.0
     """
-    return round(float(loss) / math.log(2) / bytes_per_token, 12)
+    return float(loss) / (math.log(2) * bytes_per_token)
 
 
 def evaluate(

@@ -112,7 +112,7 @@ class _Run:
             self.held_out = windows(corpus.validation, config.length, config.evaluation_tokens)
         self.module = distribute(self.model, place, config.parallel)
         self.optimiser = make_optimiser(self.model, config)
-        if config.compile:
+        if config.compile and self.module._compiled_call_impl is None:
             self.module.compile()
         self.history = History()
         self.done, self.busy, self.before, self.unlogged = 0, 0.0, 0.0, []
@@ -262,6 +262,8 @@ class _Run:
         }
         state = checkpoints.capture(self.model, self.optimiser, self.batches.state(), about)
         checkpoints.only_first_writes(state, self.folder, self.place, self.config.keep)
+        if self.place.first:
+            self.corpus.tokenizer.save(self.folder)
 
     def resume(self) -> None:
         if self.folder is None:
@@ -288,9 +290,7 @@ class _Run:
 def _start_log(folder: Path) -> None:
     """A new run in `folder`: refuse to mix it with the checkpoints of another."""
     if checkpoints.latest(folder) is not None:
-        raise checkpoints.CheckpointError(
-            f"{folder} holds a run already: go on with --resume, or take another folder"
-        )
+        raise checkpoints.CheckpointError(f"{folder} holds a run already: go on with --resume, or take another folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("")
 
@@ -352,7 +352,7 @@ def steps_within(
 ) -> TrainConfig:
     """`config` with the number of steps that fits in `seconds`, timed on a copy of `model`.
 
-    Warm-up is set to a tenth and evaluations to a sixth of the steps, if `config` has more.
+    Warm-up becomes a tenth of the steps if `config` has more, and there will be six evaluations.
     """
     device = resolve_device(config.device)
     probe = copy.deepcopy(model).to(device)
@@ -372,5 +372,5 @@ def steps_within(
         config,
         steps=steps,
         warmup=min(config.warmup, max(steps // 10, 1)),
-        evaluate_every=min(config.evaluate_every, max(steps // 6, 1)),
+        evaluate_every=-(-steps // 6),
     )

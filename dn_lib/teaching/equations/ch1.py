@@ -439,6 +439,20 @@ ENTRIES = [
         },
     ),
     Equation(
+        label="eq-linear-chunk-output",
+        kind="identity",
+        sample=_chunked_sample,
+        left=lambda q, k, v, s, chunk: _recurrence(q, k, v, s)[0],
+        right=_chunk_outputs(),
+        mutants={
+            "diagonal left out": _chunk_outputs(mask=lambda a: a.tril(-1)),
+            "no mask": _chunk_outputs(mask=lambda a: a),
+            "own chunk counted twice": _chunk_outputs(state_at=lambda start, chunk: start + chunk),
+            "one chunk late": _chunk_outputs(state_at=lambda start, chunk: max(0, start - chunk)),
+            "initial state for every chunk": _chunk_outputs(state_at=lambda start, chunk: 0),
+        },
+    ),
+    Equation(
         label="eq-linear-chunk-state",
         kind="identity",
         sample=_chunked_sample,
@@ -455,20 +469,6 @@ ENTRIES = [
         },
     ),
     Equation(
-        label="eq-linear-chunk-output",
-        kind="identity",
-        sample=_chunked_sample,
-        left=lambda q, k, v, s, chunk: _recurrence(q, k, v, s)[0],
-        right=_chunk_outputs(),
-        mutants={
-            "diagonal left out": _chunk_outputs(mask=lambda a: a.tril(-1)),
-            "no mask": _chunk_outputs(mask=lambda a: a),
-            "own chunk counted twice": _chunk_outputs(state_at=lambda start, chunk: start + chunk),
-            "one chunk late": _chunk_outputs(state_at=lambda start, chunk: max(0, start - chunk)),
-            "initial state for every chunk": _chunk_outputs(state_at=lambda start, chunk: 0),
-        },
-    ),
-    Equation(
         label="eq-linear-work",
         kind="count",
         sample=_work_sample,
@@ -479,18 +479,6 @@ ENTRIES = [
             "state update forgotten": lambda n, d_k, d_v, c: 2 * n * d_k * d_v + 2 * n * c * (d_k + d_v),
             "quadratic in the length": lambda n, d_k, d_v, c: 4 * n * d_k * d_v + 2 * n * n * (d_k + d_v),
             "an addition is free": lambda n, d_k, d_v, c: 2 * n * d_k * d_v + n * c * (d_k + d_v),
-        },
-    ),
-    Equation(
-        label="eq-kv-cache",
-        kind="count",
-        sample=lambda g: (_integer(g, 1, 20), _integer(g, 2, 6), _integer(g, 7, 12)),
-        left=_counted_memory,
-        right=lambda t, d_k, d_v: (t * (d_k + d_v), d_k * d_v),
-        mutants={
-            "only keys are kept": lambda t, d_k, d_v: (t * d_k, d_k * d_v),
-            "state grows with t": lambda t, d_k, d_v: (t * (d_k + d_v), t * d_k * d_v),
-            "cache is quadratic": lambda t, d_k, d_v: (t * t * (d_k + d_v), d_k * d_v),
         },
     ),
     Equation(
@@ -509,19 +497,6 @@ ENTRIES = [
         },
     ),
     Equation(
-        label="eq-welch",
-        kind="bound",
-        sample=_frame,
-        left=lambda k: len(k) ** 2 / k.shape[1] - len(k),
-        right=lambda k: _overlaps(k).square().sum(),
-        mutants={
-            "overlaps not squared": lambda k: _overlaps(k).sum(),
-            "each pair counted once": lambda k: _overlaps(k).square().triu(1).sum(),
-            "fourth powers": lambda k: _overlaps(k).pow(4).sum(),
-            "mean instead of sum": lambda k: _overlaps(k).square().mean(),
-        },
-    ),
-    Equation(
         label="eq-interference",
         kind="identity",
         sample=_crosstalk_sample,
@@ -533,6 +508,19 @@ ENTRIES = [
             "1 / (d - 1)": lambda q, designs, v: v.square().sum() / (len(q) - 1),
             "values added before squaring": lambda q, designs, v: v.sum(0).square().sum() / len(q),
             "one pair too many": lambda q, designs, v: v.square().sum() / len(q) * (len(v) + 1) / len(v),
+        },
+    ),
+    Equation(
+        label="eq-welch",
+        kind="bound",
+        sample=_frame,
+        left=lambda k: len(k) ** 2 / k.shape[1] - len(k),
+        right=lambda k: _overlaps(k).square().sum(),
+        mutants={
+            "overlaps not squared": lambda k: _overlaps(k).sum(),
+            "each pair counted once": lambda k: _overlaps(k).square().triu(1).sum(),
+            "fourth powers": lambda k: _overlaps(k).pow(4).sum(),
+            "mean instead of sum": lambda k: _overlaps(k).square().mean(),
         },
     ),
     Equation(
@@ -570,9 +558,7 @@ ENTRIES = [
         trials=30,
         mutants={
             "not divided by the feature": _feature_bound(divide=False),
-            "typical distance instead of the largest": _feature_bound(
-                spread=lambda distance: distance.median()
-            ),
+            "typical distance instead of the largest": _feature_bound(spread=lambda distance: distance.median()),
             "last value's distance": _feature_bound(spread=lambda distance: distance[-1]),
         },
     ),
@@ -587,6 +573,18 @@ ENTRIES = [
             "output of length one": lambda x, eps: (1.0, eps**-0.5),
             "slope at most one": lambda x, eps: (len(x) ** 0.5, 1.0),
             "fourth root of eps": lambda x, eps: (len(x) ** 0.5, eps**-0.25),
+        },
+    ),
+    Equation(
+        label="eq-kv-cache",
+        kind="count",
+        sample=lambda g: (_integer(g, 1, 20), _integer(g, 2, 6), _integer(g, 7, 12)),
+        left=_counted_memory,
+        right=lambda t, d_k, d_v: (t * (d_k + d_v), d_k * d_v),
+        mutants={
+            "only keys are kept": lambda t, d_k, d_v: (t * d_k, d_k * d_v),
+            "state grows with t": lambda t, d_k, d_v: (t * (d_k + d_v), t * d_k * d_v),
+            "cache is quadratic": lambda t, d_k, d_v: (t * t * (d_k + d_v), d_k * d_v),
         },
     ),
     Equation(
@@ -611,9 +609,7 @@ ENTRIES = [
         mutants={
             "new pair already decayed": _gated_decay(first=0),
             "today's decay left out": _gated_decay(last=0),
-            "one decay for all channels": _gated_decay(
-                gate=lambda a: a.mean(-1, keepdim=True).expand(a.shape)
-            ),
+            "one decay for all channels": _gated_decay(gate=lambda a: a.mean(-1, keepdim=True).expand(a.shape)),
             "forgets what it should keep": _gated_decay(gate=lambda a: 1 - a),
         },
     ),

@@ -174,16 +174,12 @@ SPECTRUM = Equation(
     right=lambda k, beta, x, factor=None: (
         (1 - beta * k @ k if factor is None else factor) * k,
         _across(k, x),
-        torch.tensor(
-            [1 - beta * k @ k if factor is None else factor] + [1.0] * (len(k) - 1), dtype=torch.float64
-        )
+        torch.tensor([1 - beta * k @ k if factor is None else factor] + [1.0] * (len(k) - 1), dtype=torch.float64)
         .sort()
         .values,
     ),
     mutants={
-        "|k| for |k|^2, as printed in some sources": lambda k, beta, x: SPECTRUM.right(
-            k, beta, x, 1 - beta * k.norm()
-        ),
+        "|k| for |k|^2, as printed in some sources": lambda k, beta, x: SPECTRUM.right(k, beta, x, 1 - beta * k.norm()),
         "|k| left out": lambda k, beta, x: SPECTRUM.right(k, beta, x, 1 - beta),
         "the eigenvalue of the part removed": lambda k, beta, x: SPECTRUM.right(k, beta, x, beta * k @ k),
         "always a reflection": lambda k, beta, x: SPECTRUM.right(k, beta, x, -1.0),
@@ -264,9 +260,7 @@ WY_VECTORS = Equation(
     mutants={
         "sums keys, not w": lambda k, beta: _recursion(k, k, beta, lambda i, u, x, k: k[i]),
         "sums beta k, not w": lambda k, beta: _recursion(k, k, beta, lambda i, u, x, k: beta[i] * k[i]),
-        "beta on the first term only": lambda k, beta: _recursion(
-            k, beta[:, None] * k, torch.ones_like(beta)
-        ),
+        "beta on the first term only": lambda k, beta: _recursion(k, beta[:, None] * k, torch.ones_like(beta)),
         "beta dropped": lambda k, beta: _recursion(k, k, torch.ones_like(beta)),
         "no correction: w = beta k": lambda k, beta: beta[:, None] * k,
         "correction added": lambda k, beta: _recursion(k, k, beta, lambda i, u, x, k: -u[i]),
@@ -285,9 +279,7 @@ WY = Equation(
         "keys used twice: I - K^T diag(beta) K": lambda k, beta: _identity_minus(k, beta[:, None] * k),
         "W for K and W: I - W^T W": lambda k, beta: _identity_minus(*[_recursion(k, k, beta)] * 2),
         "beta dropped from W": lambda k, beta: _identity_minus(k, _recursion(k, k, torch.ones_like(beta))),
-        "time runs backwards": lambda k, beta: _identity_minus(
-            k.flip(0), _recursion(k.flip(0), k.flip(0), beta)
-        ),
+        "time runs backwards": lambda k, beta: _identity_minus(k.flip(0), _recursion(k.flip(0), k.flip(0), beta)),
     },
 )
 
@@ -295,9 +287,7 @@ WY_OTHER_ORDER = Equation(
     label="eq-wy-other-order",
     kind="identity",
     sample=_keys,
-    left=lambda k, beta: torch.linalg.multi_dot(
-        [householder_matrix(a, b) for a, b in zip(k, beta, strict=True)]
-    ),
+    left=lambda k, beta: torch.linalg.multi_dot([householder_matrix(a, b) for a, b in zip(k, beta, strict=True)]),
     right=lambda k, beta: _identity_minus(_recursion(k, k, beta), k),
     mutants={
         "order reversed: I - K^T W": lambda k, beta: _identity_minus(k, _recursion(k, k, beta)),
@@ -329,9 +319,7 @@ WY_MERGE = Equation(
     mutants={
         "pieces laid side by side": lambda k, beta, m: _merged_w(k, beta, m, lambda W1, W2, K1, K2: W2),
         "keys for W_2": lambda k, beta, m: _merged_w(k, beta, m, lambda W1, W2, K1, K2: W2 - K2 @ K1.mT @ W1),
-        "W_1 and K_1 swapped": lambda k, beta, m: _merged_w(
-            k, beta, m, lambda W1, W2, K1, K2: W2 - W2 @ W1.mT @ K1
-        ),
+        "W_1 and K_1 swapped": lambda k, beta, m: _merged_w(k, beta, m, lambda W1, W2, K1, K2: W2 - W2 @ W1.mT @ K1),
         "added": lambda k, beta, m: _merged_w(k, beta, m, lambda W1, W2, K1, K2: W2 + W2 @ K1.mT @ W1),
     },
 )
@@ -544,12 +532,8 @@ POWERS = Equation(
     left=lambda k, beta, n: torch.linalg.matrix_power(beta * _below(k), n),
     right=lambda k, beta, n: beta**n * _binomials(len(k), lambda gap: comb(gap - 1, n - 1)),
     mutants={
-        "binomial of n, not n - 1": lambda k, beta, n: (
-            beta**n * _binomials(len(k), lambda gap: comb(gap - 1, n))
-        ),
-        "end points may repeat": lambda k, beta, n: (
-            beta**n * _binomials(len(k), lambda gap: comb(gap, n - 1))
-        ),
+        "binomial of n, not n - 1": lambda k, beta, n: beta**n * _binomials(len(k), lambda gap: comb(gap - 1, n)),
+        "end points may repeat": lambda k, beta, n: beta**n * _binomials(len(k), lambda gap: comb(gap, n - 1)),
         "beta once": lambda k, beta, n: beta * _binomials(len(k), lambda gap: comb(gap - 1, n - 1)),
         "one path only": lambda k, beta, n: beta**n * _binomials(len(k), lambda gap: float(gap >= n)),
     },
@@ -580,9 +564,7 @@ SCALED_INVERSE = Equation(
 )
 
 
-def _n_by_entries(
-    k: Tensor, beta: Tensor, first: int, last: int, sign: int = -1, back: bool = False
-) -> Tensor:
+def _n_by_entries(k: Tensor, beta: Tensor, first: int, last: int, sign: int = -1, back: bool = False) -> Tensor:
     """Entry (i, j) is sign k_i^T (product of the H_t with j + first <= t < i + last) k_j."""
     N = torch.zeros(len(k), len(k), dtype=torch.float64)
     for i in range(len(k)):
@@ -648,9 +630,7 @@ N_ERROR = Equation(
         "initial state forgotten": lambda k, v, beta, S: v + _n(k, beta) @ (beta[:, None] * v),
         "the error before any write": lambda k, v, beta, S: v - k @ S,
         "beta forgotten": lambda k, v, beta, S: (v - k @ S) + _n(k, beta) @ (v - k @ S),
-        "beta on the reader's side": lambda k, v, beta, S: (
-            (v - k @ S) + beta[:, None] * (_n(k, beta) @ (v - k @ S))
-        ),
+        "beta on the reader's side": lambda k, v, beta, S: (v - k @ S) + beta[:, None] * (_n(k, beta) @ (v - k @ S)),
         "the pseudo-value, not the error": lambda k, v, beta, S: beta[:, None] * N_ERROR.right(k, v, beta, S),
     },
 )
@@ -728,9 +708,7 @@ N_LEVEL = Equation(
     left=_n,
     right=lambda k, beta: _by_levels(k, beta, _level, _lower_left),
     mutants={
-        "every neighbouring pair of blocks": lambda k, beta: _by_levels(
-            k, beta, _level, lambda i, j: i == j + 1
-        ),
+        "every neighbouring pair of blocks": lambda k, beta: _by_levels(k, beta, _level, lambda i, j: i == j + 1),
         "all that lies below the blocks": lambda k, beta: _by_levels(k, beta, _level, lambda i, j: i > j),
         "added": lambda k, beta: _by_levels(
             k, beta, lambda N, L_s, D, eye: N + (eye + N @ D) @ L_s @ (eye + D @ N), _lower_left

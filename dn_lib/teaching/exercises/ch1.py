@@ -82,44 +82,7 @@ EX_1_1 = Exercise(
 )
 
 
-# --- 1.2 cache against state -----------------------------------------------------------------------------
-
-
-EX_1_2 = Exercise(
-    number="1.2",
-    title="From which token on is the cache larger?",
-    stars=1,
-    minutes=5,
-    sample=lambda g: (2 ** _integer(g, 1, 7), 2 ** _integer(g, 1, 7) * _integer(g, 1, 3)),
-    reference=lambda d_k, d_v: d_k * d_v // (d_k + d_v) + 1,
-    trials=40,
-    tested="40 pairs of sizes, with and without an exact tie",
-    mutants=(
-        Mutant(
-            lambda d_k, d_v: math.ceil(d_k * d_v / (d_k + d_v)),
-            "At a tie the cache is not larger yet.",
-            "Try d_k = d_v = 2 by hand: what do cache and state hold after one token?",
-        ),
-        Mutant(
-            lambda d_k, d_v: d_k * d_v // (d_k + d_v),
-            "One token early: at that length the cache is at most as large as the state.",
-            "The question asks for the first whole number above the crossing.",
-        ),
-        Mutant(
-            lambda d_k, d_v: d_v + 1,
-            "You counted the keys only; the cache holds the values too.",
-            "How many numbers does one token add to the cache?",
-        ),
-        Mutant(
-            lambda d_k, d_v: 2 * d_k * d_v // (d_k + d_v) + 1,
-            "That is where the *work* of the quadratic form overtakes the recurrence, not the memory.",
-            "Count numbers that must be kept from one token to the next, not multiplications.",
-        ),
-    ),
-)
-
-
-# --- 1.3 chunkwise ---------------------------------------------------------------------------------------
+# --- 1.2 chunkwise ---------------------------------------------------------------------------------------
 
 
 def _chunked_sample(g):
@@ -139,8 +102,8 @@ def _chunkwise(q, k, v, chunk_size, *, diagonal=0, write_first=False, keep=1.0, 
     return torch.cat(outputs)
 
 
-EX_1_3 = Exercise(
-    number="1.3",
+EX_1_2 = Exercise(
+    number="1.2",
     title="The chunkwise form, with a short last chunk",
     stars=2,
     minutes=15,
@@ -182,15 +145,168 @@ EX_1_3 = Exercise(
 )
 
 
-# --- 1.4 interference of correlated keys -----------------------------------------------------------------
+# --- 1.3 several workers ---------------------------------------------------------------------------------
+
+
+def _workers_sample(g):
+    workers = _integer(g, 2, 4)
+    length = workers * _integer(g, 2, 5)
+    return _normal(g, length, 3), _normal(g, length, 3), _normal(g, length, 5), workers
+
+
+def _workers(q, k, v, workers, *, exchange="before"):
+    size = len(q) // workers
+    parts = [(q[i : i + size], k[i : i + size], v[i : i + size]) for i in range(0, len(q), size)]
+    sums = torch.stack([k_w.T @ v_w for _, k_w, v_w in parts])
+    states = {
+        "before": sums.cumsum(0) - sums,
+        "including": sums.cumsum(0),
+        "all": sums.sum(0).expand_as(sums),
+        "none": torch.zeros_like(sums),
+        "neighbour": torch.cat([torch.zeros_like(sums[:1]), sums[:-1]]),
+    }[exchange]
+    return torch.cat([q_w @ s + (q_w @ k_w.T).tril() @ v_w for (q_w, k_w, v_w), s in zip(parts, states, strict=True)])
+
+
+EX_1_3 = Exercise(
+    number="1.3",
+    title="One sequence, several workers",
+    stars=2,
+    minutes=15,
+    sample=_workers_sample,
+    reference=_workers,
+    tested="8 random sequences on 2 to 4 workers, in float64",
+    mutants=(
+        Mutant(
+            partial(_workers, exchange="including"),
+            "Each worker was given its own writes as well, and counts them twice.",
+            "Worker 0 must start from an empty state.",
+        ),
+        Mutant(
+            partial(_workers, exchange="all"),
+            "Every worker starts from the sum over all workers: that lets it see the future.",
+            "Which workers hold tokens that come before mine?",
+        ),
+        Mutant(
+            partial(_workers, exchange="none"),
+            "The workers did not exchange anything: each answers as if its part were the whole sequence.",
+            "What does the second worker need to know about the first one's tokens?",
+        ),
+        Mutant(
+            partial(_workers, exchange="neighbour"),
+            "Each worker was given its neighbour's writes only.",
+            "With three workers, what has the last one missed?",
+        ),
+    ),
+)
+
+
+# --- 1.4 a property test ---------------------------------------------------------------------------------
+
+
+def _implementation(
+    q, k, v, chunk_size, initial_state=None, *, diagonal=0, write_first=False, keep=1.0, start=1.0, tail=True
+):
+    """The chunkwise form; each keyword argument but the defaults puts one bug into it."""
+    state = torch.zeros(k.shape[-1], v.shape[-1]).to(v) if initial_state is None else start * initial_state
+    outputs = [v[:0]]
+    for n in range(0, len(q), chunk_size):
+        q_c, k_c, v_c = (
+            q[n : n + chunk_size] * q.shape[-1] ** -0.5,
+            k[n : n + chunk_size],
+            v[n : n + chunk_size],
+        )
+        new_state = (keep if n else 1.0) * state + k_c.T @ v_c
+        outputs.append(q_c @ (new_state if write_first else state) + (q_c @ k_c.T).tril(diagonal) @ v_c)
+        state = new_state if tail or len(q_c) == chunk_size else state
+    return torch.cat(outputs), state
+
+
+def _by_recurrence(q, k, v, chunk_size, initial_state=None):
+    return recurrent_linear_attention(q, k, v, initial_state=initial_state)
+
+
+def _by_matrix(q, k, v, chunk_size, initial_state=None):
+    return parallel_linear_attention(q, k, v, initial_state=initial_state)
+
+
+def _by_chunks(q, k, v, chunk_size, initial_state=None):
+    return chunkwise_linear_attention(q, k, v, initial_state=initial_state, chunk_size=chunk_size)
+
+
+CORRECT = (_by_recurrence, _by_matrix, _by_chunks)
+BROKEN = {
+    partial(_implementation, diagonal=-1): "the mask leaves out the diagonal",
+    partial(_implementation, diagonal=10**6): "there is no mask inside a chunk",
+    partial(_implementation, write_first=True): "a chunk reads the state after its own write",
+    partial(_implementation, start=0.0): "the initial state is ignored",
+    partial(_implementation, keep=0.0): "from the second chunk on, the old state is dropped when a chunk is written",
+    partial(_implementation, tail=False): "a short last chunk never reaches the final state",
+}
+HINTS = (
+    "Compare the outputs of every token with those of the recurrence.",
+    "Change a later token: no earlier output may move.",
+    "Use more than one token per chunk and compare all outputs.",
+    "Call the implementation with an initial state as well as without.",
+    "Use a sequence of at least three chunks.",
+    "Use a length that is no multiple of the chunk size, and look at the second result too.",
+)
+
+
+def _passes(implementation, missed):
+    """What a test says that catches every broken implementation but those in `missed`."""
+    return implementation in CORRECT or implementation in missed
+
+
+def _survivors():
+    """One mutant for every non-empty set of broken implementations that a test may let through."""
+    mutants, broken = [], list(BROKEN)
+    for size in range(len(broken), 0, -1):
+        for missed in combinations(broken, size):
+            named = "; ".join(BROKEN[b] for b in missed)
+            score = f"Your test catches {len(broken) - size} of {len(broken)} bugs."
+            message = f"{score} It passes code in which {named}."
+            hint = HINTS[broken.index(missed[0])]
+            mutants.append(Mutant(partial(_passes, missed=missed), message, hint))
+    return tuple(mutants)
+
+
+_CASES = cycle([*BROKEN, *CORRECT])
+
+EX_1_4 = Exercise(
+    number="1.4",
+    title="A test that catches these bugs",
+    stars=2,
+    minutes=25,
+    sample=lambda g: (next(_CASES),),
+    reference=lambda implementation: implementation in CORRECT,
+    trials=len(BROKEN) + len(CORRECT),  # any run of that many draws from the cycle meets each of them once
+    tested="3 correct and 6 broken implementations",
+    mutants=(
+        Mutant(
+            lambda implementation: False,
+            "Your test fails everything, the correct implementations too.",
+            "Run it on `chunkwise_linear_attention` first. Which of your conditions is not met?",
+        ),
+        Mutant(
+            lambda implementation: implementation is _by_recurrence,
+            "Your test fails correct implementations that add up in another order.",
+            "Sums in floating point depend on their order. How far apart may two right answers be?",
+        ),
+        *_survivors(),
+    ),
+)
+
+
+# --- 1.5 interference of correlated keys -----------------------------------------------------------------
 
 
 def _correlated_error(n, d, rho):
     return (n - 1) * (rho**2 + (1 - rho) ** 2 / (d - 1))
 
 
-EX_1_4 = Exercise(
-    number="1.4",
+EX_1_5 = Exercise(
+    number="1.5",
     title="Interference of keys that share a direction",
     stars=2,
     minutes=20,
@@ -231,159 +347,39 @@ EX_1_4 = Exercise(
 )
 
 
-# --- 1.5 several workers ---------------------------------------------------------------------------------
+# --- 1.6 cache against state -----------------------------------------------------------------------------
 
-
-def _workers_sample(g):
-    workers = _integer(g, 2, 4)
-    length = workers * _integer(g, 2, 5)
-    return _normal(g, length, 3), _normal(g, length, 3), _normal(g, length, 5), workers
-
-
-def _workers(q, k, v, workers, *, exchange="before"):
-    size = len(q) // workers
-    parts = [(q[i : i + size], k[i : i + size], v[i : i + size]) for i in range(0, len(q), size)]
-    sums = torch.stack([k_w.T @ v_w for _, k_w, v_w in parts])
-    states = {
-        "before": sums.cumsum(0) - sums,
-        "including": sums.cumsum(0),
-        "all": sums.sum(0).expand_as(sums),
-        "none": torch.zeros_like(sums),
-        "neighbour": torch.cat([torch.zeros_like(sums[:1]), sums[:-1]]),
-    }[exchange]
-    return torch.cat(
-        [q_w @ s + (q_w @ k_w.T).tril() @ v_w for (q_w, k_w, v_w), s in zip(parts, states, strict=True)]
-    )
-
-
-EX_1_5 = Exercise(
-    number="1.5",
-    title="One sequence, several workers",
-    stars=2,
-    minutes=15,
-    sample=_workers_sample,
-    reference=_workers,
-    tested="8 random sequences on 2 to 4 workers, in float64",
-    mutants=(
-        Mutant(
-            partial(_workers, exchange="including"),
-            "Each worker was given its own writes as well, and counts them twice.",
-            "Worker 0 must start from an empty state.",
-        ),
-        Mutant(
-            partial(_workers, exchange="all"),
-            "Every worker starts from the sum over all workers: that lets it see the future.",
-            "Which workers hold tokens that come before mine?",
-        ),
-        Mutant(
-            partial(_workers, exchange="none"),
-            "The workers did not exchange anything: each answers as if its part were the whole sequence.",
-            "What does the second worker need to know about the first one's tokens?",
-        ),
-        Mutant(
-            partial(_workers, exchange="neighbour"),
-            "Each worker was given its neighbour's writes only.",
-            "With three workers, what has the last one missed?",
-        ),
-    ),
-)
-
-
-# --- 1.6 a property test ---------------------------------------------------------------------------------
-
-
-def _implementation(
-    q, k, v, chunk_size, initial_state=None, *, diagonal=0, write_first=False, keep=1.0, start=1.0, tail=True
-):
-    """The chunkwise form; each keyword argument but the defaults puts one bug into it."""
-    state = torch.zeros(k.shape[-1], v.shape[-1]).to(v) if initial_state is None else start * initial_state
-    outputs = [v[:0]]
-    for n in range(0, len(q), chunk_size):
-        q_c, k_c, v_c = (
-            q[n : n + chunk_size] * q.shape[-1] ** -0.5,
-            k[n : n + chunk_size],
-            v[n : n + chunk_size],
-        )
-        new_state = (keep if n else 1.0) * state + k_c.T @ v_c
-        outputs.append(q_c @ (new_state if write_first else state) + (q_c @ k_c.T).tril(diagonal) @ v_c)
-        state = new_state if tail or len(q_c) == chunk_size else state
-    return torch.cat(outputs), state
-
-
-def _by_recurrence(q, k, v, chunk_size, initial_state=None):
-    return recurrent_linear_attention(q, k, v, initial_state=initial_state)
-
-
-def _by_matrix(q, k, v, chunk_size, initial_state=None):
-    return parallel_linear_attention(q, k, v, initial_state=initial_state)
-
-
-def _by_chunks(q, k, v, chunk_size, initial_state=None):
-    return chunkwise_linear_attention(q, k, v, initial_state=initial_state, chunk_size=chunk_size)
-
-
-CORRECT = (_by_recurrence, _by_matrix, _by_chunks)
-BROKEN = {
-    partial(_implementation, diagonal=-1): "the mask leaves out the diagonal",
-    partial(_implementation, diagonal=10**6): "there is no mask inside a chunk",
-    partial(_implementation, write_first=True): "a chunk reads the state after its own write",
-    partial(_implementation, start=0.0): "the initial state is ignored",
-    partial(
-        _implementation, keep=0.0
-    ): "from the second chunk on, the old state is dropped when a chunk is written",
-    partial(_implementation, tail=False): "a short last chunk never reaches the final state",
-}
-HINTS = (
-    "Compare the outputs of every token with those of the recurrence.",
-    "Change a later token: no earlier output may move.",
-    "Use more than one token per chunk and compare all outputs.",
-    "Call the implementation with an initial state as well as without.",
-    "Use a sequence of at least three chunks.",
-    "Use a length that is no multiple of the chunk size, and look at the second result too.",
-)
-
-
-def _passes(implementation, missed):
-    """What a test says that catches every broken implementation but those in `missed`."""
-    return implementation in CORRECT or implementation in missed
-
-
-def _survivors():
-    """One mutant for every non-empty set of broken implementations that a test may let through."""
-    mutants, broken = [], list(BROKEN)
-    for size in range(len(broken), 0, -1):
-        for missed in combinations(broken, size):
-            named = "; ".join(BROKEN[b] for b in missed)
-            score = f"Your test catches {len(broken) - size} of {len(broken)} bugs."
-            message = f"{score} It passes code in which {named}."
-            hint = HINTS[broken.index(missed[0])]
-            mutants.append(Mutant(partial(_passes, missed=missed), message, hint))
-    return tuple(mutants)
-
-
-_CASES = cycle([*BROKEN, *CORRECT])
 
 EX_1_6 = Exercise(
     number="1.6",
-    title="A test that catches these bugs",
-    stars=2,
-    minutes=25,
-    sample=lambda g: (next(_CASES),),
-    reference=lambda implementation: implementation in CORRECT,
-    trials=len(BROKEN) + len(CORRECT),  # any run of that many draws from the cycle meets each of them once
-    tested="3 correct and 6 broken implementations",
+    title="From which token on is the cache larger?",
+    stars=1,
+    minutes=5,
+    sample=lambda g: (2 ** _integer(g, 1, 7), 2 ** _integer(g, 1, 7) * _integer(g, 1, 3)),
+    reference=lambda d_k, d_v: d_k * d_v // (d_k + d_v) + 1,
+    trials=40,
+    tested="40 pairs of sizes, with and without an exact tie",
     mutants=(
         Mutant(
-            lambda implementation: False,
-            "Your test fails everything, the correct implementations too.",
-            "Run it on `chunkwise_linear_attention` first. Which of your conditions is not met?",
+            lambda d_k, d_v: math.ceil(d_k * d_v / (d_k + d_v)),
+            "At a tie the cache is not larger yet.",
+            "Try d_k = d_v = 2 by hand: what do cache and state hold after one token?",
         ),
         Mutant(
-            lambda implementation: implementation is _by_recurrence,
-            "Your test fails correct implementations that add up in another order.",
-            "Sums in floating point depend on their order. How far apart may two right answers be?",
+            lambda d_k, d_v: d_k * d_v // (d_k + d_v),
+            "One token early: at that length the cache is at most as large as the state.",
+            "The question asks for the first whole number above the crossing.",
         ),
-        *_survivors(),
+        Mutant(
+            lambda d_k, d_v: d_v + 1,
+            "You counted the keys only; the cache holds the values too.",
+            "How many numbers does one token add to the cache?",
+        ),
+        Mutant(
+            lambda d_k, d_v: 2 * d_k * d_v // (d_k + d_v) + 1,
+            "That is where the *work* of the quadratic form overtakes the recurrence, not the memory.",
+            "Count numbers that must be kept from one token to the next, not multiplications.",
+        ),
     ),
 )
 

@@ -146,9 +146,9 @@ OTHER_ORDER = Exercise(
             "What does transposing do to a product of symmetric matrices?",
         ),
         Mutant(
-            lambda k, w: _eye(k.shape[-1]) - k.flip(0).mT @ w.flip(0),
-            "flipping both K and W only reorders the terms of a sum: it is still H_L ... H_1.",
-            "K^T W is a sum over t; its terms commute, the factors H_t do not.",
+            lambda k, w: _eye(k.shape[-1]) + w.mT @ k,
+            "the sign: each factor removes something from the identity.",
+            "Try a single factor with w_1 = beta_1 k_1.",
         ),
         Mutant(
             lambda k, w: torch.linalg.inv(_eye(k.shape[-1]) - k.mT @ w),
@@ -163,7 +163,7 @@ OTHER_ORDER = Exercise(
 
 COUNT = Exercise(
     number="3.4",
-    title="Count the multiplications of forward substitution",
+    title="Count them without the zeros",
     stars=1,
     minutes=10,
     sample=lambda generator: (_integer(generator, 4, 200),),
@@ -222,9 +222,7 @@ SUBSTITUTION = Exercise(
     reference=lambda k, beta: ut_transform(k, beta, method="substitution"),
     mutants=(
         Mutant(
-            lambda k, beta: _substitute(
-                _scaled_gram(k, beta), beta, lambda i: _unit(beta, i), lambda j, rows: rows[j]
-            ),
+            lambda k, beta: _substitute(_scaled_gram(k, beta), beta, lambda i: _unit(beta, i), lambda j, rows: rows[j]),
             "this is (I + A)^{-1}, without its last factor diag(beta).",
             "Compare your diagonal with beta.",
         ),
@@ -296,16 +294,12 @@ MERGE = Exercise(
             "The betas in a chain belong to the writes in the middle, between L_21 and the two blocks.",
         ),
         Mutant(
-            lambda N11, N22, L21, beta1, beta2: (
-                -(L21 + N22 @ (beta2[:, None] * L21) + L21 @ (beta1[:, None] * N11))
-            ),
+            lambda N11, N22, L21, beta1, beta2: -(L21 + N22 @ (beta2[:, None] * L21) + L21 @ (beta1[:, None] * N11)),
             "paths that go through both blocks are missing: N_22 D_2 L_21 D_1 N_11.",
             "Multiply the two brackets out. How many terms are there?",
         ),
         Mutant(
-            lambda N11, N22, L21, beta1, beta2: _merge(
-                N11, N22, L21, torch.ones_like(beta1), torch.ones_like(beta2)
-            ),
+            lambda N11, N22, L21, beta1, beta2: _merge(N11, N22, L21, torch.ones_like(beta1), torch.ones_like(beta2)),
             "your betas are all 1: they are nowhere in the formula.",
             "T = D + D N D takes the betas at the two ends. Those in the middle are left to N.",
         ),
@@ -329,7 +323,9 @@ def _clamped(k: Tensor, beta: Tensor) -> Tensor:
 
 
 def _divided(k: Tensor, beta: Tensor) -> Tensor:
-    return torch.linalg.inv_ex(torch.diag(1 / beta) + (k @ k.mT).tril(-1)).inverse
+    """T^{-1} = diag(1/beta) (I + A), computed by dividing the rows by beta: 0/0 where beta is zero."""
+    unscaled = torch.eye(len(beta), dtype=k.dtype) + _scaled_gram(k, beta).tril(-1)
+    return torch.linalg.inv_ex(unscaled / beta[:, None]).inverse
 
 
 def _truncated(k: Tensor, beta: Tensor) -> Tensor:
@@ -438,7 +434,7 @@ PROPERTY_TEST = Exercise(
         Mutant(
             lambda implementation: _accepts(implementation, "no zero"),
             "a bug that shows only for beta = 0 got through.",
-            "Padding has beta = 0. What does the compact form do there?",
+            "Padding has beta = 0. What does dividing by beta do there?",
         ),
         Mutant(
             lambda implementation: _accepts(implementation, "unit keys"),

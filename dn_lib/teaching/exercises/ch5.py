@@ -44,8 +44,7 @@ def exchange(source: str, *pairs: tuple[str, str]) -> str:
 def _mutants(number: str, source: str, *wrong: tuple) -> tuple[Mutant, ...]:
     """Mutants from (pairs to exchange, message, hint)."""
     return tuple(
-        Mutant(guarded(number, exchange(source, *pairs), strict=False), message, hint)
-        for pairs, message, hint in wrong
+        Mutant(guarded(number, exchange(source, *pairs), strict=False), message, hint) for pairs, message, hint in wrong
     )
 
 
@@ -112,7 +111,54 @@ EX_5_1 = Exercise(
 )
 
 
-# --- 5.2 linear attention that forgets -------------------------------------------------------------------
+# --- 5.2 bytes of a kernel -------------------------------------------------------------------------------
+
+
+def _requested(B, L, H, d_k, d_v, element, block_v):
+    shape = Shape(B=B, L=L, H=H, d_k=d_k, d_v=d_v, element=element, block_v=block_v)
+    return linear_attention(shape)[0].requested
+
+
+def _sample_requested(g):
+    d_v = 32 * _integer(g, 2, 4)
+    return _integer(g, 1, 4), 64 * _integer(g, 1, 9), _integer(g, 1, 8), 16 * _integer(g, 1, 8), d_v, 2, 32
+
+
+EX_5_2 = Exercise(
+    number="5.2",
+    title="Count before you run",
+    stars=1,
+    minutes=10,
+    sample=_sample_requested,
+    reference=_requested,
+    tested="8 random shapes, to the byte",
+    tolerance=0.0,
+    mutants=(
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v) * e + d_k * d_v * 4),
+            "q and k are counted once, but every block of values reads them again.",
+            "Programs share nothing. Which tensors do two programs of one head both need?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * L * (2 * d_k * (d_v // bv) + 2 * d_v) * e,
+            "The final state is missing.",
+            "What does the kernel store after its loop?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k * (d_v // bv) + 2 * d_v) + d_k * d_v) * e,
+            "The state is counted in the elements of q, but it is float32.",
+            "How many bytes does one number of the state take?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v) * (d_v // bv) * e + d_k * d_v * 4),
+            "v and o are counted once for every block of values, but a program takes only its own columns.",
+            "Which columns of v does a program load?",
+        ),
+    ),
+)
+
+
+# --- 5.3 linear attention that forgets -------------------------------------------------------------------
 
 RETENTION = """
 @triton.jit
@@ -158,9 +204,9 @@ def _plan_retention(q, k, v, gamma):
     return Plan(arguments, (3, 4), (1,), {"C": C, "D": C})
 
 
-PLANS["5.2"] = _plan_retention
-EX_5_2 = Exercise(
-    number="5.2",
+PLANS["5.3"] = _plan_retention
+EX_5_3 = Exercise(
+    number="5.3",
     title="A state that forgets",
     stars=3,
     minutes=40,
@@ -170,7 +216,7 @@ EX_5_2 = Exercise(
     tolerance=1e-5,
     trials=3,
     mutants=_mutants(
-        "5.2",
+        "5.3",
         RETENTION,
         (
             [("gap >= 0", "gap > 0")],
@@ -210,55 +256,6 @@ EX_5_2 = Exercise(
             [("* S + new", "* S + new\n        S = S.to(tl.bfloat16).to(tl.float32)")],
             "The state is kept in bfloat16: every chunk rounds it to 8 bits.",
             "The inputs may be short numbers. What about a sum that thousands of tokens go into?",
-        ),
-    ),
-)
-
-
-# --- 5.3 bytes of a kernel -------------------------------------------------------------------------------
-
-
-def _requested(B, L, H, d_k, d_v, element, block_v):
-    shape = Shape(B=B, L=L, H=H, d_k=d_k, d_v=d_v, element=element, block_v=block_v)
-    return linear_attention(shape)[0].requested
-
-
-def _sample_requested(g):
-    d_v = 32 * _integer(g, 2, 4)
-    return _integer(g, 1, 4), 64 * _integer(g, 1, 9), _integer(g, 1, 8), 16 * _integer(g, 1, 8), d_v, 2, 32
-
-
-EX_5_3 = Exercise(
-    number="5.3",
-    title="Count before you run",
-    stars=1,
-    minutes=10,
-    sample=_sample_requested,
-    reference=_requested,
-    tested="8 random shapes, to the byte",
-    tolerance=0.0,
-    mutants=(
-        Mutant(
-            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v) * e + d_k * d_v * 4),
-            "q and k are counted once, but every block of values reads them again.",
-            "Programs share nothing. Which tensors do two programs of one head both need?",
-        ),
-        Mutant(
-            lambda B, L, H, d_k, d_v, e, bv: B * H * L * (2 * d_k * (d_v // bv) + 2 * d_v) * e,
-            "The final state is missing.",
-            "What does the kernel store after its loop?",
-        ),
-        Mutant(
-            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k * (d_v // bv) + 2 * d_v) + d_k * d_v) * e,
-            "The state is counted in the elements of q, but it is float32.",
-            "How many bytes does one number of the state take?",
-        ),
-        Mutant(
-            lambda B, L, H, d_k, d_v, e, bv: (
-                B * H * (L * (2 * d_k + 2 * d_v) * (d_v // bv) * e + d_k * d_v * 4)
-            ),
-            "v and o are counted once for every block of values, but a program takes only its own columns.",
-            "Which columns of v does a program load?",
         ),
     ),
 )
@@ -309,9 +306,7 @@ def _join(n, gram, beta):
     return out.float(), NO_FAULTS
 
 
-PLANS["5.4"] = lambda n, gram, beta: Plan(
-    (n, gram, beta, torch.empty_like(n)), (3,), (1,), {"HALF": C // 2, "C": C}
-)
+PLANS["5.4"] = lambda n, gram, beta: Plan((n, gram, beta, torch.empty_like(n)), (3,), (1,), {"HALF": C // 2, "C": C})
 EX_5_4 = Exercise(
     number="5.4",
     title="Join two blocks of N",
@@ -352,8 +347,7 @@ EX_5_4 = Exercise(
         ),
         Mutant(
             guarded("5.4", JOIN_SMALL, strict=False),
-            "The numbers are right, but the hardware refuses: these dots have an inner size of 8, "
-            "and 16 is the least.",
+            "The numbers are right, but the hardware refuses: these dots have an inner size of 8, and 16 is the least.",
             "Work in the full 16 x 16 square, and let masks choose the block.",
         ),
     ),

@@ -1,0 +1,41 @@
+"""Settings for every test, doctest and notebook of the suite."""
+
+import importlib.util
+import os
+
+import matplotlib
+import pytest
+import torch
+
+import dn_lib  # noqa: F401 - before Triton, so that it asks for the interpreter where there is no GPU
+
+matplotlib.use("agg")
+os.environ.pop("MPLBACKEND", None)  # in the kernels of notebooks it would take the place of the inline one
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    part for part in (os.path.dirname(__file__), os.environ.get("PYTHONPATH")) if part
+)  # kernels of notebooks find dn_lib also where it is not installed
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+collect_ignore_glob = []
+if importlib.util.find_spec("triton") is None:
+    # Without Triton the rest of the suite still runs; chapter 5 says itself what is missing.
+    collect_ignore_glob += ["dn_lib/kernels/*.py", "book/notebooks/05_*.ipynb"]
+
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    # Times vary between machines, so there is no deadline; the same examples every time, so no surprises.
+    settings.register_profile("book", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("book")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make gpu)")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

@@ -1,0 +1,342 @@
+"""The exercises of chapter 6."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dn_lib.teaching.registry import Exercise, Mutant
+
+F64 = torch.float64
+
+
+def _int(g: torch.Generator, low: int, high: int) -> int:
+    """An integer in low..high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=g))
+
+
+def _randn(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=F64)
+
+
+# -- 6.1 bits per byte -----------------------------------------------------------------------------------
+
+
+def sample_losses(g):
+    return _randn(g, _int(g, 5, 20)).abs() * 3, _int(g, 20, 60)
+
+
+def bits(losses, n_bytes):
+    return losses.sum() / math.log(2) / n_bytes
+
+
+# -- 6.2 the short convolution ---------------------------------------------------------------------------
+
+
+def sample_convolution(g):
+    length, channels, taps = _int(g, 4, 9), _int(g, 2, 5), _int(g, 2, 4)
+    return _randn(g, length, channels), _randn(g, channels, taps)
+
+
+def convolve(x, w, ahead=0):
+    taps = w.shape[1]
+    padded = torch.cat([x.new_zeros(taps - 1 - ahead, x.shape[1]), x, x.new_zeros(ahead, x.shape[1])])
+    return sum(w[:, j] * padded[j : j + len(x)] for j in range(taps))
+
+
+# -- 6.3 one token through the convolution ---------------------------------------------------------------
+
+
+def sample_step(g):
+    channels, taps = _int(g, 2, 5), _int(g, 3, 5)
+    return _randn(g, channels), _randn(g, taps - 1, channels), _randn(g, channels, taps)
+
+
+def step(x, past, w):
+    window = torch.cat([past, x[None]])
+    return (w.T * window).sum(0), window[1:]
+
+
+# -- 6.4 parameters --------------------------------------------------------------------------------------
+
+
+def sample_block(g):
+    heads = _int(g, 1, 4)
+    return heads * 8 * _int(g, 1, 4), heads, 64 * _int(g, 1, 3), _int(g, 2, 4)
+
+
+def block_parameters(d, H, m, n, *, mixer=4, conv=3, beta=1, mlp=3):
+    return mixer * d * d + conv * n * d + beta * d * H + d // H + mlp * d * m + 2 * d
+
+
+# -- 6.5 memory of a hybrid ------------------------------------------------------------------------------
+
+
+def sample_memory(g):
+    heads = _int(g, 2, 4)
+    return ["delta", "window", "attention"], heads * 8, heads, _int(g, 4, 30), _int(g, 40, 200)
+
+
+def memory(mixers, d, H, w, t, *, heads=True, sides=2, cap=True, grow=True):
+    sizes = {
+        "delta": d * d // H if heads else d * d,
+        "window": sides * d * (min(t, w) if cap else t),
+        "attention": sides * d * (t if grow else 1),
+    }
+    return sum(sizes[mixer] for mixer in mixers)
+
+
+# -- 6.6 the learning rate -------------------------------------------------------------------------------
+
+
+def sample_schedule(g):
+    warmup = _int(g, 3, 8)
+    return warmup, warmup + _int(g, 5, 30), 1.0, 0.1
+
+
+def rates(w, T, top, floor, *, shift=0, start=None, low=True, line=False):
+    values = []
+    for t in range(1, T + 1):
+        begin = w if start is None else start
+        r = (t - begin) / (T - begin)
+        fall = 1 - r if line else (1 + math.cos(math.pi * r)) / 2
+        base = floor if low else 0.0
+        values.append(top * (t - shift) / w if t <= w else base + (top - base) * fall)
+    return torch.tensor(values, dtype=F64)
+
+
+# -- 6.7 unequal parts -----------------------------------------------------------------------------------
+
+
+def sample_parts(g):
+    sizes = [_int(g, 1, 3), _int(g, 5, 8), _int(g, 2, 4)]
+    return _randn(g, 3, _int(g, 2, 5)), torch.tensor(sizes, dtype=F64)
+
+
+def weighted(gradients, sizes):
+    return (sizes[:, None] * gradients).sum(0) / sizes.sum()
+
+
+ENTRIES = [
+    Exercise(
+        number="6.1",
+        title="Bits per byte",
+        stars=1,
+        minutes=5,
+        sample=sample_losses,
+        reference=bits,
+        tested="8 lists of token losses",
+        mutants=(
+            Mutant(
+                lambda losses, n: losses.sum() / n,
+                "These are nats per byte: the logarithm is the natural one.",
+                "How many nats is one bit?",
+            ),
+            Mutant(
+                lambda losses, n: losses.mean() / math.log(2),
+                "These are bits per token: a tokenizer with longer tokens would look worse than it is.",
+                "The text has `n_bytes` bytes, however many tokens it was cut into.",
+            ),
+            Mutant(
+                lambda losses, n: losses.mean() / math.log(2) / n,
+                "The mean over tokens was divided by the bytes of the whole text.",
+                "Total over total: which total is still missing?",
+            ),
+            Mutant(
+                lambda losses, n: losses.sum() * math.log(2) / n,
+                "The factor ln 2 stands on the wrong side.",
+                "A byte that is sure to be one of two equally likely ones costs ln 2 nats. How many bits?",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.2",
+        title="A short causal convolution",
+        stars=2,
+        minutes=10,
+        sample=sample_convolution,
+        reference=convolve,
+        tested="8 random shapes in float64",
+        mutants=(
+            Mutant(
+                lambda x, w: convolve(x, w.flip(1)),
+                "The taps are in reverse: the last tap belongs to the present token.",
+                "Write out y for the first token. Which tap is left?",
+            ),
+            Mutant(
+                lambda x, w: convolve(x, w, ahead=1),
+                "Token t sees token t + 1: in training the model would read the answer.",
+                "All the padding belongs on one side.",
+            ),
+            Mutant(
+                lambda x, w: convolve(x, w).sum(1, keepdim=True).expand_as(x),
+                "The channels were added up: this convolution is depthwise.",
+                "Each channel has its own filter and its own output.",
+            ),
+            Mutant(
+                lambda x, w: convolve(torch.cat([x.new_zeros(1, x.shape[1]), x[:-1]]), w),
+                "The present token is left out.",
+                "How many zeros have to stand before the first token for a filter of `taps` taps?",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.3",
+        title="One token at a time through the convolution",
+        stars=2,
+        minutes=10,
+        sample=sample_step,
+        reference=step,
+        tested="8 random shapes in float64",
+        mutants=(
+            Mutant(
+                lambda x, past, w: ((w.T * torch.cat([past, x[None]])).sum(0), past),
+                "The output is right, but the memory is not moved on.",
+                "What will the next token need as its past?",
+            ),
+            Mutant(
+                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, x[None]])[:-1]),
+                "The newest input was dropped where the oldest should go.",
+                "The memory holds the last inputs before the next token: is x one of them?",
+            ),
+            Mutant(
+                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, x[None]])),
+                "The memory has grown by one row, and would grow with every token.",
+                "A filter of n taps looks at how many tokens before the present one?",
+            ),
+            Mutant(
+                lambda x, past, w: ((w.flip(1).T * torch.cat([past, x[None]])).sum(0), step(x, past, w)[1]),
+                "The taps are in reverse: the last tap belongs to the present token.",
+                "In which order do the rows of [past; x] stand in time, and the columns of w?",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.4",
+        title="Count a block's parameters",
+        stars=1,
+        minutes=10,
+        sample=sample_block,
+        reference=block_parameters,
+        tested="8 random shapes, exactly",
+        tolerance=0.0,
+        mutants=(
+            Mutant(
+                lambda *s: block_parameters(*s, mixer=3),
+                "A matrix of the mixer is missing.",
+                "q, k and v come in through a matrix each. How does o leave?",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, conv=0),
+                "The short convolutions are missing.",
+                "They are few parameters, but there are three of them.",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, beta=0),
+                "The projection that gives beta is missing.",
+                "Each head has a beta of its own, from the same input as q.",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, mlp=2),
+                "SwiGLU was counted with two matrices.",
+                "It has a gate beside the matrix that goes up and the one that goes down.",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.5",
+        title="What a hybrid has to remember",
+        stars=2,
+        minutes=10,
+        sample=sample_memory,
+        reference=memory,
+        tested="8 random shapes, exactly",
+        tolerance=0.0,
+        mutants=(
+            Mutant(
+                lambda *s: memory(*s, cap=False),
+                "The window's cache grows without end.",
+                "What can a window layer forget?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, sides=1),
+                "Attention keeps keys, but it needs something else as well.",
+                "What is summed with the weights that the keys give?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, heads=False),
+                "The state was counted as one d x d matrix; heads make it smaller.",
+                "Each head has a state of (d/H) x (d/H). How many heads are there?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, grow=False),
+                "Full attention was counted with one token.",
+                "Which earlier tokens may a full-attention layer never forget?",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.6",
+        title="The learning-rate schedule",
+        stars=1,
+        minutes=10,
+        sample=sample_schedule,
+        reference=rates,
+        tested="8 schedules, every step",
+        mutants=(
+            Mutant(
+                lambda *s: rates(*s, shift=1),
+                "The warm-up starts with a step of rate zero, which is wasted.",
+                "t counts from 1.",
+            ),
+            Mutant(
+                lambda *s: rates(*s, start=0),
+                "The cosine was counted from the first step, so that the rate jumps where the warm-up ends.",
+                "What must r be at the step in which the warm-up ends?",
+            ),
+            Mutant(
+                lambda *s: rates(*s, low=False),
+                "The rate goes down to zero instead of to the floor.",
+                "At r = 1 the cosine part vanishes. What is left?",
+            ),
+            Mutant(
+                lambda *s: rates(*s, line=True),
+                "The rate falls along a straight line.",
+                "Half a period of the cosine goes from 1 to -1.",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.7",
+        title="Accumulation over unequal parts",
+        stars=3,
+        minutes=15,
+        sample=sample_parts,
+        reference=weighted,
+        tested="8 random splits in float64",
+        mutants=(
+            Mutant(
+                lambda g, n: g.mean(0),
+                "Tokens in small parts count for more than tokens in large ones.",
+                "The mean over all tokens: how often does each part's mean enter it?",
+            ),
+            Mutant(
+                lambda g, n: g.sum(0),
+                "The gradients are added up: the step grows with the number of parts.",
+                "With equal parts, the answer has to be their mean.",
+            ),
+            Mutant(
+                lambda g, n: (n[:, None] * g).sum(0),
+                "Weighted, but not divided by the number of tokens.",
+                "The loss of the whole batch is a mean.",
+            ),
+            Mutant(
+                lambda g, n: (g / n[:, None]).sum(0) / (1 / n).sum(),
+                "The weights are the wrong way round.",
+                "Should a part with twice the tokens count twice or half?",
+            ),
+        ),
+    ),
+]

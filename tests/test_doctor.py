@@ -1,0 +1,77 @@
+"""`dn_lib.doctor`: every line says what was found, and what is missing comes with its remedy."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dn_lib import doctor
+
+
+def test_report_names_versions_devices_and_triton():
+    text = doctor.report()
+    for subject in ("Python", "dn_lib", "torch", "CPU", "GPU", "Triton", "C compiler", "Jupyter", "Tests"):
+        assert any(line[2:].startswith(subject) for line in text.splitlines()), subject
+    assert torch.__version__ in text
+    arrows = sum(line.strip().startswith("→") for line in text.splitlines())
+    assert arrows == sum(line.startswith("✗") for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("system", "remedy"), [("Linux", "pip install triton"), ("Darwin", "chapter 5 needs Linux")])
+def test_missing_triton(monkeypatch, system, remedy):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.platform, "system", lambda: system)
+    finding = doctor.triton()
+    assert finding.found == "missing" and remedy in finding.remedy
+
+
+def test_triton_that_cannot_run(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(doctor, "_TRIAL", "raise RuntimeError('no driver')")
+    finding = doctor.triton()
+    assert "fails: RuntimeError: no driver" in finding.found and finding.remedy
+    monkeypatch.setattr(doctor, "_TRIAL", "import time; time.sleep(60)")
+    assert doctor._try_triton(seconds=0.5) == "no answer in 0 s"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton compiles")
+def test_triton_interprets_without_a_gpu():
+    pytest.importorskip("triton")
+    finding = doctor.triton()
+    assert "interprets" in finding.found and not finding.remedy
+
+
+def test_interpreter_asked_for_beside_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "unset it" in doctor.triton().remedy
+
+
+def test_missing_compiler(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "install one" in doctor.c_compiler().remedy
+
+
+def test_missing_extras(monkeypatch):
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "nbval" else installed(name))
+    jupyter, tests = doctor.extras()
+    assert "nbval" not in jupyter.remedy and "missing nbval: pip install" in tests.remedy
+
+
+def test_driver_without_a_torch_that_uses_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "torch built for CUDA" in doctor.devices()[-1].remedy
+
+
+def test_devices_lists_each_gpu(monkeypatch):
+    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    gpus = doctor.devices()[2:]
+    assert [str(gpu) for gpu in gpus] == [f"✓ GPU {i}        NVIDIA H100, sm_90, 80 GiB" for i in range(2)]
+    about.major, about.minor = 7, 5
+    assert "sm_80" in doctor.devices()[-1].remedy

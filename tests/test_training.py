@@ -1,0 +1,465 @@
+"""The loop: schedule, exact resume, kill -9, signals, a full disk, several processes, measures."""
+
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dn_lib  # noqa: F401
+from dn_lib.data import ByteTokenizer, Corpus, DataError, split_text
+from dn_lib.models import LanguageModel, ModelConfig
+from dn_lib.training import (
+    CheckpointError,
+    TrainConfig,
+    TrainingError,
+    bits_per_byte,
+    checkpoint,
+    document_windows,
+    evaluate,
+    latest,
+    learning_rate_at,
+    loss_at_names,
+    loss_by_position,
+    name_occurrences,
+    parses,
+    read,
+    resolve_device,
+    steps_within,
+    token_losses,
+    train,
+    windows,
+)
+from dn_lib.training.runs import export, load_run
+
+TEXT = "".join(f"name_{i % 37} = value({i % 11})\n" for i in range(2000)).encode()
+TINY = dict(width=16, layers=2, heads=2, hybrid="window", window=8)
+CONFIG = TrainConfig(
+    steps=12, batch=4, length=24, warmup=2, evaluate_every=6, evaluation_tokens=240, log_every=4, device="cpu"
+)
+
+
+def corpus() -> Corpus:
+    return split_text(TEXT, name="text")
+
+
+def model(seed: int = 0, **changes) -> LanguageModel:
+    torch.manual_seed(seed)
+    return LanguageModel(ModelConfig(**{**TINY, **changes}))
+
+
+def losses(history) -> list[float]:
+    return [record["loss"] for record in history.steps]
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"steps": 0},
+            {"batch": 0},
+            {"warmup": -1},
+            {"learning_rate": 1e-5},
+            {"precision": "float8"},
+            {"parallel": "both"},
+        ],
+    )
+    def test_names_the_setting(self, change):
+        name = "min_learning_rate" if "learning_rate" in change else next(iter(change))
+        with pytest.raises(ValueError, match=name):
+            replace(CONFIG, **change)
+
+    def test_json_round_trip(self):
+        assert TrainConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+        with pytest.raises(ValueError, match="unknown training settings: speed"):
+            TrainConfig.from_dict({"speed": 1})
+
+    def test_gpu_that_is_not_there(self):
+        with pytest.raises(ValueError, match="use --device cpu"):
+            resolve_device(f"cuda:{torch.cuda.device_count()}")
+        with pytest.raises(ValueError, match="device must be auto"):
+            resolve_device("gpu")
+
+
+class TestLearningRate:
+    config = TrainConfig(steps=100, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
+
+    def test_shape(self):
+        rates = [learning_rate_at(step, self.config) for step in range(100)]
+        assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
+        assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+        assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+        assert rates[54] == pytest.approx(0.55)
+
+    def test_no_warmup_and_beyond_the_end(self):
+        config = replace(self.config, warmup=0)
+        assert learning_rate_at(99, config) == learning_rate_at(500, config) == pytest.approx(0.1)
+
+
+class TestTraining:
+    def test_the_loss_falls(self):
+        history = train(model(), corpus(), replace(CONFIG, steps=60, learning_rate=1e-2, batch=8))
+        assert history.evaluations[-1]["bits_per_byte"] < 4.5 < history.evaluations[0]["bits_per_byte"]
+        assert losses(history)[0] == pytest.approx(math.log(256), rel=0.05)
+        assert history.tokens_per_second > 0
+
+    def test_accumulation_changes_nothing_but_rounding(self):
+        one = train(model(), corpus(), CONFIG)
+        four = train(model(), corpus(), replace(CONFIG, accumulate=4))
+        assert np.allclose(losses(one), losses(four), rtol=1e-5)
+
+    def test_clipping_bounds_the_gradient(self):
+        """Gradients far below AdamW's epsilon of 1e-8 hardly move anything; unclipped ones do."""
+        moved = {}
+        for clip in (0.0, 1e-12):
+            net, start = model(), model().head.weight
+            history = train(net, corpus(), replace(CONFIG, clip=clip, weight_decay=0.0))
+            moved[clip] = (net.head.weight - start).abs().max().item()
+            assert history.steps[0]["gradient_norm"] > 0.1  # the norm is told as it was before clipping
+        assert moved[1e-12] < 1e-3 * moved[0.0]
+
+    def test_weight_decay_is_for_matrices_only(self):
+        from dn_lib.training import make_optimiser
+
+        decayed, others = make_optimiser(model(), CONFIG).param_groups
+        assert decayed["weight_decay"] == CONFIG.weight_decay and others["weight_decay"] == 0.0
+        assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim != 2 for p in others["params"])
+
+    def test_log_and_report(self, tmp_path):
+        seen = []
+        history = train(model(), corpus(), CONFIG, folder=tmp_path, report=seen.append)
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "step" in line] == list(range(1, 13))
+        assert [line["evaluation"] for line in lines if "evaluation" in line] == seen == history.evaluations
+        assert [record["step"] for record in seen] == [6, 12]
+
+    def test_a_loss_that_is_no_number(self, tmp_path):
+        broken = model()
+        train(broken, corpus(), CONFIG, folder=tmp_path)
+        with torch.no_grad():
+            broken.norm.weight.fill_(float("nan"))
+        with pytest.raises(TrainingError, match=r"the loss is nan at step 1: .* lower learning rate"):
+            train(broken, corpus(), CONFIG)
+
+    def test_context_longer_than_the_data(self):
+        with pytest.raises(DataError, match="length must be below the number of training tokens"):
+            train(model(), corpus(), replace(CONFIG, length=10**6))
+        short = Corpus(np.zeros(1000, np.uint8), np.zeros(10, np.uint8), ByteTokenizer())
+        with pytest.raises(DataError, match="length must be below the number of validation tokens"):
+            train(model(), short, CONFIG)
+
+    def test_steps_within_leaves_the_model_alone(self):
+        net = model()
+        before = {name: p.clone() for name, p in net.named_parameters()}
+        config = steps_within(0.5, net, corpus(), CONFIG)
+        assert config.steps >= 10 and config.evaluate_every <= config.steps
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+class TestResume:
+    """What is saved at step n is all that step n + 1 depends on."""
+
+    @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
+    def test_exact(self, tmp_path, changes):
+        whole = train(model(**changes), corpus(), replace(CONFIG, checkpoint_every=5), folder=tmp_path / "a")
+        first = replace(CONFIG, checkpoint_every=5, keep=9)
+        train(model(**changes), corpus(), first, folder=tmp_path / "b")
+        for path in sorted((tmp_path / "b").glob("checkpoint_*"))[1:]:
+            path.unlink()
+        assert read(latest(tmp_path / "b")).about["step"] == 5
+        again = train(model(99, **changes), corpus(), first, folder=tmp_path / "b", resume=True)
+        assert losses(again) == losses(whole)
+        assert [r["loss"] for r in again.evaluations] == [r["loss"] for r in whole.evaluations]
+        lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "step" in line] == list(range(1, 13))
+
+    def test_without_a_checkpoint_it_starts(self, tmp_path):
+        assert len(train(model(), corpus(), CONFIG, folder=tmp_path, resume=True).steps) == 12
+
+    def test_a_finished_run_has_nothing_left_to_do(self, tmp_path):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+        assert len(train(model(), corpus(), CONFIG, folder=tmp_path, resume=True).steps) == 12
+
+    def test_a_folder_is_not_used_twice(self, tmp_path):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+        with pytest.raises(CheckpointError, match="holds a run already"):
+            train(model(), corpus(), CONFIG, folder=tmp_path)
+
+    def test_another_vocabulary(self, tmp_path):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+        with pytest.raises(CheckpointError, match="cannot resume: vocab_size is 256 in the checkpoint, 300"):
+            train(model(vocab_size=300), corpus(), CONFIG, folder=tmp_path, resume=True)
+
+    def test_another_model(self, tmp_path):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+        with pytest.raises(CheckpointError, match="cannot resume: window is 8 in the checkpoint, 4 here"):
+            train(model(window=4), corpus(), CONFIG, folder=tmp_path, resume=True)
+
+    def test_another_corpus(self, tmp_path):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+        other = split_text(TEXT + b"more\n", name="text")
+        with pytest.raises(CheckpointError, match="cannot resume: the corpus differs"):
+            train(model(), other, CONFIG, folder=tmp_path, resume=True)
+
+    def test_no_checkpoint_at_all(self, tmp_path):
+        path = checkpoint.checkpoint_path(tmp_path, 3)
+        path.write_bytes(b"not a checkpoint")
+        with pytest.raises(CheckpointError, match="no readable checkpoint"):
+            train(model(), corpus(), CONFIG, folder=tmp_path, resume=True)
+
+    def test_only_the_newest_are_kept(self, tmp_path):
+        train(model(), corpus(), replace(CONFIG, checkpoint_every=2, keep=3), folder=tmp_path)
+        steps = [int(path.stem[-7:]) for path in sorted(tmp_path.glob("checkpoint_*"))]
+        assert steps == [8, 10, 12]
+
+
+WORKER = """
+    import sys, dn_lib, torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, {tests!r})
+    from test_training import CONFIG, corpus, losses, model, replace, train
+    config = replace(CONFIG, steps={steps}, checkpoint_every=3, log_every=1)
+    print("ready", flush=True)
+    train(model(), corpus(), config, folder={folder!r}, resume=True)
+"""
+
+
+def worker(folder, steps) -> subprocess.Popen:
+    script = textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), folder=str(folder), steps=steps))
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class TestKilled:
+    def test_sigkill_and_resume(self, tmp_path):
+        """Killed without warning at random moments, the run ends with the losses of one left alone."""
+        steps = 60
+        whole = train(model(), corpus(), replace(CONFIG, steps=steps))
+        chance = random.Random(0)
+        kills = 0
+        for _ in range(2):
+            process = worker(tmp_path, steps)
+            process.stdout.readline()
+            target = (read(latest(tmp_path)).about["step"] if latest(tmp_path) else 0) + chance.randint(2, 20)
+            while process.poll() is None and last_logged(tmp_path) < target:
+                time.sleep(0.005)
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+            process.communicate()
+            if latest(tmp_path):
+                read(latest(tmp_path))  # whatever the moment, it is whole
+        assert kills > 0
+        torch.set_num_threads(1)
+        again = train(
+            model(5),
+            corpus(),
+            replace(CONFIG, steps=steps, checkpoint_every=3, log_every=1),
+            folder=tmp_path,
+            resume=True,
+        )
+        assert losses(again) == losses(whole)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signals_stop_after_a_checkpoint(self, tmp_path, number):
+        seen = []
+
+        def report(record):
+            seen.append(record)
+            signal.raise_signal(number)
+
+        before = signal.getsignal(number)
+        config = replace(CONFIG, steps=40, evaluate_every=10)
+        history = train(model(), corpus(), config, folder=tmp_path, report=report)
+        assert history.stopped == number and len(history.steps) == 11
+        assert read(latest(tmp_path)).about["step"] == 11
+        assert signal.getsignal(number) == before
+        again = train(model(3), corpus(), config, folder=tmp_path, resume=True)
+        assert losses(again) == losses(train(model(), corpus(), config))
+
+
+def last_logged(folder) -> int:
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [int(line.split('"step": ')[1].split(",")[0]) for line in lines if line.startswith('{"step": ')]
+    return max(steps, default=0)
+
+
+class TestFullDisk:
+    def test_the_last_good_checkpoint_stays(self, tmp_path):
+        """A file-size limit is the full disk that a test without privileges can have."""
+        config = replace(CONFIG, steps=6, checkpoint_every=6)
+        train(model(), corpus(), config, folder=tmp_path)
+        good = latest(tmp_path).read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
+            with pytest.raises(CheckpointError, match=r"could not write .* the last good one is .*0000006"):
+                train(model(), corpus(), CONFIG, folder=tmp_path, resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert latest(tmp_path).read_bytes() == good
+        assert list(tmp_path.glob("*.part")) == []
+        assert len(train(model(), corpus(), CONFIG, folder=tmp_path, resume=True).steps) == 12
+
+    def test_a_write_cut_short_never_gets_the_name(self, tmp_path, monkeypatch):
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match="No space left on device; there is none before it"):
+            train(model(), corpus(), CONFIG, folder=tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+PARALLEL = """
+    import json, sys, dn_lib, torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, {tests!r})
+    from test_training import CONFIG, corpus, losses, model, replace, train
+    found = {{}}
+    for kind in ("ddp", "fsdp"):
+        config = replace(CONFIG, steps=6, parallel=kind, accumulate=2, evaluation_tokens=240)
+        history = train(model(), corpus(), config, folder={folder!r} + kind)
+        found[kind] = [losses(history), history.evaluations]
+        config = replace(config, steps=8)
+        found[kind + " resumed"] = losses(train(model(1), corpus(), config, folder={folder!r} + kind, resume=True))
+    if torch.distributed.is_initialized() is False and {rank} == 0:
+        print(json.dumps(found))
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """DDP and FSDP2 over gloo, with accumulation; then one process goes on from what two have saved."""
+    one = train(model(), corpus(), replace(CONFIG, steps=6))
+    tests = str(Path(__file__).parent)
+    port = 20000 + os.getpid() % 20000
+    started = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        script = textwrap.dedent(PARALLEL.format(tests=tests, folder=str(tmp_path / "run_"), rank=rank))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=240) for process in started]
+    assert all(process.returncode == 0 for process in started), outputs[0][1][-3000:]
+    found = json.loads(outputs[0][0].splitlines()[-1])
+    for kind in ("ddp", "fsdp"):
+        values, evaluations = found[kind]
+        assert np.allclose(values, losses(one), rtol=1e-5, atol=0)
+        assert evaluations[-1]["loss"] == pytest.approx(one.evaluations[-1]["loss"], rel=1e-5)
+        saved = read(latest(tmp_path / f"run_{kind}"))
+        assert saved.about["step"] == 8 and len(found[f"{kind} resumed"]) == 8
+        assert found[f"{kind} resumed"][:6] == values
+    whole = {
+        kind: checkpoint.read(latest(tmp_path / f"run_{kind}")).tensors["model.head.weight"] for kind in ("ddp", "fsdp")
+    }
+    assert torch.allclose(whole["ddp"], whole["fsdp"], rtol=1e-4, atol=1e-6)
+
+
+class TestRuns:
+    def test_export_and_load(self, tmp_path):
+        net = model()
+        train(net, corpus(), CONFIG, folder=tmp_path)
+        from_checkpoint, tokenizer, facts = load_run(tmp_path)
+        export(tmp_path, corpus().tokenizer)
+        from_model, _, again = load_run(tmp_path)
+        tokens = torch.arange(10)[None]
+        with torch.no_grad():
+            assert torch.equal(net(tokens), from_checkpoint(tokens))
+            assert torch.equal(net(tokens), from_model(tokens))
+        assert tokenizer.name == "bytes" and facts["name"] == again["name"] == "text"
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="must hold a model or a checkpoint"):
+            load_run(tmp_path / "nowhere")
+
+
+class Uniform(torch.nn.Module):
+    """Every token equally likely; `certain` makes it know the answer at position `certain` and later."""
+
+    def __init__(self, vocabulary=256):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, tokens):
+        return self.p.expand(*tokens.shape, -1)
+
+
+class TestMeasures:
+    def test_uniform_is_eight_bits(self):
+        result = evaluate(Uniform(), corpus(), length=50)
+        assert result["bits_per_byte"] == pytest.approx(8.0, abs=1e-5)
+
+    def test_bytes_per_token(self):
+        assert bits_per_byte(math.log(16), 2.0) == pytest.approx(2.0)
+
+    def test_windows_predict_every_token_once(self):
+        rows = windows(np.arange(101), 10)
+        assert rows[:, 1:].flatten().tolist() == list(range(1, 101))
+        assert windows(np.arange(101), 10, limit=30).shape == (3, 11)
+
+    def test_token_losses_are_those_of_the_logits(self):
+        net, rows = model(), windows(corpus().validation, 20, 100)
+        loss = token_losses(net, rows, batch=2)
+        with torch.no_grad():
+            logits = net(rows[:, :-1]).log_softmax(-1)
+        wanted = -logits.gather(-1, rows[:, 1:, None]).squeeze(-1)
+        assert torch.allclose(loss, wanted, atol=1e-5)
+        assert net.training
+
+    def test_loss_by_position_is_a_partition(self):
+        loss = torch.rand(3, 100)
+        edges, means = loss_by_position(loss, bins=7)
+        widths = np.diff([0, *edges])
+        assert edges[-1] == 100 and np.dot(widths, means) / 100 == pytest.approx(loss.mean().item(), rel=1e-5)
+
+    def test_name_occurrences(self):
+        text = b"import json\n\x0cdef load(path):\n    return json.load(path)\n"
+        first, later = name_occurrences(text)
+        assert [text[a:b] for a, b in first] == [b"json", b"load", b"path"]
+        assert [text[a:b] for a, b in later] == [b"json", b"load", b"path"]
+        assert name_occurrences(b"call(unfinished, 'str")[0][:1] == [(0, 4)]
+
+    def test_loss_at_names(self):
+        text = b"\0value = 1\nprint(value)\n" + b"#" * 40
+        rows = document_windows(np.frombuffer(text, np.uint8), len(text) - 1)
+        result = loss_at_names(Uniform(), rows)
+        assert result["first"] == result["later"] == pytest.approx(math.log(256), rel=1e-5)
+
+    def test_document_windows(self):
+        tokens = np.array([0, 1, 2, 0, 3, 4, 5, 6, 0, 7], np.uint8)
+        assert document_windows(tokens, 3).tolist() == [[0, 3, 4, 5]]
+        with pytest.raises(DataError, match="length must be below"):
+            document_windows(tokens, 30)
+
+    @pytest.mark.parametrize(
+        ("source", "good"),
+        [("def f():\n    return 1\nx = (", True), ("def f(:\n", False), ("", False), ("\n\n", False)],
+    )
+    def test_parses(self, source, good):
+        assert parses(source) is good
