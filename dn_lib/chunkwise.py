@@ -43,6 +43,10 @@ def _check(
     check_chunk_size(chunk_size)
 
 
+def _dtype(*tensors: Tensor | None) -> torch.dtype:
+    return working_dtype(*(x for x in tensors if x is not None))
+
+
 def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -121,7 +125,7 @@ def chunkwise_delta_rule(
     [(100, 8), (8, 8)]
     """
     _check(q, k, v, beta, initial_state, chunk_size)
-    dtype, length = working_dtype(q, k, v, beta), q.shape[-2]
+    dtype, length = _dtype(q, k, v, beta, initial_state), q.shape[-2]
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     C = min(chunk_size, max(length, 1))
     qc, kc, vc, bc = (to_chunks(x.to(dtype), C) for x in (q, k, v, beta[..., None]))
@@ -144,7 +148,7 @@ def delta_attention_matrix(q: Tensor, k: Tensor, beta: Tensor, *, scale: float |
     [[1.0, 0.0], [0.0, 1.0]]
     """
     _check(q, k, k, beta)
-    dtype = working_dtype(q, k, beta)
+    dtype = _dtype(q, k, beta)
     qs, ks = q.to(dtype) * _scale(scale, q), k.to(dtype)
     return (qs @ ks.mT).tril() @ ut_transform(ks, beta.to(dtype))
 
@@ -167,7 +171,7 @@ def parallel_delta_rule(
     torch.Size([6, 4])
     """
     _check(q, k, v, beta, initial_state)
-    dtype = working_dtype(q, k, v, beta)
+    dtype = _dtype(q, k, v, beta, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     qs, ks, vs, bs = (x.to(dtype) for x in (q, k, v, beta))
     qs = qs * _scale(scale, q)
@@ -368,7 +372,7 @@ class ReversibleDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, beta, initial_state, scale, chunk_size):
-        dtype = working_dtype(q, k, v, beta)
+        dtype = _dtype(q, k, v, beta, initial_state)
         state = initial_state_or_zeros(k, v, initial_state, dtype)
         qs, *kvbeta = (x.to(dtype) for x in (q, k, v, beta))
         o, errors, final_state = chunkwise_forward_with_errors(qs * scale, *kvbeta, state, chunk_size=chunk_size)
@@ -461,7 +465,7 @@ def segment_affine(
     (0.0, [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
     """
     _check(k, k, v, beta, initial_state, chunk_size)
-    dtype, d_k = working_dtype(k, v, beta), k.shape[-1]
+    dtype, d_k = _dtype(k, v, beta, initial_state), k.shape[-1]
     X = initial_state_or_zeros(k, v, initial_state, dtype)
     eye = torch.eye(d_k, dtype=dtype, device=k.device).expand(*k.shape[:-2], d_k, d_k)
     values = torch.cat([torch.zeros_like(k, dtype=dtype), v.to(dtype)], dim=-1)

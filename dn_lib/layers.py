@@ -614,12 +614,13 @@ def window_block_mask(length: int, window: int, device) -> object:
 
     size = 128
     block = torch.arange(-(-length // size), device=device)
-    first = ((block * size - window + 1).clamp(min=0) // size).to(torch.int32)
-    count = (block - first + 1).to(torch.int32)
-    indices = (first[:, None] + block).clamp(max=block.numel() - 1).to(torch.int32)
+    first_query, last_key = block[:, None] * size, block * size + size - 1
+    # Compared rather than divided: torch 2.13's compiler cannot lower FlexAttention with an integer division here.
+    needed = ((block <= block[:, None]) & (last_key > first_query - window)).to(torch.int32)[None, None]
+    indices = needed.argsort(dim=-1, descending=True, stable=True)  # of the needed blocks, in order, first
     return BlockMask.from_kv_blocks(
-        count[None, None],
-        indices[None, None].contiguous(),
+        needed.sum(-1, dtype=torch.int32),
+        indices.to(torch.int32),
         BLOCK_SIZE=size,
         mask_mod=lambda b, h, i, j: (i >= j) & (i - j < window),
         seq_lengths=(length, length),

@@ -82,10 +82,11 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, beta, initial_state, scale, chunk_size, group):
         rank, dtype, d_k = dist.get_rank(group), working_dtype(q, k, v, beta), k.shape[-1]
         qs, ks, vs, bs = (x.to(dtype) for x in (q, k, v, beta))
-        start = initial_state if rank == 0 else None  # the state before the whole sequence
+        # The state before the whole sequence is the first stretch's business alone.
+        start = initial_state.to(dtype) if rank == 0 and initial_state is not None else None
         M, X = segment_affine(ks, vs, bs, initial_state=start, chunk_size=chunk_size)
         pieces = [(both[..., :d_k], both[..., d_k:]) for both in _all_gather(torch.cat([M, X], dim=-1), group)]
-        state = entering_state(pieces, rank) if start is None else start.to(dtype)
+        state = entering_state(pieces, rank) if start is None else start
         o, errors, final_state = chunkwise_forward_with_errors(qs * scale, ks, vs, bs, state, chunk_size=chunk_size)
         if final_state is initial_state:  # no tokens here: an output must not be an input
             final_state = final_state.clone()

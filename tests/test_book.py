@@ -180,7 +180,6 @@ def test_no_code_cell_is_too_long_to_read(page):
     for cell in jupytext.read(page, fmt="md:myst").cells:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= 30, cell.source
-            assert max(map(len, cell.source.splitlines()), default=0) <= 120, cell.source
 
 
 @every_chapter
@@ -241,9 +240,20 @@ def test_notebooks_are_executed_and_the_same_twice(tmp_path):
     assert (cell.execution_count, cell.outputs[0].text) == (1, "42\n")
 
 
+UNSHOWABLE = """class Unshowable:
+    def _repr_html_(self):
+        raise ValueError("cannot be shown")
+
+Unshowable()"""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("1 / 0", "ZeroDivisionError"), ("import warnings; warnings.warn('careful')", "writes to standard error")],
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("import warnings; warnings.warn('careful')", "writes to standard error"),
+        (UNSHOWABLE, "cannot be shown"),
+    ],
 )
 def test_a_cell_that_fails_or_warns_makes_no_notebook(tmp_path, capsys, line, message):
     (tmp_path / "01_tiny.md").write_text(CHAPTER.replace("print(6 * 7)", line))

@@ -250,15 +250,12 @@ def test_block_mask_covers_the_window_and_no_block_more(length, window):
     assert torch.equal(made.mask_mod(0, 0, i, j), mask)
 
 
-def test_flex_attention_agrees_on_the_cpu():
-    """The call that a GPU makes, in FlexAttention's own reference form."""
-    from torch.nn.attention.flex_attention import flex_attention
-
+def test_the_flex_attention_path_traces_whole_and_agrees():
+    """What a compiled model does on a GPU, here with FlexAttention's own reference arithmetic."""
     torch.manual_seed(8)
     q, k, v = (torch.randn(1, 2, 300, 16) for _ in range(3))
-    with pytest.warns(UserWarning):  # torch: uncompiled flex_attention is slow
-        o = flex_attention(q, k, v, block_mask=window_block_mask(300, 40, "cpu"))
-    assert relative(o, window_attention(q, k, v, 40)) < SINGLE
+    compiled = torch.compile(layers._window_attention_flex, fullgraph=True, backend="aot_eager")
+    assert relative(compiled(q, k, v, 140), window_attention(q, k, v, 140)) < SINGLE
 
 
 def test_rotary_scores_depend_on_distance_alone():

@@ -7,6 +7,7 @@ each of them becomes Markdown that reads well without it.  Anything else is an e
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,9 +71,24 @@ def prose(text: str) -> str:
     return ROLE_OR_CODE.sub(lambda match: match[0] if match["role"] else "", "\n".join(lines))
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """What of `text` is prose, in reading order: outside fenced blocks, and inside directives that hold prose."""
+    lines, start = text.splitlines(), 0
+    found = {directive.first: directive for directive in directives(text)}
+    for token in fences(text):
+        first, last = token.map
+        yield "\n".join(lines[start:first])
+        if first in found and found[first].name in DIRECTIVES - {"math"}:
+            yield found[first].argument
+            yield from _pieces(found[first].body)
+        start = last
+    yield "\n".join(lines[start:])
+
+
 def roles(text: str) -> list[tuple[str, str]]:
-    """The roles of `text` outside code, as (name, body)."""
-    return [(m["role"], m["body"].strip()) for m in ROLE_OR_CODE.finditer(text) if m["role"]]
+    """The roles of `text` outside code, in directives too, as (name, body)."""
+    matches = [match for piece in _pieces(text) for match in ROLE_OR_CODE.finditer(piece)]
+    return [(match["role"], match["body"].strip()) for match in matches if match["role"]]
 
 
 @dataclass
@@ -166,9 +182,13 @@ class Chapter:
 
     def _citation_labels(self) -> dict[str, str]:
         """Key -> what stands in the text; works of one author and year are told apart by a letter."""
-        # A first pass in reading order, over everything but code cells.
-        text = "\n".join(c.source for c in self._notebook().cells if c.cell_type == "markdown")
-        keys = [key.strip() for role, body in roles(text) if role == "cite" for key in body.split(",")]
+        keys = []
+        for cell in self._notebook().cells:
+            caption = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "")
+            cited = [
+                body for role, body in roles(cell.source if cell.cell_type == "markdown" else caption) if role == "cite"
+            ]
+            keys += [key.strip() for body in cited for key in body.split(",")]
         keys = list(dict.fromkeys(keys))
         for key in keys:
             if key not in self.book.sources:
@@ -281,6 +301,8 @@ class Chapter:
         for cell in self._notebook().cells:
             if cell.cell_type != "code":
                 text = self.markdown(cell.source)
+                if not cells:  # the site numbers its chapters by itself
+                    text = re.sub(r"(?m)^# ", f"# {self.number}. ", text, count=1)
                 if text:
                     cells.append(nbformat.v4.new_markdown_cell(text))
                 continue

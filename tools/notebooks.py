@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 from tools.lowering import Book, lower
@@ -28,7 +28,8 @@ class ChapterError(RuntimeError):
 def execute(notebook: NotebookNode, folder: Path) -> float:
     """Run `notebook` in place, in a fresh kernel whose working directory is `folder`; returns the seconds.
 
-    Raises ChapterError if a cell raises, or writes to standard error (a warning, a progress bar).
+    Raises ChapterError if a cell raises, shows something that cannot be shown, or writes to standard error
+    (a warning, a progress bar).
     """
     os.environ.pop("MPLBACKEND", None)  # it would take the place of the kernel's own, and show no figure
     client = NotebookClient(
@@ -43,10 +44,12 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
     start = time.perf_counter()
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise ChapterError(str(error)) from None
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         for output in cell.outputs:
+            if output.output_type == "error":  # from showing a result, a figure for instance: nothing was raised
+                raise ChapterError(f"code cell {number}: {output.ename}: {output.evalue}\n\nThe cell:\n{cell.source}")
             if output.output_type == "stream" and output.name == "stderr":
                 raise ChapterError(
                     f"code cell {number} writes to standard error:\n{output.text}\n\nThe cell:\n{cell.source}"

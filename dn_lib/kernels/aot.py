@@ -79,7 +79,8 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
         return kernel
 
     JITFunction.run = record
-    configs.multiprocessors = lambda device_index: 132
+    configs.capability = lambda device_index: arch
+    configs.tiles.cache_clear()
     try:
         for call in calls:
             record.call = call

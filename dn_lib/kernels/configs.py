@@ -28,7 +28,9 @@ class Tiles:
 class Plan:
     """How one call is laid out.
 
-    chunk: rows of a chunk.  fused: N is computed in the walk, and the backward is one kernel.
+    chunk: rows of a chunk.
+    fused: small heads, where a state and its gradient fit in the registers of one program: inference is one
+        kernel, which computes N as it walks, and so is the backward.
     segments: into how many parts each sequence is split (1: none), each of `segment` tokens.
     """
 
@@ -74,30 +76,43 @@ def plan(L: int, K: int, V: int, dtype: torch.dtype, chunk: int, segments: int) 
 
 
 @cache
-def tiles(kernel: str, K: int, V: int, dtype: torch.dtype, norm: bool, fused: bool, interpreted: bool) -> Tiles:
-    """The tiles of `kernel` for head sizes K, V.
+def capability(device_index: int) -> int:
+    """Compute capability of a GPU, 90 for a Hopper chip."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
 
-    The interpreter pays for each program rather than for its size, so there the tiles are as wide as they can be.
+
+@cache
+def tiles(kernel: str, K: int, V: int, dtype: torch.dtype, norm: bool, variant: str, device: int | None) -> Tiles:
+    """The tiles of `kernel` for head sizes K and V.
+
+    variant: "fused" or "save" where the kernel has such a form, else "".
+    device: index of the GPU; None is the interpreter, which pays for each program rather than for its size, so
+    there the tiles are as wide as they can be.
     """
     BK, BV = padded(K), padded(V)
-    single = dtype == torch.float32
-    if interpreted:
-        narrow = BV if kernel != "recurrent" else min(BV, 64)
-        return Tiles(BK, narrow, 4, 1)
+    if device is None:
+        return Tiles(BK, min(BV, 64) if kernel == "recurrent" else BV, 4, 1)
     if kernel == "chunk_inverse":
         return Tiles(BK, BV, 4, 1)
     if kernel == "recurrent":
         return Tiles(BK, min(BV, max(8, 2048 // BK)), 1, 1)
-    if single:
-        return Tiles(BK if kernel != "recompute_states" else min(BK, 64), min(BV, 32), 4, 1)
-    if kernel == "walk":
-        return Tiles(BK, min(BV, 64), 4, 1 if fused else 2)
-    if kernel == "walk_back":
-        return Tiles(BK, min(BV, 64), 4, 1 if fused else 2)
-    if kernel == "recompute_states":
-        return Tiles(min(BK, 64), min(BV, 64), 4, 3)
-    if kernel == "gradients":
-        return Tiles(BK if norm else min(BK, 64), min(BV, 64), 8 if norm and BK > 64 else 4, 2)
     if kernel == "merge":
         return Tiles(BK, min(BV, 32), 4, 1)
+    whole = {"gradients": norm, "recompute_states": False}.get(kernel, True)
+    if dtype == torch.float32 or capability(device) < 90:
+        # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
+        return Tiles(BK if whole else min(BK, 64), min(BV, 32), 4, 1)
+    if kernel == "walk" and BK == 256:
+        return Tiles(BK, min(BV, 64), 4, 1)
+    if kernel == "walk":
+        return Tiles(BK, min(BV, 64), 4, 3 if variant == "save" or (BK <= 64 and variant != "fused") else 2)
+    if kernel == "walk_back" and BK == 128 and BV >= 128:
+        return Tiles(BK, 128, 8, 2)
+    if kernel == "walk_back":
+        return Tiles(BK, min(BV, 64), 4, 2)
+    if kernel == "recompute_states":
+        return Tiles(min(BK, 128), min(BV, 128), 4, 3)
+    if kernel == "gradients":
+        return Tiles(BK, min(BV, 64), 8, 2) if norm and BK > 64 else Tiles(min(BK, 64), min(BV, 64), 4, 2)
     raise KeyError(f"kernel must be one that configs.tiles knows, got {kernel!r}")

@@ -89,7 +89,7 @@ def walk(
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
     state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes E for the backward.
-    FUSED: computes N here (and writes it if SAVE) instead of reading what `chunk_inverse` wrote.
+    FUSED: computes N here instead of reading what `chunk_inverse` wrote, where nobody will ask for it again.
     TRANSITION: further programs carry the identity in place of a state, with values zero; where they end is
     M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
     A token and head moves 2 (2 K + 2 V) bytes and, unless FUSED, 2 C for N, in half precision; q, k and N once
@@ -136,10 +136,7 @@ def walk(
             else:
                 k_scale = load_scalars(k_norm, token, head, H, rows, left)
         if FUSED:
-            N = chunk_N(k_tile, b, k_scale, C, PRECISION, HALF, NORM)
-            N = N.to(DTYPE)
-            if SAVE:
-                store_tile(n, N, token, head, H, rows, left, rows, C, C)
+            N = chunk_N(k_tile, b, k_scale, C, PRECISION, HALF, NORM).to(DTYPE)
         else:
             N = load_tile(n, token, head, H, rows, left, rows, C, C)
         S_low = S.to(DTYPE)
@@ -163,10 +160,6 @@ def walk(
             if NORM:
                 if FUSED:
                     q_scale = inverse_norm(q_tile, EPS)
-                    if SAVE:
-                        at_row = token * H + head + rows * H
-                        tl.store(k_norm + at_row, k_scale, mask=rows < left)
-                        tl.store(q_norm + at_row, q_scale, mask=rows < left)
                 else:
                     q_scale = load_scalars(q_norm, token, head, H, rows, left)
                 O = O * q_scale[:, None]
@@ -189,7 +182,7 @@ def walk(
 def merge(
     transition, local, states, first, H, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr, FIRST: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chains the affine maps of a sequence's segments: states[s+1] = M_s states[s] + X_s, in float32.
 
@@ -225,4 +218,4 @@ def merge(
                 M = tl.load(transition + at_M, mask=state_mask(keys, inner, K, K), other=0.0)
             at_S = state_offsets(index, head, H, inner, values, K, V)
             piece = tl.load(states + at_S, mask=state_mask(inner, values, K, V), other=0.0)
-            S += dot(M, piece, "ieee")
+            S += dot(M, piece, PRECISION)

@@ -70,31 +70,34 @@ def offsets_of(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
     return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _tiles(kernel: str, s: Shape, dtype: torch.dtype, norm: bool) -> configs.Tiles:
-    return configs.tiles(kernel, s.K, s.V, dtype, norm, s.plan.fused, _INTERPRETED)
+def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "") -> configs.Tiles:
+    device = None if _INTERPRETED else k.device.index or 0
+    return configs.tiles(kernel, s.K, s.V, k.dtype, norm, variant, device)
 
 
-def _walk(s, q, k, v, beta, n, norms, o, e, state_in, state_out, transition, cu, offsets, scale, precision):
-    t = _tiles("walk", s, k.dtype, norms[0] is not None)
+def _walk(s, q, k, v, beta, n, norm, norms, o, e, state_in, state_out, transition, cu, offsets, scale, precision):
+    fused = n is None
+    t = _tiles("walk", s, k, norm, "fused" if fused else "save" if e is not None else "")
     blocks = triton.cdiv(s.V, t.BV) + (triton.cdiv(s.K, t.BV) if transition is not None else 0)
     fwd.walk[(blocks * s.H * s.total_segments,)](
         q, k, v, beta, n, *norms, o, e, state_in, state_out, transition, cu, offsets,
         scale, s.L, s.H, s.plan.segment, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk,
-        PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norms[0] is not None, EPS=NORM_EPS,
-        FUSED=s.plan.fused, OUTPUT=o is not None, SAVE=e is not None, TRANSITION=transition is not None,
+        PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
+        FUSED=fused, OUTPUT=o is not None, SAVE=e is not None, TRANSITION=transition is not None,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages,
         num_warps=t.warps,
     )  # fmt: skip
 
 
-def _merge(s, transition, local, first, reverse):
+def _merge(s, transition, local, first, reverse, exact):
     """The state (or, reversed, its gradient) that enters each segment, `[segments, H, K, V]`."""
     states = torch.empty_like(local)
-    t = _tiles("merge", s, torch.float32, False)
+    t = _tiles("merge", s, local, False)
     fwd.merge[(triton.cdiv(s.V, t.BV) * s.H * s.sequences,)](
         transition, local, states, first, s.H, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, BLOCK=min(t.BK, 64), REVERSE=reverse, FIRST=first is not None,
+        PRECISION="ieee" if exact else "tf32x3",
         num_warps=t.warps,
     )  # fmt: skip
     return states
@@ -128,13 +131,13 @@ def forward(
     o, e = torch.empty_like(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
     q_norm = k_norm = transition = None
-    n_needed = save or not s.plan.fused
-    n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device) if n_needed else None
-    if norm:
+    separate = save or not s.plan.fused
+    n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device) if separate else None
+    if norm and separate:
         q_norm, k_norm = (torch.empty(s.B, s.L, s.H, dtype=torch.float32, device=k.device) for _ in range(2))
     offsets = offsets_of(cu_seqlens, C)
-    if not s.plan.fused and s.chunks * s.H > 0:
-        t = _tiles("chunk_inverse", s, k.dtype, norm)
+    if separate and s.chunks * s.H > 0:
+        t = _tiles("chunk_inverse", s, k, norm)
         fwd.chunk_inverse[(s.chunks * s.H,)](
             q, k, beta, n, q_norm, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
             K=s.K, BK=t.BK, C=C, PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
@@ -145,11 +148,11 @@ def forward(
         if split:
             transition = torch.empty(s.total_segments, s.H, s.K, s.K, dtype=torch.float32, device=k.device)
             local = torch.empty_like(state)
-            _walk(s, q, k, v, beta, n, (q_norm, k_norm), None, None, None, local, transition, None, None, scale,
+            _walk(s, q, k, v, beta, n, norm, (q_norm, k_norm), None, None, None, local, transition, None, None, scale,
                   precision)  # fmt: skip
-            state_in = _merge(s, transition, local, initial_state, reverse=False)
+            state_in = _merge(s, transition, local, initial_state, False, k.dtype == torch.float32)
         out = state if (final_state or save) else None
-        _walk(s, q, k, v, beta, n, (q_norm, k_norm), o, e, state_in, out, None, cu_seqlens, offsets, scale,
+        _walk(s, q, k, v, beta, n, norm, (q_norm, k_norm), o, e, state_in, out, None, cu_seqlens, offsets, scale,
               precision)  # fmt: skip
     last = None
     if final_state:
@@ -163,8 +166,8 @@ def forward(
 
 def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu, offsets, scale, precision):
     norm = saved.q_norm is not None
-    t = _tiles("walk_back", s, k.dtype, norm)
     local = dv is None
+    t = _tiles("walk_back", s, k, norm, "fused" if s.plan.fused and not local else "")
     bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * s.total_segments,)](
         q, k, beta, saved.n, saved.e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
         saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
@@ -183,7 +186,7 @@ def backward(
     s = shape_of(k, v_like, cu_seqlens, chunk, segments)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
-    blocks = triton.cdiv(s.V, _tiles("walk_back", s, k.dtype, norm).BV)
+    blocks = triton.cdiv(s.V, _tiles("walk_back", s, k, norm, "fused" if s.plan.fused else "").BV)
     dbeta = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
     offsets = offsets_of(cu_seqlens, s.plan.chunk)
     d_in = d_first = None
@@ -197,7 +200,7 @@ def backward(
         local = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=device)
         _walk_back(s, q, k, beta, saved, do, None, None, None, None, None, local, None, cu_seqlens, offsets, scale,
                    precision)  # fmt: skip
-        d_out = _merge(s, saved.transition, local, dstate, reverse=True)
+        d_out = _merge(s, saved.transition, local, dstate, True, k.dtype == torch.float32)
         d_in = torch.empty_like(local) if initial_state else None
     dstates = states = None
     if not s.plan.fused:
@@ -208,7 +211,7 @@ def backward(
         d_first = d_in[:: s.plan.segments].contiguous()
     if not s.plan.fused:
         states = torch.empty_like(dstates)
-        t = _tiles("recompute_states", s, k.dtype, norm)
+        t = _tiles("recompute_states", s, k, norm)
         grid = triton.cdiv(s.V, t.BV) * triton.cdiv(s.K, t.BK) * s.H * s.total_segments
         bwd.recompute_states[(grid,)](
             k, beta, saved.e, saved.k_norm, saved.state_in, states, cu_seqlens, offsets, s.L, s.H,
@@ -216,7 +219,7 @@ def backward(
             K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
             STATE_IN=saved.state_in is not None, VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
-        t = _tiles("gradients", s, k.dtype, norm)
+        t = _tiles("gradients", s, k, norm)
         if s.chunks > 0:
             bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
                 q, k, beta, saved.e, saved.q_norm, saved.k_norm, do, dv, states, dstates, dq, dk, cu_seqlens,
@@ -236,7 +239,7 @@ def recurrent(
     V = v.shape[-1]
     o = torch.empty_like(v)
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    t = configs.tiles("recurrent", K, V, k.dtype, norm, False, _INTERPRETED)
+    t = configs.tiles("recurrent", K, V, k.dtype, norm, "", None if _INTERPRETED else k.device.index or 0)
     if sequences * H:
         rec.recurrent[(triton.cdiv(V, t.BV) * H * sequences,)](
             q, k, v, beta, o, initial_state, final_state, cu_seqlens, scale, L, H,

@@ -47,6 +47,7 @@ HOPPER = 90
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block of threads may have on sm_90
 SECONDS = 60.0
 BAND = 4096  # elements of each guard band on a GPU
+UNTOUCHED = 1234.0  # what the bands of outputs hold: not NaN, which a stray read may have brought there
 
 
 class KernelError(Exception):
@@ -73,13 +74,19 @@ PLANS: dict[str, Callable[..., Plan]] = {}
 
 @dataclass
 class Findings:
-    """What one run in the interpreter showed.  `outside`, `races` and `suspicious` hold one line each."""
+    """What one run in the interpreter showed; each list holds a line for each finding (four at most).
+
+    outside: accesses outside of every argument, `outside_count` elements in all.  races: elements that two
+    programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
+    would round to TF32.
+    """
 
     outputs: tuple[Tensor, ...]
     outside: list[str]
     outside_count: int
     races: list[str]
-    suspicious: list[str]
+    garbled: list[str]
+    rounded: list[str]
 
 
 def require_triton() -> None:
@@ -187,7 +194,8 @@ def kernel_source(kernel: Any) -> str:
         if fn.__module__ != "__main__" and getattr(module, "__file__", None):
             parts[fn.__name__] = f"from {fn.__module__} import {fn.__name__}\n"
         else:
-            parts[fn.__name__] = textwrap.dedent(inspect.getsource(fn)) + "\n"
+            text = textwrap.dedent(inspect.getsource(fn))
+            parts[fn.__name__] = "@triton.jit\n" + text[text.index("def ") :] + "\n"
 
     visit(kernel.fn)
     return HEADER + "\n".join(parts.values())
@@ -339,13 +347,18 @@ def _remove(folder: Path) -> None:
 
 
 def _constants(constants: dict[str, Any]) -> dict[str, Any]:
-    """Types of Triton travel between processes by name, as `tl.float32`."""
+    """Types of Triton and inverses of the ladder travel between processes by name: "tl.float32", "ladder.f"."""
     import triton.language as tl
 
-    return {
-        name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
-        for name, value in constants.items()
-    }
+    from dn_lib.kernels import ladder
+
+    places = {"tl": tl, "ladder": ladder}
+
+    def look_up(value: Any) -> Any:
+        place, dot, name = value.partition(".") if isinstance(value, str) else ("", "", "")
+        return getattr(places[place], name) if dot and place in places else value
+
+    return {name: look_up(value) for name, value in constants.items()}
 
 
 def _observe(module: str, qualname: str, args: tuple, kwargs: dict) -> Any:
@@ -363,11 +376,14 @@ def _interpret(source: str, name: str, plan: Plan) -> Findings:
     with record() as trace:
         kernel[plan.grid](*plan.arguments, **_constants(plan.constants))
     (launch,) = trace.launches
-    bad = {d.types for d in launch.dots if "bf16" in d.types}
-    suspicious = [f"tl.dot of {a} and {b}: the interpreter multiplies their bit patterns" for a, b in bad]
+    mixed = sorted({d.types for d in launch.dots if "bf16" in d.types})
+    garbled = [f"tl.dot of {a} and {b}: the interpreter multiplies their bit patterns" for a, b in mixed]
+    to_tf32 = any(d.types == ("fp32", "fp32") and d.precision == "tf32" for d in launch.dots)
+    rounded = ['tl.dot of float32 rounds to TF32 on a GPU: ask for input_precision="ieee"'] * to_tf32
     outputs = tuple(plan.arguments[i] for i in plan.outputs)
+    outside = [str(o) for o in launch.outside[:4]]
     count = sum(o.count for o in launch.outside)
-    return Findings(outputs, [str(o) for o in launch.outside[:4]], count, launch.overlaps()[:4], suspicious)
+    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded)
 
 
 def _triton_type(value: Any) -> str:
@@ -431,36 +447,38 @@ def compile_ahead(kernel: Any, plan: Plan, *, arch: int = HOPPER) -> dict[str, i
 
 
 def run_banded(kernel: Any, plan: Plan, device: str = "cuda") -> tuple[Tensor, ...]:
-    """Run the compiled `kernel` on a GPU, each argument between guard bands of NaN; returns the outputs.
+    """Run the compiled `kernel` on a GPU, each argument between guard bands; returns the outputs.
 
-    A read outside of a tensor brings NaN; a write there is found and raised as a KernelError.
+    The bands of inputs hold NaN, which a read outside brings into the numbers.  A write into any band is
+    found and raised as a KernelError.
     """
     buffers: dict[int, Tensor] = {}
     arguments = list(plan.arguments)
     for i, a in enumerate(plan.arguments):
         if isinstance(a, Tensor) and a.is_floating_point():
-            buffers[i] = torch.full((a.numel() + 2 * BAND,), float("nan"), dtype=a.dtype, device=device)
+            filler = UNTOUCHED if i in plan.outputs else float("nan")
+            buffers[i] = torch.full((a.numel() + 2 * BAND,), filler, dtype=a.dtype, device=device)
             arguments[i] = buffers[i][BAND : BAND + a.numel()].view(a.shape)
-            if i not in plan.outputs:
-                arguments[i].copy_(a)
+            arguments[i].copy_(torch.full_like(a, float("nan")) if i in plan.outputs else a)
         elif isinstance(a, Tensor):
             arguments[i] = a.to(device)
     kernel[plan.grid](*arguments, **_constants(plan.constants))
     for i, buffer in buffers.items():
-        bands = torch.cat([buffer[:BAND], buffer[-BAND:]])
-        if not bands.isnan().all():
-            where = int((~bands.isnan()).nonzero()[0])
-            place = where - BAND if where < BAND else where - BAND + arguments[i].numel()
-            raise KernelError(f"on the GPU it wrote outside of argument {i}, at element {place}")
+        touched = ~(buffer == UNTOUCHED) if i in plan.outputs else ~buffer.isnan()
+        touched[BAND:-BAND] = False
+        if touched.any():
+            element = int(touched.nonzero()[0]) - BAND
+            raise KernelError(f"on {device} it wrote outside of argument {i}, at element {element}")
     return tuple(arguments[i].cpu() for i in plan.outputs)
 
 
 def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., Any]:
     """`kernel` as a function of the inputs of exercise `number`, for `check`; see the module's first lines.
 
-    The function returns the kernel's outputs and a vector of three counts: accesses outside of the
-    arguments, races, and 1 if the hardware refuses the kernel.  They are zero for a right answer.  With
-    `strict`, a count that belongs to no known mistake of the exercise is raised as a KernelError instead.
+    The function returns the kernel's outputs and a vector of four counts, zero for a right answer: accesses
+    outside of the arguments, races, dots whose numbers would differ between interpreter and GPU, and 1 if
+    the hardware refuses the kernel.  With `strict`, a count that belongs to no known mistake of the exercise
+    is raised as a KernelError instead.  Raises KeyError if the exercise asks for no kernel.
     """
     if number not in PLANS:
         all_exercises()
@@ -473,22 +491,23 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
         exercise = all_exercises()[number]
         plan = PLANS[number](*inputs)
         found = interpret(kernel, plan)
-        outputs, complaint, refused = found.outputs, "", 0
-        if found.suspicious:
-            raise KernelError(found.suspicious[0])
+        outputs, complaint, counts = found.outputs, "", torch.zeros(4)
         if found.outside:
             # What such a read would have brought is unknown: the numbers mean nothing.
             outputs, complaint = tuple(map(torch.zeros_like, outputs)), found.outside[0]
+            counts[0] = found.outside_count
         elif found.races:
-            complaint = found.races[0]
-        else:
-            *expected, _ = exercise.reference(*inputs)
-            if relative_error(outputs, tuple(expected)) <= exercise.tolerance:
+            complaint, counts[1] = found.races[0], len(found.races)
+        elif found.garbled:
+            complaint, counts[2] = found.garbled[0], len(found.garbled)
+        elif relative_error(outputs, exercise.reference(*inputs)[:-1]) <= exercise.tolerance:
+            if found.rounded:
+                complaint, counts[2] = found.rounded[0], 1
+            else:
                 try:
                     compile_ahead(kernel, plan)
                 except KernelError as error:
-                    complaint, refused = str(error), 1
-        counts = torch.tensor([found.outside_count, len(found.races), refused])
+                    complaint, counts[3] = str(error), 1
         result = (*outputs, counts)
         if not complaint:
             if strict and torch.cuda.is_available() and not isinstance(kernel, str):

@@ -42,7 +42,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Dot:
-    """One `tl.dot`: `[m, k] @ [k, n]`, and the types of its operands."""
+    """One `tl.dot`: `[m, k] @ [k, n]`, the types of its operands, and the input precision asked for."""
 
     program: int
     m: int
@@ -50,6 +50,7 @@ class Dot:
     n: int
     batch: int
     types: tuple[str, str]
+    precision: str
 
     @property
     def flops(self) -> int:
@@ -149,44 +150,79 @@ class Trace:
 
 
 class _Arena:
-    """Copies of tensors, far apart in one stretch of memory."""
+    """Copies of what tensors occupy, far apart in one stretch of memory.
+
+    Tensors whose memory overlaps (one tensor under two names, slices of a packed one) stay together.
+    """
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
-        self.names = list(tensors)
-        self.spans = {n: self._span(t) for n, t in tensors.items()}
-        largest = max((self.spans[n] * t.element_size() for n, t in tensors.items()), default=0)
-        self.slot = 2 * GAP + -(-max(largest, 16) // 64) * 64
+        self.spans = {name: self._span(t) for name, t in tensors.items()}
+        self.groups: list[list[str]] = []
+        end = 0
+        for name in sorted(tensors, key=lambda n: tensors[n].data_ptr()):
+            start = tensors[name].data_ptr()
+            if not self.groups or start >= end:
+                self.groups.append([])
+                end = start
+            self.groups[-1].append(name)
+            end = max(end, start + self._bytes(name))
+        begins = [tensors[names[0]].data_ptr() for names in self.groups]
+        self.sizes = [
+            max(tensors[n].data_ptr() + self._bytes(n) for n in names) - begin
+            for names, begin in zip(self.groups, begins, strict=True)
+        ]
+        self.slot = 2 * GAP + -(-max([16, *self.sizes]) // 64) * 64
         # Fresh pages of a large allocation cost nothing until they are touched, and the gaps never are.
-        self.memory = np.empty(self.slot * max(len(tensors), 1) + 64, np.uint8)
+        self.memory = np.empty(self.slot * max(len(self.groups), 1) + 64, np.uint8)
         self.base = -(-self.memory.ctypes.data // 64) * 64
-        self.copies = {}
-        for i, (name, t) in enumerate(tensors.items()):
-            start = self.base - self.memory.ctypes.data + i * self.slot + GAP
-            length = self.spans[name] * t.element_size()
-            flat = torch.from_numpy(self.memory[start : start + length]).view(t.dtype)
-            self.copies[name] = flat.as_strided(t.shape, t.stride())
-            self.copies[name].copy_(t)
+        self.copies: dict[str, Tensor] = {}
+        self.addresses: dict[str, int] = {}
+        for slot, (names, begin) in enumerate(zip(self.groups, begins, strict=True)):
+            self._slot_bytes(slot).copy_(self._original_bytes(slot))
+            for name in names:
+                t = tensors[name]
+                self.addresses[name] = self.base + slot * self.slot + GAP + t.data_ptr() - begin
+                first = self.addresses[name] - self.memory.ctypes.data
+                flat = torch.from_numpy(self.memory[first : first + self._bytes(name)]).view(t.dtype)
+                self.copies[name] = flat.as_strided(t.shape, t.stride())
 
     @staticmethod
     def _span(t: Tensor) -> int:
+        """Elements from the first to the last of `t`, those between its rows included."""
         if t.numel() == 0:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
 
+    def _bytes(self, name: str) -> int:
+        return self.spans[name] * self.tensors[name].element_size()
+
+    def _slot_bytes(self, slot: int) -> Tensor:
+        start = self.base - self.memory.ctypes.data + slot * self.slot + GAP
+        return torch.from_numpy(self.memory[start : start + self.sizes[slot]])
+
+    def _original_bytes(self, slot: int) -> Tensor:
+        t = self.tensors[self.groups[slot][0]]
+        storage = t.untyped_storage()
+        view = torch.empty(0, dtype=torch.uint8)
+        return view.set_(storage, t.data_ptr() - storage.data_ptr(), (self.sizes[slot],), (1,))
+
     def copy_back(self) -> None:
-        for name, t in self.tensors.items():
-            t.copy_(self.copies[name])
+        for slot in range(len(self.groups)):
+            self._original_bytes(slot).copy_(self._slot_bytes(slot))
 
     def locate(self, addresses: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
         """The tensor that most addresses are nearest to, their element offsets in it, which are inside."""
-        relative = addresses.astype(np.int64) - self.base
-        slots = np.clip(relative // self.slot, 0, max(len(self.names) - 1, 0))
-        slot = int(np.bincount(slots.ravel()).argmax()) if slots.size else 0
-        name = self.names[slot]
-        itemsize = self.tensors[name].element_size()
-        offsets = (relative - slot * self.slot - GAP) // itemsize
-        return name, offsets, (offsets >= 0) & (offsets < self.spans[name])
+        addresses = addresses.astype(np.int64)
+        slots = np.clip((addresses - self.base) // self.slot, 0, len(self.groups) - 1)
+        names = self.groups[int(np.bincount(slots.ravel()).argmax())]
+        best = None
+        for name in names:
+            offsets = (addresses - self.addresses[name]) // self.tensors[name].element_size()
+            inside = (offsets >= 0) & (offsets < self.spans[name])
+            if best is None or inside.sum() > best[2].sum():
+                best = name, offsets, inside
+        return best
 
     def index(self, name: str, offset: int) -> tuple[int, ...]:
         """The index that `offset` stands for; the leading one may lie outside of the shape."""
@@ -257,12 +293,13 @@ class _Watcher:
             allowed = TensorHandle(self.admit("atomic", pointers, mask.data), mask.dtype)
             return builder.create_atomic_rmw(self.builder, operation, pointers, value, allowed, *rest)
 
-        def dot(a, b, *rest):
+        def dot(a, b, total, precision, *rest):
             batch = int(np.prod(a.data.shape[:-2]))
             (m, k), n = a.data.shape[-2:], b.data.shape[-1]
             types = (str(a.dtype.scalar), str(b.dtype.scalar))
-            self.launch.events.append(Dot(self.program(), m, k, n, batch, types))
-            return builder.create_dot(self.builder, a, b, *rest)
+            asked = str(precision).rpartition(".")[2].lower()
+            self.launch.events.append(Dot(self.program(), m, k, n, batch, types, asked))
+            return builder.create_dot(self.builder, a, b, total, precision, *rest)
 
         return {
             "create_masked_load": load,

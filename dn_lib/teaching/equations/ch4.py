@@ -696,7 +696,7 @@ ENTRIES = [
     chunk_affine,
     affine_composition,
     summing_error,
-    backward_affine,
     entering_state,
+    backward_affine,
     leaving_gradient,
 ]

@@ -47,14 +47,7 @@ def write_late_error(k, v, beta, state):
     return state - beta * torch.outer(k, k @ state)
 
 
-# -- 2.2 the beta that stores exactly --------------------------------------------------------------------
-
-
-def sample_key(g):
-    return (_randn(g, _int(g, 2, 8)) * (0.3 + 2 * _rand(g)),)
-
-
-# -- 2.3 a sequence --------------------------------------------------------------------------------------
+# -- 2.2 a sequence --------------------------------------------------------------------------------------
 
 
 def sample_sequence(g):
@@ -78,6 +71,13 @@ def sequence_read_first(q, k, v, beta, state):
 def sequence_read_last(q, k, v, beta, state):
     state = sequence(q, k, v, beta, state)[1]
     return q @ state, state
+
+
+# -- 2.3 the beta that stores exactly --------------------------------------------------------------------
+
+
+def sample_key(g):
+    return (_randn(g, _int(g, 2, 8)) * (0.3 + 2 * _rand(g)),)
 
 
 # -- 2.4 a property test ---------------------------------------------------------------------------------
@@ -147,6 +147,18 @@ def _misses(name: str) -> Mutant:
         f"Your test accepts an implementation with a bug: {name}.",
         "Which inputs make that bug visible: which state, which key, which beta?",
     )
+
+
+def only_storage(step) -> bool:
+    """A test that is too weak: a unit key, beta = 1, and nothing but the answer for that key."""
+    k, v, state = torch.eye(3, dtype=F64)[0], torch.arange(1.0, 3.0, dtype=F64), torch.ones(3, 2, dtype=F64)
+    return bool(torch.allclose(k @ step(k, v, torch.tensor(1.0, dtype=F64), state), v))
+
+
+def only_from_zeros(step) -> bool:
+    """A test that is too weak: every memory starts empty."""
+    k, v, beta = torch.full((3,), 0.7, dtype=F64), torch.ones(2, dtype=F64), torch.tensor(0.3, dtype=F64)
+    return bool(torch.allclose(step(k, v, beta, torch.zeros(3, 2, dtype=F64)), beta * torch.outer(k, v)))
 
 
 # -- 2.5 sweeps ------------------------------------------------------------------------------------------
@@ -272,32 +284,6 @@ ENTRIES = [
     ),
     Exercise(
         "2.2",
-        "The beta that stores exactly",
-        1,
-        5,
-        sample_key,
-        lambda k: 1 / (k @ k),
-        (
-            Mutant(
-                lambda k: 1 / k.norm(),
-                "You divided by |k|, as the misprinted eigenvalue 1 - beta |k| suggests.",
-                "How many times does k enter k k^T?",
-            ),
-            Mutant(
-                lambda k: torch.ones((), dtype=k.dtype),
-                "Beta = 1 stores exactly if |k| = 1; this key has another length.",
-                "Set the factor by which a write shrinks the error to zero and solve for beta.",
-            ),
-            Mutant(
-                lambda k: 2 / (k @ k),
-                "That is the reflection: the error changes its sign and keeps its size.",
-                "You want the factor 1 - beta |k|^2 to be 0, not -1.",
-            ),
-        ),
-        "8 random keys of lengths from 0.3 to 6",
-    ),
-    Exercise(
-        "2.3",
         "A sequence",
         2,
         10,
@@ -328,6 +314,32 @@ ENTRIES = [
         "8 random sequences with an initial state",
     ),
     Exercise(
+        "2.3",
+        "The beta that stores exactly",
+        1,
+        5,
+        sample_key,
+        lambda k: 1 / (k @ k),
+        (
+            Mutant(
+                lambda k: 1 / k.norm(),
+                "You divided by |k|, as the misprinted eigenvalue 1 - beta |k| suggests.",
+                "How many times does k enter k k^T?",
+            ),
+            Mutant(
+                lambda k: torch.ones((), dtype=k.dtype),
+                "Beta = 1 stores exactly if |k| = 1; this key has another length.",
+                "Set the factor by which a write shrinks the error to zero and solve for beta.",
+            ),
+            Mutant(
+                lambda k: 2 / (k @ k),
+                "That is the reflection: the error changes its sign and keeps its size.",
+                "You want the factor 1 - beta |k|^2 to be 0, not -1.",
+            ),
+        ),
+        "8 random keys of lengths from 0.3 to 6",
+    ),
+    Exercise(
         "2.4",
         "A property test",
         2,
@@ -344,6 +356,16 @@ ENTRIES = [
                 lambda implementation: False,
                 "Your test rejects right implementations too.",
                 "Compare floating-point results with a tolerance; are all your properties true of the delta rule?",
+            ),
+            Mutant(
+                only_storage,
+                "Your test only asks whether a write with beta = 1 stores its value.",
+                "What else has the chapter shown of a write: for other betas, other keys, other directions?",
+            ),
+            Mutant(
+                only_from_zeros,
+                "Your test starts from an empty memory only, where there is nothing to erase.",
+                "Put something into the state first.",
             ),
             *(_misses(name) for name in BUGS),
         ),

@@ -15,7 +15,8 @@ from dn_lib.householder import scaled_inverse
 from dn_lib.teaching.kernel_check import PLANS, Plan, guarded
 from dn_lib.teaching.registry import Exercise, Mutant
 
-NO_FAULTS = torch.zeros(3)  # accesses outside, races, refusals: see `guarded`
+NO_FAULTS = torch.zeros(4)  # accesses outside, races, doubtful dots, refusals: see `guarded`
+IEEE = ', input_precision="ieee"'
 C = 16
 
 
@@ -517,6 +518,11 @@ EX_5_7 = Exercise(
     mutants=_mutants(
         "5.7",
         VALUE_GRADIENT,
+        (
+            [(IEEE, "")],
+            "On a GPU this dot would round its float32 operands to TF32, 11 bits: asked for nothing, Triton does.",
+            "Look at the dots of the chapter's kernels: what do they ask for?",
+        ),
         (
             [("tl.trans(n)", "n")],
             "N is not transposed: gradients run from later tokens to earlier ones.",

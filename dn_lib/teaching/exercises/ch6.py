@@ -46,7 +46,7 @@ def convolve(x, w, ahead=0):
     return sum(w[:, j] * padded[j : j + len(x)] for j in range(taps))
 
 
-# -- 6.3 one token through the convolution ---------------------------------------------------------------
+# -- 6.7 one token through the convolution ---------------------------------------------------------------
 
 
 def sample_step(g):
@@ -59,7 +59,7 @@ def step(x, past, w):
     return (w.T * window).sum(0), window[1:]
 
 
-# -- 6.4 parameters --------------------------------------------------------------------------------------
+# -- 6.3 parameters --------------------------------------------------------------------------------------
 
 
 def sample_block(g):
@@ -71,7 +71,7 @@ def block_parameters(d, H, m, n, *, mixer=4, conv=3, beta=1, mlp=3):
     return mixer * d * d + conv * n * d + beta * d * H + d // H + mlp * d * m + 2 * d
 
 
-# -- 6.5 memory of a hybrid ------------------------------------------------------------------------------
+# -- 6.4 memory of a hybrid ------------------------------------------------------------------------------
 
 
 def sample_memory(g):
@@ -88,7 +88,7 @@ def memory(mixers, d, H, w, t, *, heads=True, sides=2, cap=True, grow=True):
     return sum(sizes[mixer] for mixer in mixers)
 
 
-# -- 6.6 the learning rate -------------------------------------------------------------------------------
+# -- 6.5 the learning rate -------------------------------------------------------------------------------
 
 
 def sample_schedule(g):
@@ -107,7 +107,7 @@ def rates(w, T, top, floor, *, shift=0, start=None, low=True, line=False):
     return torch.tensor(values, dtype=F64)
 
 
-# -- 6.7 unequal parts -----------------------------------------------------------------------------------
+# -- 6.6 unequal parts -----------------------------------------------------------------------------------
 
 
 def sample_parts(g):
@@ -184,37 +184,6 @@ ENTRIES = [
     ),
     Exercise(
         number="6.3",
-        title="One token at a time through the convolution",
-        stars=2,
-        minutes=10,
-        sample=sample_step,
-        reference=step,
-        tested="8 random shapes in float64",
-        mutants=(
-            Mutant(
-                lambda x, past, w: ((w.T * torch.cat([past, x[None]])).sum(0), past),
-                "The output is right, but the memory is not moved on.",
-                "What will the next token need as its past?",
-            ),
-            Mutant(
-                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, x[None]])[:-1]),
-                "The newest input was dropped where the oldest should go.",
-                "The memory holds the last inputs before the next token: is x one of them?",
-            ),
-            Mutant(
-                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, x[None]])),
-                "The memory has grown by one row, and would grow with every token.",
-                "A filter of n taps looks at how many tokens before the present one?",
-            ),
-            Mutant(
-                lambda x, past, w: ((w.flip(1).T * torch.cat([past, x[None]])).sum(0), step(x, past, w)[1]),
-                "The taps are in reverse: the last tap belongs to the present token.",
-                "In which order do the rows of [past; x] stand in time, and the columns of w?",
-            ),
-        ),
-    ),
-    Exercise(
-        number="6.4",
         title="Count a block's parameters",
         stars=1,
         minutes=10,
@@ -246,7 +215,7 @@ ENTRIES = [
         ),
     ),
     Exercise(
-        number="6.5",
+        number="6.4",
         title="What a hybrid has to remember",
         stars=2,
         minutes=10,
@@ -278,7 +247,7 @@ ENTRIES = [
         ),
     ),
     Exercise(
-        number="6.6",
+        number="6.5",
         title="The learning-rate schedule",
         stars=1,
         minutes=10,
@@ -309,7 +278,7 @@ ENTRIES = [
         ),
     ),
     Exercise(
-        number="6.7",
+        number="6.6",
         title="Accumulation over unequal parts",
         stars=3,
         minutes=15,
@@ -336,6 +305,37 @@ ENTRIES = [
                 lambda g, n: (g / n[:, None]).sum(0) / (1 / n).sum(),
                 "The weights are the wrong way round.",
                 "Should a part with twice the tokens count twice or half?",
+            ),
+        ),
+    ),
+    Exercise(
+        number="6.7",
+        title="One token at a time through the convolution",
+        stars=2,
+        minutes=10,
+        sample=sample_step,
+        reference=step,
+        tested="8 random shapes in float64",
+        mutants=(
+            Mutant(
+                lambda x, past, w: ((w.T * torch.cat([past, x[None]])).sum(0), past),
+                "The output is right, but the memory is not moved on.",
+                "What will the next token need as its past?",
+            ),
+            Mutant(
+                lambda x, past, w: (step(x, past, w)[0], torch.cat([x[None], past])[:-1]),
+                "The memory is in the wrong order: the newest input was put first.",
+                "The rows of the memory stand in time order, oldest first. Where does x belong?",
+            ),
+            Mutant(
+                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, x[None]])),
+                "The memory has grown by one row, and would grow with every token.",
+                "A filter of n taps looks at how many tokens before the present one?",
+            ),
+            Mutant(
+                lambda x, past, w: ((w.flip(1).T * torch.cat([past, x[None]])).sum(0), step(x, past, w)[1]),
+                "The taps are in reverse: the last tap belongs to the present token.",
+                "In which order do the rows of [past; x] stand in time, and the columns of w?",
             ),
         ),
     ),
