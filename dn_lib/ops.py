@@ -465,7 +465,7 @@ def delta_rule(
     (True, torch.Size([1, 1, 16, 16]))
     """
     _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend)
-    if _checking.get():
+    if not torch.compiler.is_compiling() and _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm)
     q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -599,7 +599,7 @@ def fused_recurrent_delta_rule(
         return chunk_delta_rule(
             q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
         )
-    if _checking.get():
+    if not torch.compiler.is_compiling() and _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
     q, k, v = (x.contiguous() for x in _autocast(q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()

@@ -150,7 +150,8 @@ def test_no_chapters(tmp_path):
 
 
 def test_labels_inside_other_directives_count(markdown):
-    text = "````{exercise} T (★, 5 min)\n:label: ex-2-1\n```{math}\n:label: eq-in\nx\n```\n````\n\n```{math}\n:label: eq-b\ny\n```"
+    text = "````{exercise} T (★, 5 min)\n:label: ex-2-1\n```{math}\n:label: eq-in\nx\n```\n````\n"
+    text += "\n```{math}\n:label: eq-b\ny\n```"
     assert equation_labels(text) == ["eq-in", "eq-b"]
     assert "\\tag{2.1}" in markdown(text)
 
