@@ -30,21 +30,21 @@ def candidates(d: int, norm: bool) -> list[tuple[str, bool, Tiles]]:
     """(kernel, fused, tiles) to try for head size d."""
     rows = []
     values = [b for b in (32, 64, 128) if b <= d]
-    for BV, warps, stages in itertools.product(values, (4, 8), (1, 2, 3)):
-        if BV * d > 128 * 128 or (warps == 8 and BV == 32 and d < 256):
+    for BV, warps, stages, tma in itertools.product(values, (4, 8), (1, 2, 3, 4), (True, False)):
+        if BV * d > 128 * 128 or (warps == 8 and BV < 128 and d < 256) or (stages == 4 and (not tma or d > 64)):
             continue
         if BV >= 64 or d == 256:
-            rows.append(("walk", False, Tiles(d, BV, warps, stages)))
-        rows.append(("walk_back", False, Tiles(d, BV, warps, stages)))
-        if BV == d == 64 and warps == 4:
-            rows.append(("walk", True, Tiles(d, BV, warps, stages)))
-            rows.append(("walk_back", True, Tiles(d, BV, warps, stages)))
-    for BK, BV, warps in itertools.product((64, 128), (64, 128), (4, 8)):
-        if d >= BK and d >= BV:
-            rows.append(("recompute_states", False, Tiles(BK, BV, warps, 3)))
-    for BK, BV, warps, stages in itertools.product((64, 128, 256), values, (4, 8), (1, 2, 3)):
-        if d >= BK and (d == BK or not norm) and BK * BV <= 128 * 128 and (warps == 4) == (BK == 64):
-            rows.append(("gradients", False, Tiles(BK, BV, warps, stages)))
+            rows.append(("walk", False, Tiles(d, BV, warps, stages, tma)))
+        rows.append(("walk_back", False, Tiles(d, BV, warps, stages, tma)))
+        if BV == d == 64:
+            rows.append(("walk", True, Tiles(d, BV, warps, stages, tma)))
+            rows.append(("walk_back", True, Tiles(d, BV, warps, stages, tma)))
+    for BK, BV, warps, stages, tma in itertools.product((64, 128), (64, 128), (4, 8), (3, 4), (True, False)):
+        if BK <= d and BV <= d and (tma or stages == 3):
+            rows.append(("recompute_states", False, Tiles(BK, BV, warps, stages, tma)))
+    for BK, BV, warps, stages, tma in itertools.product((64, 128, 256), values, (4, 8), (1, 2, 3), (True, False)):
+        if BK <= d and (BK == d or not norm) and BK * BV <= 128 * 128 and (warps == 4) == (BK == 64):
+            rows.append(("gradients", False, Tiles(BK, BV, warps, stages, tma)))
     rows.append(("chunk_inverse", False, Tiles(d, d, 4, 1)))
     return rows
 
@@ -141,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--only", nargs="*", help="these kernels alone")
+    parser.add_argument("--tma", action="store_true", help="only tiles that the copy engine fetches")
     parser.add_argument("--norm", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
         (d, options.norm, c)
         for d in options.head_dims
         for c in candidates(d, options.norm)
-        if not options.only or c[0] in options.only
+        if (not options.only or c[0] in options.only) and (c[2].tma or not options.tma)
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         compiled = pool.map(compile_one, jobs, chunksize=1)

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import importlib.util
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,6 +73,15 @@ def _size(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    """The scale as a number; the backward divides by it, so 0 is refused too."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
+    return float(scale)
+
+
 def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""):
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {meaning}, got {type(tensor).__name__}")
@@ -95,7 +105,7 @@ def _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backe
     _check_tensor("k", k, (B, L, H, K), "[B, L, H, d_k], as q,", q, swapped)
     swapped = " (heads before time?)" if tuple(v.shape[:3]) == (B, H, L) and H != L else ""
     _check_tensor("v", v, (B, L, H, v.shape[-1]), "[B, L, H, d_v]", q, swapped)
-    swapped = " (heads before time?)" if tuple(beta.shape) == (B, H, L) and H != L else ""
+    swapped = " (heads before time?)" if tuple(getattr(beta, "shape", ())) == (B, H, L) and H != L else ""
     _check_tensor("beta", beta, (B, L, H), "[B, L, H]", q, swapped)
     if K == 0 or v.shape[-1] == 0:
         raise ValueError(f"q and v must have at least one channel, got d_k = {K} and d_v = {v.shape[-1]}")
@@ -149,9 +159,12 @@ def _check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm) -> None:
     if (bad := beta < 0).any():
         raise ValueError(f"beta must be at least 0: {beta[tuple(_first(bad))]:.4g} at [b, l, h] = {_first(bad)}")
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != q.shape[1] or any(b < a for a, b in itertools.pairwise(offsets)):
-            raise ValueError(f"cu_seqlens must rise from 0 to L = {q.shape[1]}, got {offsets[:4]} ... {offsets[-1]}")
+        _check_offsets(cu_seqlens.tolist(), q.shape[1])
+
+
+def _check_offsets(offsets: list[int], L: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != L or any(b < a for a, b in itertools.pairwise(offsets)):
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, got {offsets[:4]} ... {offsets[-1]}")
 
 
 def _choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) -> str:
@@ -192,15 +205,17 @@ def l2_normalise(x: Tensor) -> Tensor:
 
 def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk_l2norm, options):
     """A form of chapters 1-4 on `[B, L, H, d]` tensors, sequence by sequence where they are packed."""
-    dtype = v.dtype
+    dtype, precise = v.dtype, working_dtype(q)
     if qk_l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
-    q, k, v, beta = (x.transpose(1, 2) for x in (q, k, v, beta))
+    q, k, v, beta = (x.transpose(1, 2).to(precise) for x in (q, k, v, beta))
+    initial_state = None if initial_state is None else initial_state.to(precise)
     if cu_seqlens is None:
         o, state = form(q, k, v, beta, scale=scale, initial_state=initial_state, **options)
         return o.transpose(1, 2).to(dtype), state
     outputs, states = [], []
     offsets = cu_seqlens.tolist()
+    _check_offsets(offsets, q.shape[2])
     for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
         part = [x[:, :, begin:end] for x in (q, k, v, beta)]
         first = None if initial_state is None else initial_state[n : n + 1]
@@ -312,7 +327,7 @@ def _backward_op(
     """[dq, dk, dv, dbeta, d initial_state (empty if there is none)]."""
     from dn_lib.kernels.launch import Saved
 
-    saved = Saved(*(x if x.numel() else None for x in saved))
+    saved = Saved(*saved[:2], *(x if x.numel() else None for x in saved[2:]))
     if saved.state_in is None:
         saved.state_in = initial_state
     if saved.state_end is None:
@@ -327,7 +342,8 @@ def _backward_op(
 @_backward_op.register_fake
 def _(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, scale, chunk, precision):
     dfirst = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(do), torch.empty_like(beta), dfirst]
+    # Contiguous, whatever the strides of do.
+    return [torch.empty_like(q), torch.empty_like(k), do.new_empty(do.shape), torch.empty_like(beta), dfirst]
 
 
 def _op_setup(ctx, inputs, output):
@@ -355,11 +371,16 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+@torch.compiler.assume_constant_result  # dynamo cannot trace the question, and recompiles if the answer changes
+def _precision() -> str:
+    """float32 dots follow PyTorch's own switch, torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, chunk):
     from dn_lib.kernels import configs
 
-    # float32 dots follow PyTorch's own switch, torch.set_float32_matmul_precision.
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = _precision()
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
     needs_gradient = _needs_gradient(q, k, v, beta, initial_state)
@@ -411,6 +432,13 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(q.device.type)
         return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
+
+
+def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+    """What follows computes in the dtypes that it was given: states and the triangular solve stay float32."""
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def delta_rule(
@@ -468,7 +496,7 @@ def delta_rule(
     if not torch.compiler.is_compiling() and _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm)
     q, k, v = _autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(q, scale)
     backend = _choose_backend(q, v, chunk_size, backend)
     if backend == "triton":
         return _triton(q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, qk_l2norm, chunk_size)
@@ -478,7 +506,8 @@ def delta_rule(
         "chunkwise": chunkwise_delta_rule,
     }
     options = {"chunk_size": chunk_size or 64} if backend == "chunkwise" else {}
-    o, state = _pytorch(form[backend], q, k, v, beta, scale, initial_state, cu_seqlens, qk_l2norm, options)
+    with _no_autocast(q):
+        o, state = _pytorch(form[backend], q, k, v, beta, scale, initial_state, cu_seqlens, qk_l2norm, options)
     return o, state if output_final_state else None
 
 
@@ -506,15 +535,21 @@ def decode_delta_rule(
     >>> decode_delta_rule(x, x, x, torch.ones(1, 1), state, scale=1.0)[0, 0, :2], state[0, 0, 0, 0]
     (tensor([1., 0.]), tensor(1.))
     """
-    if q.ndim != 3:
-        raise ValueError(f"q must have three dimensions [B, H, d_k], got {_size(q)}")
+    for name, x, meaning in (("q", q, "[B, H, d_k]"), ("k", k, "[B, H, d_k]"), ("v", v, "[B, H, d_v]")):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            got = _size(x) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must have three dimensions {meaning}, got {got}")
+    _check_tensor("beta", beta, tuple(q.shape[:2]), "[B, H]", q)
+    _check_tensor("state", state, (*q.shape[:2], q.shape[2], v.shape[2]), "[B, H, d_k, d_v]", q)
     sequence = [x[:, None] for x in (q, k, v, beta)]
     _check_arguments(*sequence, state, None, None, "auto")
+    if not torch.compiler.is_compiling() and _checking.get():
+        _check_values(*sequence, state, None, qk_l2norm)
     dtype = working_dtype(q)
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"state must be contiguous and {dtype}, got {state.dtype} with strides {state.stride()}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.no_grad():
+    scale = _scale(q, scale)
+    with torch.no_grad(), _no_autocast(q):
         if _choose_backend(sequence[0], sequence[2], None, "auto") == "triton":
             from dn_lib.kernels import launch
 
@@ -581,7 +616,7 @@ def fused_recurrent_delta_rule(
     """The recurrent kernel under the name and signature of flash-linear-attention's function.
 
     Shapes as in `delta_rule`; beta None means ones.  A beta for each value channel, `[B, L, H, d_v]`, is refused.
-    Where a gradient is wanted, and where there is no GPU, this is `delta_rule` itself.
+    Where a gradient is wanted, inside torch.compile, and where there is no GPU, this is `delta_rule` itself.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> fused_recurrent_delta_rule(q, k, v)[0].shape
@@ -589,21 +624,21 @@ def fused_recurrent_delta_rule(
     """
     _refuse("fused_recurrent_delta_rule", options)
     beta = torch.ones_like(q[..., 0]) if beta is None else beta
-    if beta.ndim == 4:
+    if isinstance(beta, Tensor) and beta.ndim == 4:
         raise ValueError(
             f"beta must be [B, L, H]: one strength for each value channel, {_size(beta)}, is not supported"
         )
     _check_arguments(q, k, v, beta, initial_state, cu_seqlens, None, "auto")
     triton = _choose_backend(q, v, None, "auto") == "triton"
-    if not triton or _needs_gradient(q, k, v, beta, initial_state):
+    if not triton or torch.compiler.is_compiling() or _needs_gradient(q, k, v, beta, initial_state):
         return chunk_delta_rule(
             q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
         )
-    if not torch.compiler.is_compiling() and _checking.get():
+    if _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
     q, k, v = (x.contiguous() for x in _autocast(q, k, v))
     initial_state = None if initial_state is None else initial_state.contiguous()
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(q, scale)
     return _recurrent(
         q,
         k,

@@ -51,7 +51,7 @@ def gradients(fn, inputs, do, dstate, **options):
 
 
 # Forward ------------------------------------------------------------------------------------------------
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     form=form_names,
     length=st.integers(1, 300),
@@ -115,7 +115,16 @@ def test_half_precision_inputs_are_computed_in_float32(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_vmap_free_batch_is_the_same_as_a_loop(form):
+def test_float64_state_asks_for_float64(form):
+    *inputs, S = make(20, 4, 3, dtype=F32)
+    o, state = FORMS[form](*inputs, initial_state=S.double(), chunk_size=8)
+    want_o, want = recurrent_delta_rule(*inputs, initial_state=S.double())
+    assert o.dtype == want_o.dtype and state.dtype == want.dtype == F64
+    assert error(state, want) < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_is_the_same_as_a_loop(form):
     *inputs, S = make(20, 4, 3, lead=(3,))
     together = FORMS[form](*inputs, initial_state=S, chunk_size=8)[0]
     alone = [FORMS[form](*(x[b] for x in inputs), initial_state=S[b], chunk_size=8)[0] for b in range(3)]

@@ -169,3 +169,14 @@ def test_steps_and_pictures():
 def test_observe_returns_the_result_too():
     out, trace = tiles.observe(ladder.scaled_add, torch.ones(4), torch.ones(4), 3.0)
     assert out.tolist() == [4.0] * 4 and len(trace.launches) == 1
+
+
+def test_observing_in_a_child_is_the_same():
+    """What happens where kernels are compiled: the call travels to a process with the interpreter."""
+    from dn_lib.teaching.kernel_check import call_in_child
+
+    x, y = torch.ones(20), torch.arange(20.0)
+    out, trace = call_in_child("observe", "dn_lib.kernels.ladder", "scaled_add", (x, y, 2.0), {"block": 16})
+    here, expected = tiles.observe(ladder.scaled_add, x, y, 2.0, block=16)
+    assert torch.equal(out, here) and trace.bytes() == expected.bytes()
+    assert trace.launches[0].shapes == expected.launches[0].shapes

@@ -44,9 +44,7 @@ class Batches:
                 "use a shorter context or a larger corpus"
             )
         if batch < 1 or batch % (accumulate * world):
-            raise DataError(
-                f"batch must be a multiple of accumulate * processes = {accumulate} * {world}, got {batch}"
-            )
+            raise DataError(f"batch must be a multiple of accumulate * processes = {accumulate} * {world}, got {batch}")
         self.tokens, self.length, self.batch = tokens, length, batch
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.generator = torch.Generator().manual_seed(seed)

@@ -80,10 +80,7 @@ class Corpus:
         if not (folder / "corpus.json").exists():
             raise DataError(f"{folder} holds no prepared corpus (no corpus.json)")
         about = json.loads((folder / "corpus.json").read_text())
-        parts = [
-            np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r")
-            for part in ("train", "validation")
-        ]
+        parts = [np.memmap(folder / f"{part}.bin", dtype=about["dtype"], mode="r") for part in ("train", "validation")]
         return cls(*parts, load_tokenizer(folder), about["bytes_per_token"], about["facts"])
 
 
@@ -161,9 +158,7 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def load_corpus(
-    spec: str | Path = "stdlib", *, vocab: int | Tokenizer | None = None, progress: bool = False
-) -> Corpus:
+def load_corpus(spec: str | Path = "stdlib", *, vocab: int | Tokenizer | None = None, progress: bool = False) -> Corpus:
     """The corpus that `spec` names.
 
     spec:

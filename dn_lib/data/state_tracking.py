@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def parity(
-    n: int, length: int, *, p: float = 0.5, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def parity(n: int, length: int, *, p: float = 0.5, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw `n` sequences of bits and their running parities.
 
     Bits are 1 with probability `p`.  The label at position t is the sum of the bits up to and including t,

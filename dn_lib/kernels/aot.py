@@ -80,7 +80,8 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
 
     JITFunction.run = record
     configs.capability = lambda device_index: arch
-    configs.tiles.cache_clear()
+    if hasattr(configs.tiles, "cache_clear"):
+        configs.tiles.cache_clear()
     try:
         for call in calls:
             record.call = call
@@ -91,7 +92,7 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
 
 
 def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, segments: int):
-    L, H, kind = 2 * chunk, 1, DTYPES[dtype]
+    L, H, kind = max(2 * chunk, 1024), 1, DTYPES[dtype]
     q, k = (torch.zeros(1, L, H, K, dtype=kind) for _ in range(2))
     v, beta = torch.zeros(1, L, H, V, dtype=kind), torch.zeros(1, L, H, dtype=kind)
     first = torch.zeros(1, H, K, V) if state else None

@@ -23,6 +23,7 @@ from dn_lib.kernels.common import (
     chunk_bounds,
     dot,
     load_scalars,
+    load_state,
     load_tile,
     negative,
     segment_bounds,
@@ -46,6 +47,7 @@ def walk_back(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, LOCAL: tl.constexpr,
     DSTATE_OUT: tl.constexpr, DSTATE_IN: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Carries dS through a segment from right to left, for one head and BV value channels.
 
@@ -61,7 +63,6 @@ def walk_back(
     s = pid // (VALUE_BLOCKS * H)
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
 
-    DTYPE: tl.constexpr = k.dtype.element_ty
     rows = tl.arange(0, C)
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
@@ -78,15 +79,15 @@ def walk_back(
         i = chunks - 1 - step
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
-        q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
-        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
-        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
-        N = load_tile(n, token, head, H, rows, left, rows, C, C)
+        q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA)
+        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA)
+        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+        N = load_tile(n, token, head, H, rows, left, rows, C, C, TMA)
         b = load_scalars(beta, token, head, H, rows, left)
         if NORM:
             q_scale = load_scalars(q_norm, token, head, H, rows, left)
             k_scale = load_scalars(k_norm, token, head, H, rows, left)
-        dS_low = dS.to(DTYPE)
+        dS_low = dS.to(k_tile.dtype)
         if not FUSED:
             if not LOCAL:
                 at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
@@ -99,23 +100,23 @@ def walk_back(
         dVn = dot(k_tile, dS_low, PRECISION)
         if NORM:
             dVn = dVn * k_scale[:, None]
-        dVn += dot(P_T.to(DTYPE), do_tile, PRECISION)
+        dVn += dot(P_T.to(k_tile.dtype), do_tile, PRECISION)
         # Z = dVn + N^T D dVn;  dR = D Z
-        Z = dVn + dot(tl.trans(N), (b[:, None] * dVn).to(DTYPE), PRECISION)
+        Z = dVn + dot(tl.trans(N), (b[:, None] * dVn).to(k_tile.dtype), PRECISION)
         dR = b[:, None] * Z
-        minus_dR = (-dR).to(DTYPE)
+        minus_dR = (-dR).to(k_tile.dtype)
         if not LOCAL:
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
-            E = load_tile(e, token, head, H, rows, left, values, V, BV)
+            E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
             db = tl.sum(Z * E.to(tl.float32), axis=1) * scale
             tl.store(dbeta + (block * tokens + token) * H + head + rows * H, db, mask=rows < left)
         if FUSED:
-            Vn = (b[:, None] * E.to(tl.float32)).to(DTYPE)
+            Vn = (b[:, None] * E.to(tl.float32)).to(k_tile.dtype)
             if NORM:
-                S += dot(tl.trans(k_tile), (-k_scale[:, None] * Vn.to(tl.float32)).to(DTYPE), PRECISION)
+                S += dot(tl.trans(k_tile), (-k_scale[:, None] * Vn.to(tl.float32)).to(k_tile.dtype), PRECISION)
             else:
                 S += dot(tl.trans(k_tile), negative(Vn), PRECISION)
-            S_low = S.to(DTYPE)
+            S_low = S.to(k_tile.dtype)
             dP = dot(do_tile, tl.trans(Vn), PRECISION) * scale
             dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
             dQ = dot(do_tile, tl.trans(S_low), PRECISION) * scale
@@ -130,8 +131,8 @@ def walk_back(
             )  # fmt: skip
         # dS_in = dS + Q^T dO - K^T dR; two sums, so that each dot accumulates in the registers of dS
         if NORM:
-            dS += dot(tl.trans(q_tile), (q_scale[:, None] * do_tile.to(tl.float32)).to(DTYPE), PRECISION)
-            dS += dot(tl.trans(k_tile), (-k_scale[:, None] * dR).to(DTYPE), PRECISION)
+            dS += dot(tl.trans(q_tile), (q_scale[:, None] * do_tile.to(tl.float32)).to(k_tile.dtype), PRECISION)
+            dS += dot(tl.trans(k_tile), (-k_scale[:, None] * dR).to(k_tile.dtype), PRECISION)
         else:
             dS += dot(tl.trans(q_tile), do_tile, PRECISION)
             dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
@@ -181,7 +182,7 @@ def recompute_states(
     k, beta, e, k_norm, state_in, states, cu_seqlens, chunk_offsets, L, H, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, STATE_IN: tl.constexpr, VARLEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The state at each chunk's beginning (`[chunks, H, K, V]`, dtype of k): S' = S + K^T Vn, Vn = D E.
 
@@ -190,8 +191,10 @@ def recompute_states(
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    values = (pid % VALUE_BLOCKS) * BV + tl.arange(0, BV)
-    keys = (pid // VALUE_BLOCKS % KEY_BLOCKS) * BK + tl.arange(0, BK)
+    first_value = (pid % VALUE_BLOCKS) * BV
+    first_key = (pid // VALUE_BLOCKS % KEY_BLOCKS) * BK
+    values = first_value + tl.arange(0, BV)
+    keys = first_key + tl.arange(0, BK)
     head = (pid // (VALUE_BLOCKS * KEY_BLOCKS)) % H
     s = pid // (VALUE_BLOCKS * KEY_BLOCKS * H)
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
@@ -204,8 +207,8 @@ def recompute_states(
     for i in tl.range(0, tl.cdiv(end - begin, C).to(tl.int32), num_stages=STAGES):
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
-        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
-        E = load_tile(e, token, head, H, rows, left, values, V, BV)
+        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
+        E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, first_value)
         b = load_scalars(beta, token, head, H, rows, left)
         at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
         tl.store(states + at_chunk, S.to(k_tile.dtype), mask=inside)
@@ -222,6 +225,7 @@ def gradients(
     n_sequences, L, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq and dk of one chunk and head, from the state at its beginning and dS at its end.
 
@@ -229,7 +233,8 @@ def gradients(
     """
     KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    keys = (pid % KEY_BLOCKS) * BK + tl.arange(0, BK)
+    first_key = (pid % KEY_BLOCKS) * BK
+    keys = first_key + tl.arange(0, BK)
     head = (pid // KEY_BLOCKS) % H
     c = pid // (KEY_BLOCKS * H)
     token, left = chunk_bounds(c, cu_seqlens, chunk_offsets, n_sequences, L, C, VARLEN)
@@ -243,13 +248,11 @@ def gradients(
     minus_G = tl.zeros([C, C], dtype=tl.float32)
     for start in tl.range(0, V, BV, num_stages=STAGES):
         values = start + tl.arange(0, BV)
-        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV)
-        E = load_tile(e, token, head, H, rows, left, values, V, BV)
-        dR = load_tile(dv, token, head, H, rows, left, values, V, BV)
-        inside = state_mask(keys, values, K, V)
-        at = state_offsets(c.to(tl.int64), head, H, keys, values, K, V)
-        S = tl.load(states + at, mask=inside, other=0.0)
-        dS = tl.load(dstates + at, mask=inside, other=0.0)
+        do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, start)
+        E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, start)
+        dR = load_tile(dv, token, head, H, rows, left, values, V, BV, TMA, start)
+        S = load_state(states, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
+        dS = load_state(dstates, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
         # `dstates` is per unit of scale; with the scale in Vn, dP and dK come out whole.
         Vn = (scale * b[:, None] * E.to(tl.float32)).to(E.dtype)
         dP += dot(do_tile, tl.trans(Vn), PRECISION)
@@ -258,8 +261,8 @@ def gradients(
         dK += dot(Vn, tl.trans(dS), PRECISION)
         dK += dot(negative(dR), tl.trans(S), PRECISION)
     dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
-    q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
-    k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
+    q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA, first_key)
+    k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     write_dq(
         dq, dQ * scale, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
     )

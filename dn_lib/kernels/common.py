@@ -90,11 +90,21 @@ def tile_mask(rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, token, head, H, rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `token + rows` of head `head` of a `[tokens, H, D]` tensor; zero where they don't exist."""
-    offsets = rows[:, None] * (H * D) + columns[None, :]
-    mask = tile_mask(rows, n_rows, columns, D, BD)
-    return tl.load(ptr + (token * H + head) * D + offsets, mask=mask, other=0.0)
+def load_tile(
+    x, token, head, H, rows, n_rows, columns, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr = False, start=0
+):
+    """Rows `token + rows` of head `head` of a `[tokens, H, D]` tensor; zero where they don't exist.
+
+    With TMA, x is a descriptor of the tensor as `[tokens, H D]`, and Hopper's copy engine fetches the tile from
+    column `start`: no thread computes an address.  It knows where the tensor ends, not where a sequence does, so
+    it is used only where every chunk is whole.
+    """
+    if TMA:
+        return x.load([token.to(tl.int32), head * D + start])
+    else:
+        offsets = rows[:, None] * (H * D) + columns[None, :]
+        mask = tile_mask(rows, n_rows, columns, D, BD)
+        return tl.load(x + (token * H + head) * D + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -120,3 +130,16 @@ def state_offsets(index, head, H, keys, values, K: tl.constexpr, V: tl.constexpr
 @triton.jit
 def state_mask(keys, values, K: tl.constexpr, V: tl.constexpr):
     return (keys < K)[:, None] & (values < V)[None, :]
+
+
+@triton.jit
+def load_state(
+    x, index, head, H, keys, values, K: tl.constexpr, V: tl.constexpr, TMA: tl.constexpr = False,
+    first_key=0, first_value=0,
+):  # fmt: skip
+    """A tile of the state `[index, head]` of an `[n, H, K, V]` tensor; with TMA, of a descriptor of `[n H K, V]`."""
+    if TMA:
+        return x.load([((index * H + head) * K + first_key).to(tl.int32), first_value])
+    else:
+        at = state_offsets(index, head, H, keys, values, K, V)
+        return tl.load(x + at, mask=state_mask(keys, values, K, V), other=0.0)

@@ -16,12 +16,16 @@ CHUNK_SIZES = (16, 32, 64)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Block sizes and resources of one kernel: BK key and BV value channels, warps, pipeline stages."""
+    """Block sizes and resources of one kernel: BK key and BV value channels, warps, pipeline stages.
+
+    tma: whether Hopper's copy engine fetches the tiles, where the shape allows it.
+    """
 
     BK: int
     BV: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def tiles(kernel: str, K: int, V: int, dtype: torch.dtype, norm: bool, variant: 
     if device is None:
         return Tiles(BK, min(BV, 64) if kernel == "recurrent" else BV, 4, 1)
     if kernel == "chunk_inverse":
-        return Tiles(BK, BV, 4, 1)
+        return Tiles(max(BK, 64), BV, 4, 1)
     if kernel == "recurrent":
         return Tiles(BK, min(BV, max(8, 2048 // BK)), 1, 1)
     if kernel == "merge":
@@ -103,16 +107,14 @@ def tiles(kernel: str, K: int, V: int, dtype: torch.dtype, norm: bool, variant: 
     if dtype == torch.float32 or capability(device) < 90:
         # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
         return Tiles(BK if whole else min(BK, 64), min(BV, 32), 4, 1)
-    if kernel == "walk" and BK == 256:
-        return Tiles(BK, min(BV, 64), 4, 1)
+    # Narrower tiles are padded to 64 channels: fewer configurations to prove, and 32-wide ones have been miscompiled.
+    BK = max(BK, 64)
     if kernel == "walk":
-        return Tiles(BK, min(BV, 64), 4, 3 if variant == "save" or (BK <= 64 and variant != "fused") else 2)
-    if kernel == "walk_back" and BK == 128 and BV >= 128:
-        return Tiles(BK, 128, 8, 2)
+        return Tiles(BK, 64, 4, 1 if BK == 256 else 3, tma=True)
     if kernel == "walk_back":
-        return Tiles(BK, min(BV, 64), 4, 2)
+        return Tiles(BK, 64, 4, 3 if BK == 128 else 2, tma=True)
     if kernel == "recompute_states":
-        return Tiles(min(BK, 128), min(BV, 128), 4, 3)
+        return Tiles(min(BK, 128), 128 if BV >= 128 else 64, 4, 3, tma=True)
     if kernel == "gradients":
-        return Tiles(BK, min(BV, 64), 8, 2) if norm and BK > 64 else Tiles(min(BK, 64), min(BV, 64), 4, 2)
+        return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(64, 64, 4, 2, tma=True)
     raise KeyError(f"kernel must be one that configs.tiles knows, got {kernel!r}")

@@ -85,6 +85,7 @@ def walk(
     PRECISION: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     FUSED: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, TRANSITION: tl.constexpr,
     STATE_IN: tl.constexpr, STATE_OUT: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
@@ -104,7 +105,6 @@ def walk(
     s = pid // (COLUMN_BLOCKS * H)
     begin, end, _ = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
 
-    DTYPE: tl.constexpr = k.dtype.element_ty
     rows = tl.arange(0, C)
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
@@ -123,11 +123,13 @@ def walk(
     for i in tl.range(0, tl.cdiv(end - begin, C).to(tl.int32), num_stages=STAGES):
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
-        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK)
+        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA)
         if TRANSITION:
-            v_tile = load_tile(v, token, head, H, rows, tl.where(is_transition, 0, left), values, V, BV)
+            there, first_value = tl.where(is_transition, 0, left), tl.where(is_transition, 0, block * BV)
+            v_tile = load_tile(v, token, head, H, rows, there, values, V, BV, TMA, first_value)
+            v_tile = tl.where(is_transition, 0.0, v_tile).to(k_tile.dtype)
         else:
-            v_tile = load_tile(v, token, head, H, rows, left, values, V, BV)
+            v_tile = load_tile(v, token, head, H, rows, left, values, V, BV, TMA, block * BV)
         b = load_scalars(beta, token, head, H, rows, left)
         k_scale = b
         if NORM:
@@ -136,27 +138,27 @@ def walk(
             else:
                 k_scale = load_scalars(k_norm, token, head, H, rows, left)
         if FUSED:
-            N = chunk_N(k_tile, b, k_scale, C, PRECISION, HALF, NORM).to(DTYPE)
+            N = chunk_N(k_tile, b, k_scale, C, PRECISION, HALF, NORM).to(k_tile.dtype)
         else:
-            N = load_tile(n, token, head, H, rows, left, rows, C, C)
-        S_low = S.to(DTYPE)
+            N = load_tile(n, token, head, H, rows, left, rows, C, C, TMA)
+        S_low = S.to(k_tile.dtype)
         # R = V - K S;  E = R + N D R
         read = dot(k_tile, S_low, PRECISION)
         if NORM:
             read = read * k_scale[:, None]
         R = v_tile.to(tl.float32) - read
-        E = (R + dot(N, (b[:, None] * R).to(DTYPE), PRECISION)).to(DTYPE)
-        Vn = (b[:, None] * E.to(tl.float32)).to(DTYPE)
+        E = (R + dot(N, (b[:, None] * R).to(k_tile.dtype), PRECISION)).to(k_tile.dtype)
+        Vn = (b[:, None] * E.to(tl.float32)).to(k_tile.dtype)
         if SAVE:
             store_tile(e, E, token, head, H, rows, left, values, V, BV)
         if OUTPUT:
             # O = scale (Q S + tril(Q K^T) D E)
-            q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK)
+            q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA)
             P = dot(q_tile, tl.trans(k_tile), PRECISION)
             if NORM:
                 P = P * k_scale[None, :]
             P = tl.where(causal, P, 0.0)
-            O = dot(q_tile, S_low, PRECISION) + dot(P.to(DTYPE), Vn, PRECISION)
+            O = dot(q_tile, S_low, PRECISION) + dot(P.to(k_tile.dtype), Vn, PRECISION)
             if NORM:
                 if FUSED:
                     q_scale = inverse_norm(q_tile, EPS)
@@ -166,7 +168,7 @@ def walk(
             store_tile(o, O * scale, token, head, H, rows, left, values, V, BV)
         # S' = S + K^T D E
         if NORM:
-            S += dot(tl.trans(k_tile), (k_scale[:, None] * Vn.to(tl.float32)).to(DTYPE), PRECISION)
+            S += dot(tl.trans(k_tile), (k_scale[:, None] * Vn.to(tl.float32)).to(k_tile.dtype), PRECISION)
         else:
             S += dot(tl.trans(k_tile), Vn, PRECISION)
 

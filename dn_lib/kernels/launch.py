@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dn_lib.kernels import backward as bwd
 from dn_lib.kernels import configs
@@ -18,6 +19,7 @@ from dn_lib.kernels import recurrent as rec
 from dn_lib.kernels.common import INTERPRETED
 
 NORM_EPS = 1e-6
+TMA_MIN_LENGTH = 1024
 _INTERPRETED = bool(INTERPRETED.value)
 
 
@@ -75,17 +77,36 @@ def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "") -> c
     return configs.tiles(kernel, s.K, s.V, k.dtype, norm, variant, device)
 
 
+def _descriptors(s: Shape, t: configs.Tiles, *tensors: tuple[Tensor | None, int]) -> tuple[bool, list]:
+    """Whether the copy engine can fetch the tiles of these `[B, L, H, d]` tensors, and what the kernel is given.
+
+    Each tensor comes with the columns of its tile.  The tiles have to divide the heads and the sequences.
+    Making the descriptors costs the host some microseconds, which only a long walk repays.
+    """
+    given = [x for x, _ in tensors]
+    aligned = all(x is None or (x.shape[-1] % columns == 0 and x.data_ptr() % 16 == 0) for x, columns in tensors)
+    if not (t.tma and aligned and not s.varlen and s.L % s.plan.chunk == 0 and s.L >= TMA_MIN_LENGTH):
+        return False, given
+    C = s.plan.chunk
+    return True, [
+        None if x is None else TensorDescriptor.from_tensor(x.view(s.tokens, -1), [C, columns])
+        for x, columns in tensors
+    ]
+
+
 def _walk(s, q, k, v, beta, n, norm, norms, o, e, state_in, state_out, transition, cu, offsets, scale, precision):
     fused = n is None
     t = _tiles("walk", s, k, norm, "fused" if fused else "save" if e is not None else "")
+    pairs = (q, t.BK), (k, t.BK), (v, t.BV), (n, s.plan.chunk)
+    tma, (q, k_given, v, n) = _descriptors(s, t, *pairs)
     blocks = triton.cdiv(s.V, t.BV) + (triton.cdiv(s.K, t.BV) if transition is not None else 0)
     fwd.walk[(blocks * s.H * s.total_segments,)](
-        q, k, v, beta, n, *norms, o, e, state_in, state_out, transition, cu, offsets,
+        q, k_given, v, beta, n, *norms, o, e, state_in, state_out, transition, cu, offsets,
         scale, s.L, s.H, s.plan.segment, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk,
         PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
         FUSED=fused, OUTPUT=o is not None, SAVE=e is not None, TRANSITION=transition is not None,
-        STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages,
+        STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma,
         num_warps=t.warps,
     )  # fmt: skip
 
@@ -154,9 +175,10 @@ def forward(
         out = state if (final_state or save) else None
         _walk(s, q, k, v, beta, n, norm, (q_norm, k_norm), o, e, state_in, out, None, cu_seqlens, offsets, scale,
               precision)  # fmt: skip
-    last = None
-    if final_state:
-        last = state if not split else state[s.plan.segments - 1 :: s.plan.segments].contiguous()
+    last = state if final_state else None
+    if final_state and split:
+        # A copy even of one row: the outputs of an operator must not share memory.
+        last = state[s.plan.segments - 1 :: s.plan.segments].clone(memory_format=torch.contiguous_format)
     return (
         o,
         last,
@@ -168,12 +190,14 @@ def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates
     norm = saved.q_norm is not None
     local = dv is None
     t = _tiles("walk_back", s, k, norm, "fused" if s.plan.fused and not local else "")
+    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (saved.e, t.BV), (do, t.BV)
+    tma, (q_given, k_given, n, e, do) = _descriptors(s, t, *pairs)
     bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * s.total_segments,)](
-        q, k, beta, saved.n, saved.e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
+        q_given, k_given, beta, n, e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
         saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
         FUSED=s.plan.fused and not local, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
-        VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+        VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
     )  # fmt: skip
 
 
@@ -212,20 +236,25 @@ def backward(
     if not s.plan.fused:
         states = torch.empty_like(dstates)
         t = _tiles("recompute_states", s, k, norm)
+        tma, (k_given, e) = _descriptors(s, t, (k, t.BK), (saved.e, t.BV))
         grid = triton.cdiv(s.V, t.BV) * triton.cdiv(s.K, t.BK) * s.H * s.total_segments
         bwd.recompute_states[(grid,)](
-            k, beta, saved.e, saved.k_norm, saved.state_in, states, cu_seqlens, offsets, s.L, s.H,
+            k_given, beta, e, saved.k_norm, saved.state_in, states, cu_seqlens, offsets, s.L, s.H,
             s.plan.segment, s.plan.segments,
             K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-            STATE_IN=saved.state_in is not None, VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+            STATE_IN=saved.state_in is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
         )  # fmt: skip
         t = _tiles("gradients", s, k, norm)
+        pairs = (q, t.BK), (k, t.BK), (saved.e, t.BV), (do, t.BV), (dv, t.BV)
+        tma, (q_given, k_given, e, do, dv_given) = _descriptors(s, t, *pairs)
+        if tma:
+            states, dstates = (TensorDescriptor.from_tensor(x.view(-1, s.V), [t.BK, t.BV]) for x in (states, dstates))
         if s.chunks > 0:
             bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
-                q, k, beta, saved.e, saved.q_norm, saved.k_norm, do, dv, states, dstates, dq, dk, cu_seqlens,
-                offsets, scale, s.sequences, s.L, s.H,
+                q_given, k_given, beta, e, saved.q_norm, saved.k_norm, do, dv_given, states, dstates, dq, dk,
+                cu_seqlens, offsets, scale, s.sequences, s.L, s.H,
                 K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-                VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
+                VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
             )  # fmt: skip
     return dq, dk, dv, dbeta.sum(0) if blocks > 1 else dbeta[0], d_first
 

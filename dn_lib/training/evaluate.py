@@ -115,7 +115,7 @@ def name_occurrences(text: bytes) -> tuple[list[Span], list[Span]]:
 
     Keywords and names of fewer than four characters are left out.  `text` may break off anywhere.
 
-    >>> name_occurrences(b"total = 0\nprint(total)\n")
+    >>> name_occurrences(b"total = 0\\nprint(total)\\n")
     ([(0, 5), (10, 15)], [(16, 21)])
     """
     seen: set[str] = set()

@@ -23,8 +23,8 @@ def _integer(g, low, high):
     return int(torch.randint(low, high + 1, (), generator=g))
 
 
-def _normal(g, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=g, dtype=dtype)
+def _normal(g, *shape):
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
 def _observe(function, *args, **kwargs):
@@ -113,17 +113,16 @@ ROUNDING = Equation(
 
 def _sample_linear(g):
     L, d_k, d_v = _integer(g, 20, 60), _integer(g, 5, 24), _integer(g, 5, 24)
-    q, k, v = (_normal(g, 1, L, 1, d, dtype=torch.float32) for d in (d_k, d_k, d_v))
-    return q, k, v
+    return tuple(_normal(g, 1, L, 1, d) for d in (d_k, d_k, d_v))
 
 
 def _linear_kernel(q, k, v):
-    return _ladder("linear_attention", q, k, v)[0]
+    return _ladder("linear_attention", q.float(), k.float(), v.float())[0]
 
 
 def _linear(q, k, v, *, offset=0, late=False, write=True, read=True, scale=True, C=16):
     """The chunk equations as printed, in float64."""
-    q, k, v = (x[0, :, 0].double() for x in (q, k, v))
+    q, k, v = (x[0, :, 0] for x in (q, k, v))
     S, outputs = torch.zeros(k.shape[1], v.shape[1], dtype=torch.float64), []
     for start in range(0, len(q), C):
         Q, K, V = (x[start : start + C] for x in (q, k, v))

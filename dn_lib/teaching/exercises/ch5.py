@@ -6,6 +6,8 @@ because kernels run in a child process, and because this module must load where 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import normalize
 
@@ -163,13 +165,14 @@ EX_5_2 = Exercise(
 
 RETENTION = """
 @triton.jit
-def retention(q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, log_gamma, L, C: tl.constexpr, D: tl.constexpr):
+def retention(
+    q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, log_gamma, gamma_C, L, C: tl.constexpr, D: tl.constexpr
+):
     i, d = tl.arange(0, C), tl.arange(0, D)
     gap = i[:, None] - i[None, :]
     within = tl.where(gap >= 0, tl.exp2(gap * log_gamma), 0.0)
     since = tl.exp2((i + 1) * log_gamma)
     until = tl.exp2((C - 1 - i) * log_gamma)
-    whole = tl.exp2((i * 0 + C) * log_gamma)
     S = tl.zeros([D, D], tl.float32)
     for start in range(0, L, C):
         at = (start + i)[:, None] * D + d[None, :]
@@ -179,7 +182,7 @@ def retention(q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, log_gamma, L, C: tl.constex
         o = tl.dot(A, v, input_precision="ieee")
         o += since[:, None] * tl.dot(q, S, input_precision="ieee")
         tl.store(o_ptr + at, o)
-        S = tl.max(whole, 0) * S + new
+        S = gamma_C * S + new
     tl.store(state_ptr + d[:, None] * D + d[None, :], S)
 """
 
@@ -199,9 +202,7 @@ def _retention(q, k, v, gamma):
 
 
 def _plan_retention(q, k, v, gamma):
-    import math
-
-    arguments = (q, k, v, torch.empty_like(v), torch.empty(C, C), math.log2(gamma), q.shape[0])
+    arguments = (q, k, v, torch.empty_like(v), torch.empty(C, C), math.log2(gamma), gamma**C, q.shape[0])
     return Plan(arguments, (3, 4), (1,), {"C": C, "D": C})
 
 
@@ -243,10 +244,10 @@ EX_5_3 = Exercise(
             [
                 (
                     "        o += since[:, None]",
-                    "        S = tl.max(whole, 0) * S + new\n        o += since[:, None]",
+                    "        S = gamma_C * S + new\n        o += since[:, None]",
                 ),
                 (
-                    "        tl.store(o_ptr + at, o)\n        S = tl.max(whole, 0) * S + new",
+                    "        tl.store(o_ptr + at, o)\n        S = gamma_C * S + new",
                     "        tl.store(o_ptr + at, o)",
                 ),
             ],

@@ -1,0 +1,318 @@
+"""Errors of the operator against float64 on random calls with gradients: sizes, dtypes and options mixed.
+
+    python benchmarks/errors.py --out book/results/errors.json [--calls 2000] [--seconds 240]
+    python benchmarks/errors.py --out one.json --start 1234 --calls 1      # repeats call 1234 alone
+
+A call is fixed by --seed, --variants and its number.  fla sees the same inputs where it takes them (bfloat16 and
+float16, head sizes 64 and 128), its autotuning cut to one configuration.  Exits with 1 if a result is not
+finite, if an error in float32 with ieee dots is above 1e-5, or if a call raises; with 3 if the GPU is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from measure import (
+    OUTPUTS,
+    Problem,
+    Results,
+    device_of,
+    draw,
+    errors_of,
+    exact_results,
+    first_line,
+    forward_backward,
+    load_fla,
+    operator,
+    split,
+)
+
+SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (40, 24), (128, 64), (64, 128), (16, 16))
+DTYPES = ("bfloat16", "float16", "float32")
+FLA_SIZES, FLA_HEADS = ((64, 64), (128, 128)), 2  # fla compiles anew for each number of heads
+FLOAT32_LIMIT = 1e-5
+
+
+def configurations(variants: int, seed: int, smoke: bool = False) -> list[dict]:
+    """What kernels are compiled for: for each size and dtype, `variants` draws of the options.
+
+    Options are dealt like cards, so that each value comes up equally often with every size.
+    """
+    rng, rows = random.Random(f"configurations {seed}"), []
+    sizes = ((16, 16), (40, 24)) if smoke else SIZES
+    for (d_k, d_v), dtype in itertools.product(sizes, DTYPES):
+        decks = {
+            "norm": (False, True),
+            "state": (False, True),
+            "dstate": (False, True),
+            "varlen": (False, True),
+            "chunk": (64, 32, 16),
+            "segments": (None, 2, 3, 5),
+        }
+        dealt = {}
+        for name, values in decks.items():
+            cards = (list(values) * variants)[: max(variants, len(values))]
+            rng.shuffle(cards)
+            dealt[name] = cards
+        for i in range(variants):
+            row = {"d_k": d_k, "d_v": d_v, "dtype": dtype, **{name: cards[i] for name, cards in dealt.items()}}
+            if row["varlen"]:
+                row["segments"] = None  # packed sequences are not split
+            rows.append(row)
+    return rows
+
+
+def a_call(number: int, configs: list[dict], seed: int, smoke: bool = False) -> dict:
+    """Settings of one call."""
+    rng = random.Random(f"call {seed} {number}")
+    c = dict(configs[number % len(configs)])
+    longest = 70 if smoke else 700
+    B, L = rng.choice((1, 2, 3)), rng.choice((rng.randint(1, longest), rng.randint(1, 80)))
+    H = FLA_HEADS if (c["d_k"], c["d_v"]) in FLA_SIZES else rng.choice((1, 2, 3))
+    bias = rng.choice((0.0, 0.0, 0.3, 1.0, 3.0, "identical"))
+    c |= {"bias": bias, "beta_range": rng.choice((1.0, 2.0)), "seed": rng.randrange(2**31), "lengths": None}
+    if c["varlen"]:
+        cuts = sorted(rng.randint(0, L) for _ in range(rng.randint(0, 5)))  # sequences may be empty
+        c["lengths"] = [b - a for a, b in itertools.pairwise((0, *cuts, L))]
+        B = 1
+    if smoke:
+        B, H = 1, 1
+    return {"number": number, "B": B, "L": L, "H": H, **c}
+
+
+def problem(c: dict, device: str) -> Problem:
+    identical = c["bias"] == "identical"
+    return draw(
+        c["B"], c["L"], c["H"], c["d_k"], c["d_v"], getattr(torch, c["dtype"]), device, seed=c["seed"],
+        bias=0.0 if identical else c["bias"], identical=identical, beta_range=c["beta_range"], norm=c["norm"],
+        state=c["state"], dstate=c["dstate"], lengths=c["lengths"], chunk=c["chunk"],
+    )  # fmt: skip
+
+
+def fla_takes(c: dict) -> bool:
+    return (c["d_k"], c["d_v"]) in FLA_SIZES and c["dtype"] != "float32" and 0 not in (c["lengths"] or [1])
+
+
+def compile_one(job: tuple[dict, bool]) -> str | None:
+    """In a process of its own: one small call, so that Triton's cache holds the kernels.  What went wrong, if so."""
+    c, with_fla = job
+    try:
+        c = c | {"number": -1, "B": 1, "L": 150, "H": FLA_HEADS, "bias": 0.0, "beta_range": 1.0, "seed": 0}
+        c["lengths"] = [100, 50] if c["varlen"] else None
+        if c["segments"] is not None:
+            c["L"] = 64 * c["segments"]
+        p = problem(c, "cuda")
+        with split(c["segments"]):
+            forward_backward(operator, p)
+        if with_fla and fla_takes(c):
+            peer = load_fla(False)
+            if peer.chunk is not None:
+                peer.cut = True
+                forward_backward(peer.form, p)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{c}: {first_line(error)}"
+    return None
+
+
+def precompile(configs: list[dict], with_fla: bool, workers: int) -> dict:
+    """Compiles all of `configs` on all cores; what fails here fails again, and is recorded, in its own call."""
+    begun = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        failed = [f for f in pool.imap_unordered(compile_one, [(c, with_fla) for c in configs], chunksize=1) if f]
+    return {"configurations": len(configs), "workers": workers, "seconds": time.monotonic() - begun, "failed": failed}
+
+
+def measure(c: dict, device: str, peer) -> dict:
+    """Errors of ours, and of fla if `peer` is given, for one call."""
+    p = problem(c, device)
+    exact = exact_results(p)
+    with split(c["segments"]):
+        row = {"ours": errors_of(forward_backward(operator, p), exact)}
+    # Far smaller references than results are a sign of cancellation in the problem, not in the kernels.
+    row["norms"] = {name: x.detach().norm().item() for name, x in exact.items()}
+    if peer is not None:
+        try:
+            row["fla"] = errors_of(forward_backward(peer.form, p), exact)
+        except Exception as error:
+            row["fla_failure"] = first_line(error)
+    return row
+
+
+def faults(c: dict, row: dict) -> list[str]:
+    """What is wrong with a call, beyond rounding."""
+    found = [f"{name} is not finite" for name, e in row["ours"].items() if not math.isfinite(e)]
+    if c["dtype"] == "float32":
+        over = [name for name, e in row["ours"].items() if math.isfinite(e) and e > FLOAT32_LIMIT]
+        found += [f"{name}: {row['ours'][name]:.3g} is above {FLOAT32_LIMIT:g} in float32" for name in over]
+    return found
+
+
+def percentile(x: list[float], share: float) -> float:
+    x = sorted(x)
+    return x[min(len(x) - 1, math.ceil(share * len(x)) - 1)] if x else math.nan
+
+
+class Tally:
+    """Errors by dtype and output, ratios to fla, and the calls that have something wrong."""
+
+    def __init__(self):
+        self.calls = self.fla_calls = self.fla_not_finite = 0
+        self.errors = defaultdict(list)  # (dtype, output) -> [(error, number)]
+        self.ratios = defaultdict(list)  # (dtype, output) -> [(ours / fla, number)]
+        self.failures, self.fla_failures, self.worst = [], [], {}
+
+    def add(self, c: dict, row: dict) -> None:
+        self.calls += 1
+        for name, e in row["ours"].items():
+            at = c["dtype"], name
+            self.errors[at].append((e, c["number"]))
+            if at not in self.worst or not e <= self.worst[at]["error"]:
+                norm = row["norms"][name]
+                self.worst[at] = {"dtype": c["dtype"], "output": name, "error": e, "reference_norm": norm, "call": c}
+            theirs = row.get("fla", {}).get(name)
+            if theirs is not None and math.isfinite(theirs) and theirs > 0:
+                self.ratios[at].append((e / theirs, c["number"]))
+        if "fla" in row:
+            self.fla_calls += 1
+            self.fla_not_finite += any(not math.isfinite(e) for e in row["fla"].values())
+        if "fla_failure" in row:
+            self.fla_failures.append({"call": c["number"], "failure": row["fla_failure"]})
+        if wrong := faults(c, row):
+            self.failures.append({"wrong": wrong, "call": c, "errors": row["ours"]})
+
+    def summary(self) -> dict:
+        """In chapters' order of outputs: worst, 99th percentile and median of each dtype; ratios ours / fla."""
+        order = [(d, n) for d in DTYPES for n in OUTPUTS if (d, n) in self.errors]
+        errors, ratios = {}, {}
+        for dtype, name in order:
+            e = [x for x, _ in self.errors[dtype, name]]
+            finite = [x for x in e if math.isfinite(x)]
+            errors.setdefault(dtype, {})[name] = {
+                "calls": len(e),
+                "not_finite": len(e) - len(finite),
+                "worst": max(finite, default=math.nan),
+                "p99": percentile(finite, 0.99),
+                "median": statistics.median(finite) if finite else math.nan,
+                "worst_call": self.worst[dtype, name]["call"]["number"],
+            }
+            if r := self.ratios[dtype, name]:
+                largest, number = max(r)
+                ratios.setdefault(dtype, {})[name] = {
+                    "calls": len(r),
+                    "median": statistics.median(x for x, _ in r),
+                    "p99": percentile([x for x, _ in r], 0.99),
+                    "max": largest,
+                    "max_call": number,
+                    "above_1.1": sorted(n for x, n in r if x > 1.1)[:50],
+                }
+        return {
+            "calls": self.calls,
+            "fla_calls": self.fla_calls,
+            "fla_calls_not_finite": self.fla_not_finite,
+            "errors": errors,
+            "ratio_to_fla": ratios,
+            "failures": len(self.failures),
+            "fla_failures": self.fla_failures[:20],
+        }
+
+
+def table(s: dict) -> str:
+    lines = [f"{'dtype':9} {'output':9} {'calls':>6} {'median':>9} {'p99':>9} {'worst':>9} | ours / fla: median, max"]
+    for dtype, outputs in s["errors"].items():
+        for name, e in outputs.items():
+            r = s["ratio_to_fla"].get(dtype, {}).get(name)
+            last = f"{r['median']:.2f} {r['max']:.2f} (call {r['max_call']}) of {r['calls']}" if r else "-"
+            lines.append(
+                f"{dtype:9} {name:9} {e['calls']:6d} {e['median']:9.2e} {e['p99']:9.2e} {e['worst']:9.2e} | {last}"
+            )
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--start", type=int, default=0, help="number of the first call")
+    parser.add_argument("--seconds", type=float, help="begin no call after so many, compilation not counted")
+    parser.add_argument("--variants", type=int, default=4, help="draws of the options for each size and dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-fla", action="store_true")
+    parser.add_argument("--fla-calls", type=int, default=150, help="at most so many calls of fla")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile; 0: none")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny calls in Triton's interpreter")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    device = device_of(options.smoke)
+    options.out.unlink(missing_ok=True)
+    configs = configurations(options.variants, options.seed, options.smoke)
+    peer = load_fla(options.no_fla, options.smoke)
+    peer.cut = True
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings |= {
+        "fla": {"status": peer.status, **peer.facts, "autotuning": "first configuration"},
+        "sizes": SIZES,
+        "errors": "relative Frobenius norm against float64 (PyTorch chunkwise form) of the same rounded inputs",
+        "reproduce": "the same command with --start NUMBER --calls 1 and the same --seed and --variants",
+        "rows": "failures first, then the worst call of each dtype and output",
+    }
+    results = Results(options.out, settings, smoke=options.smoke, seed=options.seed)
+    torch.set_float32_matmul_precision("highest")
+    numbers = range(options.start, options.start + options.calls)
+    used = [configs[i] for i in sorted({n % len(configs) for n in numbers})]
+    if options.workers and not options.smoke and len(used) > 1:
+        settings["precompiled"] = precompile(used, peer.chunk is not None, min(options.workers, len(used)))
+        print(settings["precompiled"], flush=True)
+    tally, left, begun, shown, code = Tally(), options.fla_calls, time.monotonic(), 0.0, 0
+    for number in numbers:
+        elapsed = time.monotonic() - begun
+        if options.seconds is not None and elapsed > options.seconds:
+            print(f"stopped after {elapsed:.0f} s and {tally.calls} calls", flush=True)
+            break
+        c = a_call(number, configs, options.seed, options.smoke)
+        with_fla = peer.chunk is not None and left > 0 and fla_takes(c)
+        left -= with_fla
+        try:
+            tally.add(c, measure(c, device, peer if with_fla else None))
+        except Exception as error:
+            tally.failures.append({"wrong": [first_line(error)], "call": c})
+            try:
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception:
+                print(f"GPU lost at call {c}: go on with --start {number + 1}", flush=True)
+                code = 3
+                break
+        if elapsed - shown > 10:
+            shown = elapsed
+            print(f"[{elapsed:5.0f} s] {tally.calls} calls, {len(tally.failures)} failures", flush=True)
+    results.summary = tally.summary() | {"seconds": time.monotonic() - begun}
+    for kind, rows in (("failure", tally.failures[:200]), ("worst", tally.worst.values())):
+        for i, row in enumerate(rows):
+            results.rows.append({"key": f"{kind} {i}", **row, **results.origin, "measured": not options.smoke})
+    results.write()
+    for failure in tally.failures[:10]:
+        print("FAILED", *failure["wrong"], failure["call"], flush=True)
+    print(table(results.summary))
+    print(f"{tally.calls} calls, {tally.fla_calls} of fla, {len(tally.failures)} failures")
+    if options.smoke:
+        print("NOT MEASURED: smoke run")
+    return code or int(bool(tally.failures))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
