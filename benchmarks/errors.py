@@ -22,7 +22,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-
 from measure import (
     OUTPUTS,
     Problem,

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from provenance import package_version, provenance
 from torch import Tensor
 
 import dn_lib
 from dn_lib import cost
 from dn_lib.kernels import launch
-from provenance import package_version, provenance
 
 NOT_MEASURED = "smoke run: each time is a stub of 1 ms, no error was measured on a GPU; nothing here is a result"
 OUTPUTS = ("o", "dq", "dk", "dv", "dbeta", "dinitial", "state")

@@ -17,9 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-
-import dn_lib
-from dn_lib.kernels import configs
 from measure import (
     COMPULSORY,
     Clock,
@@ -52,6 +49,9 @@ from measure import (
     split,
     verdict,
 )
+
+import dn_lib
+from dn_lib.kernels import configs
 
 HEADS = ((64, 32), (128, 16), (256, 8))  # (d, H): 2,048 channels
 BATCHES = ((32, 1024), (16, 2048), (8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 8192))  # (B, L)
