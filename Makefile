@@ -48,7 +48,7 @@ book: $(READY)
 test: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib
+	$(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
 
 # A copy, so that working in the chapters changes nothing that git tracks.
 lab: $(READY)

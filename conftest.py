@@ -9,6 +9,7 @@ import torch
 
 import dn_lib  # noqa: F401 - before Triton, so that it asks for the interpreter where there is no GPU
 
+INTERPRET = os.environ.get("TRITON_INTERPRET")  # as dn_lib has left it
 matplotlib.use("agg")
 os.environ.pop("MPLBACKEND", None)  # in the kernels of notebooks it would take the place of the inline one
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -18,7 +19,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 
-collect_ignore_glob = []
+# Compiles for GPUs that are not there, and so turns the interpreter off for its process when imported; it has tests
+# of its own, in a process of their own.
+collect_ignore_glob = ["dn_lib/kernels/aot.py"]
 if importlib.util.find_spec("triton") is None:
     # Without Triton the rest of the suite still runs; chapter 5 says itself what is missing.
     collect_ignore_glob += ["dn_lib/kernels/*.py", "book/notebooks/05_*.ipynb"]
@@ -34,6 +37,8 @@ else:
 
 
 def pytest_collection_modifyitems(items):
+    if os.environ.get("TRITON_INTERPRET") != INTERPRET:
+        raise pytest.UsageError("importing a test module has changed TRITON_INTERPRET, for every test after it")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make gpu)")
         for item in items:

@@ -334,6 +334,7 @@ class Peer:
         )  # fmt: skip
 
 
+@functools.cache
 def load_fla(skip: bool, smoke: bool = False) -> Peer:
     """fla as it is installed.  While `peer.cut` is true its autotuners try only their first configuration."""
     if skip:

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         "tokens": tokens,
         "clock": f"triton.testing.do_bench medians, warm-up {clock.warmup} ms, {clock.rep} ms measured; "
         "calls above 30 ms: median of three",
-        "forms": "chunkwise: dn_lib.delta_rule, recurrent: dn_lib.fused_recurrent_delta_rule; forward without gradients",
+        "forms": "chunkwise: dn_lib.delta_rule, recurrent: dn_lib.fused_recurrent_delta_rule; no gradients",
         "inputs": "q, k normalised in float32 then cast; beta = sigmoid(normal); v, do normal",
         "paper": PAPER,
     }

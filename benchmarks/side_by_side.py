@@ -55,6 +55,7 @@ from dn_lib.kernels import configs
 
 HEADS = ((64, 32), (128, 16), (256, 8))  # (d, H): 2,048 channels
 BATCHES = ((32, 1024), (16, 2048), (8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 8192))  # (B, L)
+TUNED = ("autotuned", "first configuration")  # what a row says of fla if fla was there
 SECTIONS = ("grid", "small", "odd", "varlen", "dtypes", "decode", "norm", "first")
 
 
@@ -89,7 +90,7 @@ class Bench:
 
     def again(self, row: dict) -> bool:
         """Whether a row that is there should be made anew: it lacks fla, which is here now; or it failed."""
-        return (self.peer.chunk is not None and row.get("fla") in ("absent", "skipped")) or (
+        return (self.peer.chunk is not None and row.get("fla", "autotuned") not in TUNED) or (
             self.options.retry and row["status"] != "ok"
         )
 

@@ -8,7 +8,7 @@ least, float64 for float64 inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,18 @@ def check_chunk_size(chunk_size: int) -> None:
     """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+
+
+def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of several `[..., L, d]` tensors, token by token.
+
+    By `unbind`: its backward pass fills one gradient of size L, where indexing `x[..., t, :]` makes one for
+    every token, so that a loop over L tokens would take time quadratic in L.
+
+    >>> [int(k @ v) for k, v in over_time(torch.eye(2), torch.ones(2, 2))]
+    [1, 1]
+    """
+    return zip(*(x.unbind(-2) for x in sequences), strict=True)
 
 
 # --- From softmax attention to a kernel -----------------------------------------------------------------
@@ -138,11 +150,11 @@ def recurrent_kernel_attention(
     state = initial_state_or_zeros(phi_k, values, None, dtype)
     z = torch.zeros_like(state[..., 0])
     outputs = []
-    for t in range(q.shape[-2]):
-        state = state + phi_k[..., t, :, None] * values[..., t, None, :]
-        z = z + phi_k[..., t, :]
-        read = (phi_q[..., t, None, :] @ state)[..., 0, :]
-        outputs.append(read / (phi_q[..., t, :] * z).sum(-1, keepdim=True))
+    for q_t, k_t, v_t in over_time(phi_q, phi_k, values):
+        state = state + k_t[..., :, None] * v_t[..., None, :]
+        z = z + k_t
+        read = (q_t[..., None, :] @ state)[..., 0, :]
+        outputs.append(read / (q_t * z).sum(-1, keepdim=True))
     o = torch.stack(outputs, dim=-2) if outputs else values
     return o.to(v.dtype), (state, z)
 
@@ -194,8 +206,8 @@ def recurrent_linear_attention(
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
     outputs = []
-    for t in range(q.shape[-2]):
-        o, state = linear_attention_step(queries[..., t, :], keys[..., t, :], values[..., t, :], state, scale=scale)
+    for q_t, k_t, v_t in over_time(queries, keys, values):
+        o, state = linear_attention_step(q_t, k_t, v_t, state, scale=scale)
         outputs.append(o)
     o = torch.stack(outputs, dim=-2) if outputs else values
     return o.to(v.dtype), state
@@ -337,14 +349,8 @@ def recurrent_decay_attention(
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     queries, keys, values, alpha = (x.to(dtype) for x in (q, k, v, decay))
     outputs = []
-    for t in range(q.shape[-2]):
-        o, state = linear_attention_step(
-            queries[..., t, :],
-            keys[..., t, :],
-            values[..., t, :],
-            alpha[..., t, :, None] * state,
-            scale=scale,
-        )
+    for q_t, k_t, v_t, alpha_t in over_time(queries, keys, values, alpha):
+        o, state = linear_attention_step(q_t, k_t, v_t, alpha_t[..., :, None] * state, scale=scale)
         outputs.append(o)
     o = torch.stack(outputs, dim=-2) if outputs else values
     return o.to(v.dtype), state

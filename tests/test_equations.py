@@ -50,10 +50,10 @@ def test_mutant_is_caught(equation, name):
 
 
 @every_equation
-def test_inputs_are_double_precision(equation):
+def test_inputs_are_double_precision_or_the_tolerance_says_so(equation):
     inputs = equation.sample(torch.Generator().manual_seed(1))
     floats = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    assert all(x.dtype == torch.float64 for x in floats)
+    assert equation.tolerance > 1e-7 or all(x.dtype == torch.float64 for x in floats)
 
 
 # --- the checks themselves: on an equation of our own, right and wrong versions of every kind

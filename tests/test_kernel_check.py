@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -176,6 +178,19 @@ def test_excerpt_resolves_flags():
 def test_agreement_marks_what_is_not_near():
     table = kc.agreement({"near": (torch.ones(2), 1e-3), "far": (torch.zeros(2), 1e-3)}, torch.ones(2))
     assert [line[-1] for line in table.splitlines()] == ["✓", "✗"]
+
+
+def test_exercises_and_the_judge_load_without_triton():
+    """The registry of all chapters must work where Triton cannot be installed."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import dn_lib\n"
+        "from dn_lib.teaching import all_equations, all_exercises, kernel_check\n"
+        "assert '5.1' in all_exercises() and 'eq-roofline' in all_equations()\n"
+        "kernel_check.require_triton()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ImportError: chapter 5 needs Triton")
 
 
 def test_without_triton_one_line_names_the_remedy(monkeypatch):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,24 +45,21 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-@contextmanager
-def processes(device: str = "auto"):
-    """Join the other processes if torchrun started this one; a single process otherwise."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield Processes(0, 1, resolve_device(device))
-        return
+def join_processes(device: str = "auto") -> Processes:
+    """Join the other processes if torchrun started this one; a single process otherwise.
+
+    The group stays until the process ends: a second run in it must not meet what is left of the first.
+    """
     chosen = resolve_device(device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Processes(0, 1, chosen)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
-    joined_here = not dist.is_initialized()
-    if joined_here:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        if joined_here:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return Processes(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:

@@ -27,7 +27,7 @@ from dn_lib.training.distributed import (
     Processes,
     distribute,
     gradient_sync,
-    processes,
+    join_processes,
     resolve_device,
     sum_over_processes,
 )
@@ -87,7 +87,8 @@ def train(
     Raises DataError (context longer than the data), CheckpointError (a checkpoint of another model; a
     full disk), TrainingError (the loss is no number).
     """
-    with processes(config.device) as place, _signals(folder is not None) as caught:
+    place = join_processes(config.device)
+    with _signals(folder is not None) as caught:
         return _Run(model, corpus, config, place, folder, caught).go(resume, progress, report)
 
 

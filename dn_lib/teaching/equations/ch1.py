@@ -31,7 +31,7 @@ def _normal(g, *shape):
 
 
 def _qkv(g):
-    """Length 4 to 12, d_k = 3, d_v = 5: small, and no two sizes alike."""
+    """Length 6 to 12, d_k = 3, d_v = 5: small, and no two sizes alike."""
     length = _integer(g, 6, 12)
     return _normal(g, length, 3), _normal(g, length, 3), _normal(g, length, 5)
 
@@ -86,9 +86,16 @@ def _kernel_state(read_first=False, z_of="k", keep_z=1.0, keep_state=1.0, normal
     return right
 
 
-def _exp_features(first=0, last=0, factorial=math.factorial):
+def _taylor_features(x, y, degree):
+    """The dot product of the features, and how many there are."""
+    phi_x, phi_y = taylor_feature_map(x, degree), taylor_feature_map(y, degree)
+    return phi_x @ phi_y, phi_x.numel()
+
+
+def _exp_features(first=0, last=0, factorial=math.factorial, count=lambda d, n: d**n):
     def right(x, y, degree):
-        return sum((x @ y) ** n / factorial(n) for n in range(first, degree + 1 + last))
+        polynomial = sum((x @ y) ** n / factorial(n) for n in range(first, degree + 1 + last))
+        return polynomial, sum(count(len(x), n) for n in range(degree + 1))
 
     return right
 
@@ -387,13 +394,14 @@ ENTRIES = [
         label="eq-exp-features",
         kind="identity",
         sample=lambda g: (_normal(g, 3), _normal(g, 3), _integer(g, 1, 5)),
-        left=lambda x, y, degree: taylor_feature_map(x, degree) @ taylor_feature_map(y, degree),
+        left=_taylor_features,
         right=_exp_features(),
         mutants={
             "constant left out": _exp_features(first=1),
             "one power short": _exp_features(last=-1),
             "no factorial": _exp_features(factorial=lambda n: 1.0),
             "root of the factorial": _exp_features(factorial=lambda n: math.sqrt(math.factorial(n))),
+            "powers of single entries only": _exp_features(count=lambda d, n: d if n else 1),
         },
     ),
     Equation(

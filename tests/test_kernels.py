@@ -1,0 +1,297 @@
+"""The Triton kernels in the interpreter, on the CPU: every gradient against the recurrence in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from delta_reference import NAMES, Poisoned, error, forward_and_gradients, leaves, make, recurrence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dn_lib  # noqa: F401 - before Triton
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from dn_lib.kernels import configs, launch
+from dn_lib.kernels.common import INTERPRETED
+from dn_lib.kernels.inverse import scaled_inverse
+from dn_lib.kernels.ladder import tl, triton
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED.value, reason="there is a GPU: tests/test_gpu.py runs the kernels compiled"
+)
+
+F32 = torch.float32
+# float32: 84 eps, for sums of some hundred terms.  Half precision: a few units of the rounding of inputs, of every
+# intermediate and of the result, 2^-9 and 2^-12; the interpreter cuts bfloat16 where a GPU rounds, which about
+# doubles the error, so it proves the arithmetic and not the accuracy (tests/test_gpu.py does).
+BOUND = {F32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def run(
+    q, k, v, beta, *, initial_state=None, do=None, dstate=None,
+    scale=None, cu_seqlens=None, qk_l2norm=False, chunk=16, segments=None,
+):  # fmt: skip
+    """[o, final state, dq, dk, dv, dbeta(, dinitial)] of one launch forward and one backward."""
+    shared = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens, "chunk": chunk}
+    shared |= {"precision": "ieee", "segments": segments}
+    o, state, saved = launch.forward(
+        q, k, v, beta, initial_state=initial_state, norm=qk_l2norm, save=True, final_state=True, **shared
+    )
+    *gradients, dfirst = launch.backward(
+        q, k, v, beta, saved, do, dstate, initial_state=initial_state is not None, **shared
+    )
+    return [o, state, *gradients] + ([] if dfirst is None else [dfirst])
+
+
+def compare(tensors, bound, *, expected_options=None, seed=1, **options):
+    """Outputs, states and gradients of the kernels against the recurrence on the same (rounded) inputs."""
+    q, _, v, _, first = tensors
+    cu = options.get("cu_seqlens")
+    sequences = q.shape[0] if cu is None else cu.numel() - 1
+    g = torch.Generator().manual_seed(seed)
+    do = torch.randn(v.shape, generator=g).to(v.dtype)
+    dstate = torch.randn(sequences, q.shape[2], q.shape[3], v.shape[3], generator=g)
+    exact = {name: options[name] for name in ("scale", "cu_seqlens", "qk_l2norm") if name in options}
+    expected = forward_and_gradients(
+        recurrence, leaves(*tensors, dtype=torch.float64), do.double(), dstate.double(), **exact
+    )
+    got = run(*tensors[:4], initial_state=first, do=do, dstate=dstate, **options)
+    size = recurrence(*tensors[:4], initial_state=first, **exact)[2]
+    for name, a, b in zip(("o", "state", *NAMES), got, expected, strict=False):
+        assert error(a, b, size if name == "o" else 0.0) < bound, name
+    return got
+
+
+CASES = {
+    # name: (B, L, H, d_k, d_v, chunk, norm, state)
+    "one-token": (1, 1, 2, 5, 3, 16, False, True),
+    "below-a-chunk": (1, 15, 1, 16, 16, 16, False, False),
+    "one-chunk": (2, 16, 1, 7, 20, 16, False, True),
+    "above-a-chunk": (1, 17, 1, 33, 16, 16, True, True),
+    "three-chunks": (2, 47, 1, 24, 40, 16, True, False),
+    "chunk-32": (1, 63, 2, 16, 5, 32, False, True),
+    "chunk-64": (1, 65, 1, 40, 24, 64, True, True),
+    "chunk-64-below": (1, 63, 1, 16, 70, 64, False, False),
+    "wide": (1, 33, 1, 128, 96, 32, False, True),
+    "wide-norm": (1, 33, 1, 100, 128, 32, True, False),
+    "narrow": (1, 33, 2, 2, 1, 32, True, True),
+    "single-channel": (1, 18, 1, 1, 1, 16, False, True),
+}
+
+
+@pytest.mark.parametrize("B, L, H, d_k, d_v, chunk, norm, state", CASES.values(), ids=CASES)
+def test_float32(B, L, H, d_k, d_v, chunk, norm, state):
+    x = make(B, L, H, d_k, d_v, state=B if state else None, unit=not norm, seed=2)
+    compare(x, 1e-5, chunk=chunk, qk_l2norm=norm, scale=0.6)
+
+
+@settings(max_examples=12)
+@given(
+    L=st.integers(1, 40),
+    d_k=st.integers(2, 72),
+    d_v=st.integers(2, 72),
+    chunk=st.sampled_from([16, 32]),
+    norm=st.booleans(),
+    state=st.booleans(),
+    segments=st.sampled_from([None, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_float32_on_random_shapes(L, d_k, d_v, chunk, norm, state, segments, seed):
+    x = make(1, L, 1, d_k, d_v, state=1 if state else None, unit=not norm, seed=seed)
+    compare(x, 1e-5, chunk=chunk, qk_l2norm=norm, segments=segments, seed=seed)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize("norm, state", [(False, True), (True, False)])
+def test_packed_sequences(kind, norm, state):
+    """Empty ones first, last and in between; lengths around the chunk."""
+    cu = torch.tensor([0, 0, 1, 17, 17, 17, 33, 48, 48], dtype=kind)
+    x = make(1, 48, 1, 9, 21, state=8 if state else None, unit=not norm)
+    compare(x, 1e-5, cu_seqlens=cu, qk_l2norm=norm)
+
+
+def test_packed_sequences_are_those_computed_one_by_one():
+    *x, S = make(1, 40, 1, 9, 21, state=3)
+    cu = torch.tensor([0, 19, 19, 40])
+    do, dS = torch.randn_like(x[2]), torch.randn_like(S)
+    packed = run(*x, initial_state=S, do=do, dstate=dS, cu_seqlens=cu)
+    for n, (begin, end) in enumerate([(0, 19), (19, 19), (19, 40)]):
+        part = [y[:, begin:end].contiguous() for y in (*x, do)]
+        alone = run(*part[:4], do=part[4], initial_state=S[n : n + 1], dstate=dS[n : n + 1])
+        for i, (a, b) in enumerate(zip(packed, alone, strict=True)):
+            piece = a[n : n + 1] if i in (1, 6) else a[:, begin:end]
+            assert torch.equal(piece, b)
+
+
+@pytest.mark.parametrize("segments, L", [(2, 33), (2, 64), (3, 80), (3, 100)])
+@pytest.mark.parametrize("norm, state", [(False, False), (True, True)])
+def test_split_sequences(segments, L, norm, state):
+    """Affine maps of the segments, forward and backward; the last segment may be shorter."""
+    x = make(2, L, 1, 20, 12, state=2 if state else None, unit=not norm)
+    assert launch.shape_of(x[1], x[2], None, 16, segments).plan.segments == segments
+    compare(x, 1e-5, qk_l2norm=norm, segments=segments)
+
+
+def test_split_state_wider_than_the_block_of_merge():
+    compare(make(1, 40, 1, 72, 130, state=1), 1e-5, segments=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "L, d_k, d_v, norm, segments",
+    [(40, 24, 64, False, None), (33, 64, 16, True, None), (40, 32, 16, True, 2), (33, 80, 16, False, 2)],
+)
+def test_half_precision(dtype, L, d_k, d_v, norm, segments):
+    """Up to 64 channels one fused kernel each way."""
+    x = make(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm)
+    assert configs.plan(L, d_k, d_v, dtype, 16, 1).fused == (d_k <= 64)
+    compare(x, BOUND[dtype], qk_l2norm=norm, segments=segments)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+@pytest.mark.parametrize("norm", [False, True])
+def test_inference_equals_the_forward_of_training(dtype, norm):
+    """Without `save` small heads take another kernel, which computes N as it walks."""
+    *x, S = make(1, 40, 1, 24, 16, dtype=dtype, state=1, unit=not norm)
+    shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": None, "norm": norm, "chunk": 16, "precision": "ieee"}
+    o, state, _ = launch.forward(*x, **shared, save=True, final_state=True)
+    fast, end, saved = launch.forward(*x, **shared, save=False, final_state=True)
+    assert saved.state_end is None and (saved.n is None) == (dtype != F32)
+    assert error(fast, o.double()) < BOUND[dtype] and error(end, state.double()) < BOUND[dtype]
+    assert launch.forward(*x, **shared, save=False, final_state=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        (F32, {}),
+        (F32, {"qk_l2norm": True, "segments": 2}),
+        (F32, {"cu_seqlens": torch.tensor([0, 0, 7, 40, 40])}),
+        (torch.float16, {"qk_l2norm": True}),
+        (torch.float16, {"segments": 2}),
+    ],
+    ids=str,
+)
+def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, dtype, options):
+    cu = options.get("cu_seqlens")
+    *x, S = make(1, 40, 2, 12, 20, dtype=dtype, state=1 if cu is None else 4)
+    do, dS = torch.randn_like(x[2]), torch.randn_like(S)
+    clean = run(*x, initial_state=S, do=do, dstate=dS, **options)
+    monkeypatch.setattr(launch, "torch", Poisoned())
+    assert launch.torch.empty_like(S).isnan().all()
+    for a, b in zip(clean, run(*x, initial_state=S, do=do, dstate=dS, **options), strict=True):
+        assert torch.equal(a, b)
+    without = run(*x, do=do, dstate=None, **options)
+    assert all(y.isfinite().all() for y in without)
+    shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": cu, "norm": "qk_l2norm" in options}
+    o, state, _ = launch.forward(
+        *x, **shared, chunk=16, precision="ieee", save=False, final_state=True, segments=options.get("segments")
+    )
+    assert o.isfinite().all() and state.isfinite().all()
+    state.fill_(float("nan"))
+    assert launch.recurrent(*x, **shared, final_state=state).isfinite().all() and state.isfinite().all()
+
+
+# --- The recurrent kernel ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([0, 4, 4, 9], dtype=torch.int32)])
+def test_recurrent_kernel_in_place(lengths, norm):
+    """final_state may be initial_state; value blocks (70 channels, 64 at a time) don't meet."""
+    sequences = 2 if lengths is None else 3
+    *x, S = make(2 if lengths is None else 1, 9, 2, 5, 70, state=sequences, unit=not norm)
+    expected, end, _ = recurrence(*x, scale=0.8, initial_state=S, cu_seqlens=lengths, qk_l2norm=norm)
+    common = {"scale": 0.8, "cu_seqlens": lengths, "norm": norm}
+    elsewhere = torch.full_like(S, float("nan"))
+    before = S.clone()
+    o = launch.recurrent(*x, initial_state=S, final_state=elsewhere, **common)
+    assert torch.equal(S, before) and error(o, expected) < 1e-5 and error(elsewhere, end) < 1e-5
+    in_place = launch.recurrent(*x, initial_state=S, final_state=S, **common)
+    assert torch.equal(in_place, o) and torch.equal(S, elsewhere)
+    zeros = launch.recurrent(*x, initial_state=None, final_state=None, **common)
+    assert error(zeros, recurrence(*x, scale=0.8, cu_seqlens=lengths, qk_l2norm=norm)[0]) < 1e-5
+
+
+# --- The triangular inverse -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def inverse_kernel(L, beta, n, C: tl.constexpr, HALF: tl.constexpr):
+    rows = tl.arange(0, C)
+    at = rows[:, None] * C + rows[None, :]
+    tl.store(n + at, scaled_inverse(tl.load(L + at), tl.load(beta + rows), C, "ieee", HALF))
+
+
+def keys_of_cosine(C, cosine, d=96):
+    """Unit keys, any two of which meet at about `cosine`."""
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(C, d, generator=g, dtype=torch.float64)
+    k = (1 - cosine) ** 0.5 * k / k.norm(dim=1, keepdim=True)
+    k[:, 0] += cosine**0.5
+    return torch.nn.functional.normalize(k, dim=1)
+
+
+WORST = {
+    "identical-2": (1.0, torch.full((64,), 2.0)),
+    "identical-1": (1.0, torch.full((64,), 1.0)),
+    "cosine-0.9": (0.9, torch.full((64,), 1.9)),
+    "cosine-0.9-some-zero": (0.9, torch.tensor([1.9, 0.0, 2.0, 1.0] * 16)),
+    "random": (0.0, torch.linspace(0, 2, 64)),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("C", [16, 32, 64])
+@pytest.mark.parametrize("cosine, beta", WORST.values(), ids=WORST)
+def test_inverse_on_the_worst_keys(cosine, beta, C, half):
+    """N = -(I + L D)^{-1} L, to 84 eps of float32; with float16 operands, to little more than its rounding must cost.
+
+    What it must cost is the error of the exact N of an L that was rounded to float16, and of rounding N itself.
+    """
+    k, beta = keys_of_cosine(C, cosine), beta[:C].contiguous()
+    gram = (k @ k.T).tril(-1)
+
+    def inverse(L):
+        matrix = torch.eye(C, dtype=torch.float64) + L * beta.double()
+        return -torch.linalg.solve_triangular(matrix, L, upper=False, unitriangular=True)
+
+    exact = inverse(gram)
+    assert exact.abs().max() < 1 + 1e-6  # what makes float16 safe
+    bound = 2 * error(inverse(gram.half().double()), exact) + 2**-11 if half else 1e-5
+    n = torch.full((C, C), float("nan"))
+    inverse_kernel[(1,)](gram.float(), beta, n, C=C, HALF=half)
+    assert error(n, exact) < bound
+    assert n.abs().max() < 1 + bound and not n.triu().any()
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("cosine, strength", [(1.0, 2.0), (0.9, 1.9)])
+def test_whole_forward_on_the_worst_keys(cosine, strength, chunk):
+    """Reflections of one key: no growth with the length, with every gradient."""
+    q, k, v, beta, S = make(1, 70, 1, 96, 4, state=1)
+    k = keys_of_cosine(70, cosine)[None, :, None].float()
+    compare((q, k, v, torch.full_like(beta, strength), S), 1e-5, chunk=chunk)
+
+
+def test_empty_batches_launch_nothing():
+    for B, L, H in ((0, 5, 2), (2, 5, 0), (0, 0, 0)):
+        *x, S = make(B, L, H, 4, 6, state=B)
+        results = run(*x, initial_state=S, do=x[2], dstate=S)
+        assert [tuple(y.shape) for y in results[:2]] == [(B, L, H, 6), (B, H, 4, 6)]
+
+
+def test_interpreter_multiplies_bfloat16_as_numbers():
+    """Why `common.dot` converts first: 1.5 x 2 of bfloat16, whose bit patterns would give another product."""
+    *x, _ = make(1, 16, 1, 16, 16, dtype=torch.bfloat16)
+    eye = torch.eye(16, dtype=torch.bfloat16)[None, :, None]
+    two = torch.full_like(x[2], 2.0)
+    o, _, _ = launch.forward(
+        eye * 1.5, eye, two, torch.ones_like(x[3]), scale=1.0, initial_state=None, cu_seqlens=None, norm=False,
+        chunk=16, precision="ieee", save=True, final_state=False,
+    )  # fmt: skip
+    assert torch.equal(o, torch.full_like(o, 3.0))
