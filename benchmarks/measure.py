@@ -396,11 +396,14 @@ class DeviceLost(Exception):
 class Results:
     """A result file {provenance, settings, ceilings, rows, summary}, written anew, atomically, after each row.
 
-    Rows of an existing file are kept if they come from the same commit and device (`resume`), so that a run may
-    be cut short and started again.
+    Rows of an existing file are kept if they come from the same commit and device, so that a run may be cut short
+    and started again.  any_commit keeps those of other commits too: each row says which it is from.
     """
 
-    def __init__(self, path: Path, settings: dict, *, budget: float | None = None, smoke: bool = False, seed=0):
+    def __init__(
+        self, path: Path, settings: dict, *, budget: float | None = None, smoke: bool = False, seed: int = 0,
+        any_commit: bool = False,
+    ):  # fmt: skip
         self.path, self.smoke, self.started = path, smoke, time.monotonic()
         self.budget, self.summary = budget, {}
         self.settings = settings
@@ -409,8 +412,11 @@ class Results:
         self.ceilings, self.rows = {}, []
         if path.exists():
             before = json.loads(path.read_text())
-            self.rows = [row for row in before["rows"] if {n: row.get(n) for n in self.origin} == self.origin]
+            same = ("device",) if any_commit else tuple(self.origin)
+            self.rows = [row for row in before["rows"] if all(row.get(n) == self.origin[n] for n in same)]
             self.rows = [row for row in self.rows if row["measured"] != smoke]
+            if dropped := len(before["rows"]) - len(self.rows):
+                print(f"{path}: {dropped} rows of another commit or device will be replaced", flush=True)
             if self.rows:
                 print(f"{path}: {len(self.rows)} rows kept", flush=True)
                 self.provenance["begun"] = before["provenance"].get("begun", before["provenance"]["date"])

@@ -70,6 +70,8 @@ def provenance(seed: int | list[int] | None = None, **extra: Any) -> dict[str, A
     root = Path(__file__).resolve().parent.parent
     if script and script.is_relative_to(root):
         arguments[0] = script.relative_to(root).as_posix()
+    # Folders of the machine say nothing to a reader: of an absolute path the name is kept.
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return {
         "command": shlex.join(["python", *arguments]),
         "git_commit": git_commit(),

@@ -80,7 +80,9 @@ class Bench:
             "compulsory_bytes": COMPULSORY,
             "memory": "peak allocated during a call, less what was allocated before it",
         }
-        self.results = Results(options.out, settings, budget=options.budget, smoke=options.smoke)
+        self.results = Results(
+            options.out, settings, budget=options.budget, smoke=options.smoke, any_commit=options.any_commit
+        )
         self.checked: dict[tuple, dict] = {}
 
     def fla_state(self, cut: bool) -> str:
@@ -430,6 +432,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fla-first-config", action="store_true", help="outside the grid, do not let fla autotune")
     parser.add_argument("--quick", action="store_true", help="shorter timings, and no PyTorch form")
     parser.add_argument("--retry", action="store_true", help="repeat rows that failed or were refused")
+    parser.add_argument("--any-commit", action="store_true", help="keep rows that other commits measured")
     parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter; times are stubs")
     parser.add_argument("--first-call", metavar="d,H", help=argparse.SUPPRESS)

@@ -171,16 +171,19 @@ def _scan(q, k, v, alpha, beta, scale, initial_state):
     leading = torch.broadcast_shapes(leading, state.shape[:-2], alpha.shape[:-1])
     state = state.expand(*leading, *state.shape[-2:])
     outputs = []
-    for t in range(k.shape[-2]):
-        q_t, k_t, v_t = (x[..., t, :].to(dtype) for x in (q, k, v))
-        o, state = _step(q_t, k_t, v_t, alpha[..., t], beta[..., t], state, scale)
+    # By unbind, not x[..., t, :]: the backward of an index makes a gradient of size L for every token.
+    vectors, gates = ([x.to(dtype) for x in group] for group in ((q, k, v), (alpha, beta)))
+    for q_t, k_t, v_t, alpha_t, beta_t in zip(
+        *(x.unbind(-2) for x in vectors), *(x.unbind(-1) for x in gates), strict=True
+    ):
+        o, state = _step(q_t, k_t, v_t, alpha_t, beta_t, state, scale)
         outputs.append(o)
     o = torch.stack(outputs, dim=-2) if outputs else v.new_zeros(*leading, 0, v.shape[-1])
     return o.to(v.dtype), state
 
 
 def sweep_matrix(k: Tensor, beta: Tensor) -> Tensor:
-    """What one pass of writes over the keys does to the error of the state: D <- P D.
+    """What one pass of writes over the keys does to the difference of the state from one that answers every key.
 
     P = (I - beta_L k_L k_L^T) ... (I - beta_1 k_1 k_1^T), computed as the delta rule that writes zeros into
     the identity.  k `[..., L, d]`, beta `[..., L]`; returns `[..., d, d]`, float32 at least.

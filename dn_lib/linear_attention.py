@@ -262,9 +262,8 @@ def chunkwise_linear_attention(
     dtype = working_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = initial_state_or_zeros(k, v, initial_state, dtype)
-    outputs = [v[..., :0, :].to(dtype)]
-    for start in range(0, q.shape[-2], chunk_size):
-        q_c, k_c, v_c = (x[..., start : start + chunk_size, :].to(dtype) for x in (q, k, v))
+    outputs = []
+    for q_c, k_c, v_c in zip(*(x.to(dtype).split(chunk_size, dim=-2) for x in (q, k, v)), strict=True):
         q_c = q_c * scale
         outputs.append(q_c @ state + (q_c @ k_c.mT).tril() @ v_c)
         state = state + k_c.mT @ v_c

@@ -29,6 +29,8 @@ NORM_EPS = 1e-6
 # Up to this length, and with no gradient asked for, the Triton backend runs the recurrence itself.
 RECURRENT_MAX_LENGTH = 16
 
+# Looked up once: torch.compile cannot trace the look-up.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _checking = contextvars.ContextVar("dn_lib_checking", default=os.environ.get("DN_LIB_CHECKED") == "1")
 _warned: set[str] = set()
 
@@ -56,7 +58,7 @@ def checked() -> Iterator[None]:
 
 def triton_problem(device: torch.device | None = None) -> str | None:
     """Why the Triton kernels cannot run (on `device`), with the remedy; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "Triton is not installed: `pip install triton` (Linux only), or use backend='chunkwise'"
     if device is not None and device.type != "cuda":
         from dn_lib.kernels.common import INTERPRETED
@@ -190,7 +192,8 @@ def _choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) 
             raise TypeError(f"q must be float32, bfloat16 or float16 for backend 'triton', got {q.dtype}")
         if dim > TRITON_MAX_HEAD_DIM:
             raise ValueError(
-                f"q and v must have at most {TRITON_MAX_HEAD_DIM} channels for backend 'triton', got {dim}; use 'chunkwise'"
+                f"q and v must have at most {TRITON_MAX_HEAD_DIM} channels for backend 'triton', got {dim}; "
+                "use 'chunkwise'"
             )
         if chunk_size not in (None, 16, 32, 64):
             raise ValueError(f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {chunk_size}")

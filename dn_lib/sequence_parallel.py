@@ -1,7 +1,7 @@
 """Chapter 4: one long sequence on several processes, with one exchange in each direction.
 
-Process r of P holds the r-th stretch of the sequence.  To the rest of the world its tokens are one affine
-map of the state, S -> M_r S + X_r (`segment_affine`).  Every process gets all P pairs in one all-gather, puts
+Process r of p holds the r-th stretch of the sequence.  To the rest of the world its tokens are one affine
+map of the state, S -> M_r S + X_r (`segment_affine`).  Every process gets all p pairs in one all-gather, puts
 those before it together, and knows the state that enters its own stretch.  Going back, gradients of states
 travel the other way through the transposed maps: one more all-gather.
 
@@ -54,7 +54,7 @@ def entering_state(pieces: list[tuple[Tensor, Tensor]], rank: int) -> Tensor:
 def leaving_gradient(pieces: list[tuple[Tensor, Tensor]], rank: int) -> Tensor:
     """The gradient that the later stretches send into the state that leaves stretch `rank`, from all (M, Y).
 
-    g_{P-1} = 0, g_{r-1} = M_r^T g_r + Y_r: Y_r is the gradient of the state entering stretch r that its own
+    g_{p-1} = 0, g_{r-1} = M_r^T g_r + Y_r: Y_r is the gradient of the state entering stretch r that its own
     outputs give.  Implements eq-leaving-gradient.
 
     >>> one = torch.ones(1, 1)

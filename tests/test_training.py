@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -343,7 +344,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     """DDP and FSDP2 over gloo, with accumulation; then one process goes on from what two have saved."""
     one = train(model(), corpus(), replace(CONFIG, steps=6))
     tests = str(Path(__file__).parent)
-    port = 20000 + os.getpid() % 20000
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     started = []
     for rank in range(2):
         environment = {

@@ -58,8 +58,13 @@ def join_processes(device: str = "auto") -> Processes:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave_processes)
     return Processes(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:

@@ -409,10 +409,10 @@ UT_ROW = Equation(
     left=_ut,
     right=lambda k, beta: _rows(k, beta, lambda j, T: T[j], lambda i: beta[i] * _eye(len(k))[i]),
     mutants={
-        "e_j for row j: first order only": lambda k, beta: _rows(
+        "identity's row j for row j of T: first order only": lambda k, beta: _rows(
             k, beta, lambda j, T: _eye(len(k))[j], lambda i: beta[i] * _eye(len(k))[i]
         ),
-        "e_i not scaled": lambda k, beta: _rows(k, beta, lambda j, T: T[j], lambda i: _eye(len(k))[i]),
+        "identity's row not scaled": lambda k, beta: _rows(k, beta, lambda j, T: T[j], lambda i: _eye(len(k))[i]),
         "beta_j twice": lambda k, beta: _rows(
             k, beta, lambda j, T: beta[j] * T[j], lambda i: beta[i] * _eye(len(k))[i]
         ),
@@ -546,20 +546,42 @@ def _d_plus_dnd(N: Tensor, beta: Tensor) -> Tensor:
     return torch.diag(beta) + torch.diag(beta) @ N @ torch.diag(beta)
 
 
+def _n_pushed(k: Tensor, beta: Tensor) -> Tensor:
+    """N by the second form of eq-scaled-inverse."""
+    return -_below(k) @ torch.linalg.inv(_eye(len(k)) + torch.diag(beta) @ _below(k))
+
+
 SCALED_INVERSE = Equation(
     label="eq-scaled-inverse",
     kind="identity",
     sample=_keys_with_zeros,
-    left=_ut,
-    right=lambda k, beta: _d_plus_dnd(_n(k, beta), beta),
+    # Left: T from its definition, and N as it falls out of the derivation, -L + L T L, once for each form.
+    left=lambda k, beta: (_ut(k, beta), *[_below(k) @ _ut(k, beta) @ _below(k) - _below(k)] * 2),
+    right=lambda k, beta: (_d_plus_dnd(_n(k, beta), beta), _n(k, beta), _n_pushed(k, beta)),
     mutants={
-        "D on the wrong side inside": lambda k, beta: _d_plus_dnd(
-            -torch.linalg.inv(_eye(len(k)) + torch.diag(beta) @ _below(k)) @ _below(k), beta
+        "D on the wrong side, first form": lambda k, beta: (
+            _d_plus_dnd(-torch.linalg.inv(_eye(len(k)) + torch.diag(beta) @ _below(k)) @ _below(k), beta),
+            -torch.linalg.inv(_eye(len(k)) + torch.diag(beta) @ _below(k)) @ _below(k),
+            _n_pushed(k, beta),
         ),
-        "sign of N": lambda k, beta: _d_plus_dnd(-_n(k, beta), beta),
-        "N = -L, the first order": lambda k, beta: _d_plus_dnd(-_below(k), beta),
-        "D once": lambda k, beta: torch.diag(beta) @ (_eye(len(k)) + _n(k, beta)),
-        "identity for the first D": lambda k, beta: _d_plus_dnd(_n(k, beta), beta) + _eye(len(k)),
+        "D on the wrong side, second form": lambda k, beta: (
+            *SCALED_INVERSE.right(k, beta)[:2],
+            -_below(k) @ torch.linalg.inv(_eye(len(k)) + _below(k) @ torch.diag(beta)),
+        ),
+        "sign of N": lambda k, beta: (
+            _d_plus_dnd(-_n(k, beta), beta),
+            -_n(k, beta),
+            -_n_pushed(k, beta),
+        ),
+        "N = -L, the first order": lambda k, beta: (_d_plus_dnd(-_below(k), beta), -_below(k), -_below(k)),
+        "D once": lambda k, beta: (
+            torch.diag(beta) @ (_eye(len(k)) + _n(k, beta)),
+            *SCALED_INVERSE.right(k, beta)[1:],
+        ),
+        "identity for the first D": lambda k, beta: (
+            _d_plus_dnd(_n(k, beta), beta) - torch.diag(beta) + _eye(len(k)),
+            *SCALED_INVERSE.right(k, beta)[1:],
+        ),
     },
 )
 
@@ -590,17 +612,38 @@ N_ENTRIES = Equation(
     },
 )
 
+
+def _ones_below(k: Tensor) -> Tensor:
+    return torch.ones(len(k), len(k), dtype=torch.float64).tril(-1)
+
+
+def _lengths_between(k: Tensor, beta: Tensor, first: int = 1) -> Tensor:
+    """Entry (i, j) is |k_i| |H_{i-1} ... H_{j+first} k_j|, below the diagonal."""
+    lengths = torch.zeros(len(k), len(k), dtype=torch.float64)
+    for j in range(len(k)):
+        x = k[j]
+        for i in range(j + first, len(k)):
+            if i > j:
+                lengths[i, j] = k[i].norm() * x.norm()
+            x = x - beta[i] * k[i] * (k[i] @ x)
+    return lengths
+
+
 N_BOUND = Equation(
     label="eq-n-bound",
     kind="bound",
     sample=_unit_keys,
-    left=lambda k, beta: scaled_inverse(k, beta).abs(),
-    right=lambda k, beta: torch.ones(len(k), len(k), dtype=torch.float64).tril(-1),
+    left=lambda k, beta: (scaled_inverse(k, beta).abs(), _lengths_between(k, beta)),
+    right=lambda k, beta: (_lengths_between(k, beta), _ones_below(k)),
     mutants={
-        "by the cosine of the two keys": lambda k, beta: _below(k).abs(),
-        "by a half": lambda k, beta: 0.5 * N_BOUND.right(k, beta),
-        "by the reader's beta": lambda k, beta: beta[:, None] * N_BOUND.right(k, beta),
-        "by the writer's beta": lambda k, beta: beta[None, :] * N_BOUND.right(k, beta),
+        "by the cosine of the two keys": lambda k, beta: (_below(k).abs(), _ones_below(k)),
+        "by a half": lambda k, beta: (_lengths_between(k, beta), 0.5 * _ones_below(k)),
+        "by the reader's beta": lambda k, beta: (_lengths_between(k, beta), beta[:, None] * _ones_below(k)),
+        "by the writer's beta": lambda k, beta: (_lengths_between(k, beta), beta[None, :] * _ones_below(k)),
+        "by the length after the write's own step too": lambda k, beta: (
+            _lengths_between(k, beta, 0),
+            _ones_below(k),
+        ),
     },
     trials=40,
 )
@@ -744,12 +787,12 @@ ENTRIES = [
     WY_VECTORS,
     WY,
     WY_OTHER_ORDER,
-    WY_MERGE,
     PSEUDO_VALUES,
+    WY_MERGE,
     UT,
-    UT_ROW,
     UT_PUSH,
     COMPACT,
+    UT_ROW,
     SUBSTITUTION_COST,
     DOUBLING,
     DOUBLING_COST,

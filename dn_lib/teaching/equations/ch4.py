@@ -237,18 +237,30 @@ two_matrices = Equation(
     kind="identity",
     sample=lambda g: _inputs(g)[1:4],
     # Left: W and U by their recurrences, w_t = beta_t (k_t - sum_{i<t} (k_t^T k_i) w_i).
-    left=lambda k, v, beta: (_rows(k, k, beta), _rows(k, v, beta)),
-    right=lambda k, v, beta: (_t_bar(k, beta) @ (beta[:, None] * k), _t_bar(k, beta) @ (beta[:, None] * v)),
+    # Its T: the same recurrence with the rows of the identity, since T is T I.
+    left=lambda k, v, beta: (_rows(k, k, beta), _rows(k, v, beta), _rows(k, _eye(k), beta)),
+    right=lambda k, v, beta: (
+        _t_bar(k, beta) @ (beta[:, None] * k),
+        _t_bar(k, beta) @ (beta[:, None] * v),
+        _t_bar(k, beta) @ torch.diag(beta),
+    ),
     mutants={
-        "beta neither in T nor in its factors": lambda k, v, beta: (_t_bar(k, beta) @ k, _t_bar(k, beta) @ v),
+        "beta neither in T nor in its factors": lambda k, v, beta: (
+            _t_bar(k, beta) @ k,
+            _t_bar(k, beta) @ v,
+            _t(k, beta),
+        ),
         "beta twice": lambda k, v, beta: (
             _t(k, beta) @ (beta[:, None] * k),
             _t(k, beta) @ (beta[:, None] * v),
+            _t(k, beta),
         ),
         "beta on the left of the inverse": lambda k, v, beta: (
             beta[:, None] * (_t_bar(k, beta) @ k),
             beta[:, None] * (_t_bar(k, beta) @ v),
+            beta[:, None] * _t_bar(k, beta),
         ),
+        "the two matrices taken for one": lambda k, v, beta: (*two_matrices.right(k, v, beta)[:2], _t_bar(k, beta)),
     },
 )
 
@@ -317,10 +329,10 @@ attention_bound = Equation(
     kind="bound",
     sample=_adversarial,
     left=lambda q, k, beta: _attention(q, k, beta).abs(),
-    right=lambda q, k, beta: beta * q.norm(dim=-1, keepdim=True) + 1e-12,
+    right=lambda q, k, beta: beta * q.norm(dim=-1, keepdim=True),
     mutants={
-        "beta at most one assumed": lambda q, k, beta: q.norm(dim=-1, keepdim=True).expand(-1, k.shape[0]) + 1e-12,
-        "half as large": lambda q, k, beta: 0.5 * beta * q.norm(dim=-1, keepdim=True) + 1e-12,
+        "beta at most one assumed": lambda q, k, beta: q.norm(dim=-1, keepdim=True).expand(-1, k.shape[0]),
+        "half as large": lambda q, k, beta: 0.5 * beta * q.norm(dim=-1, keepdim=True),
         "a row sums to at most one": lambda q, k, beta: torch.ones(k.shape[0], k.shape[0], dtype=k.dtype),
     },
     trials=60,
@@ -413,16 +425,19 @@ def _through_t_by_hand(k, R, beta, dVn, *, transpose=True, diagonal=-1, sign=-1,
 backward_t = Equation(
     label="eq-backward-t",
     kind="identity",
-    sample=lambda g: (lambda q, k, v, b, S, do, dS: (k, v, b, do))(*_with_gradients(g)),
+    # Every third beta is zero: Z has to be right there too, where T^T alone would not give it.
+    sample=lambda g: (lambda q, k, v, b, S, do, dS: (k, v, b * (torch.arange(len(b)) % 3 > 0), do))(
+        *_with_gradients(g)
+    ),
     left=_through_t,
     right=_through_t_by_hand,
     mutants={
         "N not transposed": lambda *x: _through_t_by_hand(*x, transpose=False),
-        "diagonal kept in G": lambda *x: _through_t_by_hand(*x, diagonal=0),
-        "sign of G": lambda *x: _through_t_by_hand(*x, sign=1),
+        "diagonal kept in dB": lambda *x: _through_t_by_hand(*x, diagonal=0),
+        "sign of dB": lambda *x: _through_t_by_hand(*x, sign=1),
         "keys on one side only": lambda *x: _through_t_by_hand(*x, sides=1),
-        "error in the place of the pseudo-value in G": lambda *x: _through_t_by_hand(*x, partner="error"),
-        "R in the place of E in G": lambda *x: _through_t_by_hand(*x, partner="R"),
+        "error in the place of the pseudo-value in dB": lambda *x: _through_t_by_hand(*x, partner="error"),
+        "R in the place of E in dB": lambda *x: _through_t_by_hand(*x, partner="R"),
         "beta's effect on later errors forgotten": lambda *x: _through_t_by_hand(*x, z=False),
     },
 )
@@ -583,17 +598,27 @@ summing_error = Equation(
     sample=_two_stretches,
     # Left: the states of both stretches, each begun at zero, summed, less the true state.
     left=lambda q, k, v, beta, S, cut: (
-        _product_and_state(k[:cut], v[:cut], beta[:cut])[1]
-        + _product_and_state(k[cut:], v[cut:], beta[cut:])[1]
-        - _product_and_state(k, v, beta)[1]
+        [
+            _product_and_state(k[:cut], v[:cut], beta[:cut])[1]
+            + _product_and_state(k[cut:], v[cut:], beta[cut:])[1]
+            - _product_and_state(k, v, beta)[1]
+        ]
+        * 2
     ),
+    # Right: (I - M_2) X_1 with M_2 multiplied out, and K_2^T W_2 X_1.
     right=lambda q, k, v, beta, S, cut: (
-        k[cut:].mT @ _t(k[cut:], beta[cut:]) @ k[cut:] @ _affine(k[:cut], v[:cut], beta[:cut])[1]
+        _affine(k[:cut], v[:cut], beta[:cut])[1]
+        - _product_and_state(k[cut:], v[cut:], beta[cut:])[0] @ _affine(k[:cut], v[:cut], beta[:cut])[1],
+        k[cut:].mT @ _t(k[cut:], beta[cut:]) @ k[cut:] @ _affine(k[:cut], v[:cut], beta[:cut])[1],
     ),
     mutants={
-        "no error": lambda q, k, v, beta, S, cut: torch.zeros_like(S),
-        "M2 X1": lambda *x: _composed(*x, rule=lambda M1, X1, M2, X2: M2 @ X1),
-        "the wrong stretch": lambda *x: _composed(*x, rule=lambda M1, X1, M2, X2: X2 - M1 @ X2),
+        "no error": lambda q, k, v, beta, S, cut: [torch.zeros_like(S)] * 2,
+        "M2 X1": lambda *x: [_composed(*x, rule=lambda M1, X1, M2, X2: M2 @ X1)] * 2,
+        "the wrong stretch": lambda *x: [_composed(*x, rule=lambda M1, X1, M2, X2: X2 - M1 @ X2)] * 2,
+        "W_2 for K_2": lambda q, k, v, beta, S, cut: (
+            summing_error.right(q, k, v, beta, S, cut)[0],
+            (_t(k[cut:], beta[cut:]) @ k[cut:]).mT @ k[cut:] @ _affine(k[:cut], v[:cut], beta[:cut])[1],
+        ),
     },
 )
 

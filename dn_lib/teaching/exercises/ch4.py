@@ -229,12 +229,12 @@ exercise_4 = Exercise(
         Mutant(
             lambda *x: _through_errors(*x, sign=1),
             "The gradient through K K^T has the wrong sign.",
-            "E = R - L (beta E): with which sign does L enter?",
+            "E = R - B (beta E): with which sign does B enter?",
         ),
         Mutant(
             lambda *x: _through_errors(*x, sides=1),
             "Only one of the two keys in each product k_i^T k_j gets its gradient.",
-            "If L_ij = k_i^T k_j, what are dL_ij/dk_i and dL_ij/dk_j?",
+            "If B_ij = k_i^T k_j, what are its derivatives by k_i and by k_j?",
         ),
         Mutant(
             lambda *x: _through_errors(*x, direct=True),
@@ -243,8 +243,8 @@ exercise_4 = Exercise(
         ),
         Mutant(
             lambda *x: _through_errors(*x, partner=False),
-            "In the gradient of L the error stands where the pseudo-value belongs.",
-            "What does L multiply in E = R - L (beta E)?",
+            "In the gradient of B the error stands where the pseudo-value belongs.",
+            "What does B multiply in E = R - B (beta E)?",
         ),
     ),
     tested="8 random chunks in float64, three gradients each",
@@ -259,8 +259,8 @@ def _variant(q, k, v, beta, *, initial_state=None, chunk_size=64, bug=""):
     if initial_state is not None and bug != "initial state":
         S = initial_state
     if bug == "batch":
-        beta = beta.reshape(-1, beta.shape[-1])[0].expand_as(beta)
-    before, first, outputs = S, S, []
+        beta = beta[(0,) * (beta.dim() - 1)].expand_as(beta)
+    before, first, outputs = S, S, [v[..., :0, :]]  # so that no tokens are no error
     scale = (v if bug == "scale" else q).shape[-1] ** -0.5
     for start in range(0, q.shape[-2], chunk_size):
         qc, kc, vc = (x[..., start : start + chunk_size, :] for x in (scale * q, k, v))
