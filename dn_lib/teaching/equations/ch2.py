@@ -214,12 +214,20 @@ def independent_keys(g):
 
 
 def swept_error(k, beta, solution, state):
-    n = len(k)
-    return recurrent_delta_rule(k, k, k @ solution, beta.expand(n), initial_state=state)[1] - solution
+    """The difference after a sweep, and the library's matrix P."""
+    betas = beta.expand(len(k))
+    after = recurrent_delta_rule(k, k, k @ solution, betas, initial_state=state)[1]
+    return after - solution, sweep_matrix(k, betas)
 
 
 def swept(product):
-    return lambda k, beta, solution, state: product(k, beta) @ (state - solution)
+    """`product(k, beta)`, a candidate for P, applied to the difference, and itself."""
+
+    def right(k, beta, solution, state):
+        matrix = product(k, beta)
+        return matrix @ (state - solution), matrix
+
+    return right
 
 
 def _householder(k, beta):
@@ -356,18 +364,6 @@ def gated(update):
 
 ENTRIES = [
     Equation(
-        "eq-linear-step",
-        "identity",
-        one_write,
-        autograd_linear_step,
-        lambda k, v, b, s: s + b * torch.outer(k, v),
-        {
-            "beta dropped": lambda k, v, b, s: s + torch.outer(k, v),
-            "sign of the step": lambda k, v, b, s: s - b * torch.outer(k, v),
-            "error in place of the value": lambda k, v, b, s: s + b * torch.outer(k, v - k @ s),
-        },
-    ),
-    Equation(
         "eq-regression-gradient",
         "identity",
         one_write,
@@ -394,6 +390,18 @@ ENTRIES = [
             "beta on the write only": lambda k, v, b, s: s - torch.outer(k, s.mT @ k - b * v),
             "factor two": lambda k, v, b, s: s - 2 * b * torch.outer(k, s.mT @ k - v),
             "step divided by |k|^2": lambda k, v, b, s: s - b * torch.outer(k, s.mT @ k - v) / (k @ k),
+        },
+    ),
+    Equation(
+        "eq-linear-step",
+        "identity",
+        one_write,
+        autograd_linear_step,
+        lambda k, v, b, s: s + b * torch.outer(k, v),
+        {
+            "beta dropped": lambda k, v, b, s: s + torch.outer(k, v),
+            "sign of the step": lambda k, v, b, s: s - b * torch.outer(k, v),
+            "error in place of the value": lambda k, v, b, s: s + b * torch.outer(k, v - k @ s),
         },
     ),
     Equation(
@@ -515,7 +523,7 @@ ENTRIES = [
         "identity",
         independent_keys,
         swept_error,
-        swept(lambda k, b: sweep_matrix(k, b.expand(len(k)))),
+        swept(descending),
         {
             "factors in ascending order": swept(ascending),
             "all keys at once: I - beta K^T K": swept(simultaneous),
