@@ -40,10 +40,10 @@ def candidates(d: int, norm: bool) -> list[tuple[str, bool, Tiles]]:
             rows.append(("walk", True, Tiles(d, BV, warps, stages, tma)))
             rows.append(("walk_back", True, Tiles(d, BV, warps, stages, tma)))
     for BK, BV, warps, stages, tma in itertools.product((64, 128), (64, 128), (4, 8), (3, 4), (True, False)):
-        if BK <= d and BV <= d and (tma or stages == 3):
+        if d >= BK and d >= BV and (tma or stages == 3):
             rows.append(("recompute_states", False, Tiles(BK, BV, warps, stages, tma)))
     for BK, BV, warps, stages, tma in itertools.product((64, 128, 256), values, (4, 8), (1, 2, 3), (True, False)):
-        if BK <= d and (BK == d or not norm) and BK * BV <= 128 * 128 and (warps == 4) == (BK == 64):
+        if d >= BK and (d == BK or not norm) and BK * BV <= 128 * 128 and (warps == 4) == (BK == 64):
             rows.append(("gradients", False, Tiles(BK, BV, warps, stages, tma)))
     rows.append(("chunk_inverse", False, Tiles(d, d, 4, 1)))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import sys
 import time
@@ -86,6 +87,21 @@ def execute_all(jobs: Sequence[tuple[str, Callable[[], float]]], workers: int = 
         raise SystemExit(f"failed: {', '.join(sorted(failed))}")
 
 
+# The figure that README.md opens with: which notebook, how its caption begins, and where it is kept.
+PICTURE = ("02_delta_rule", "*Figure 2.4.", "_static/delta_memory.png")
+
+
+def picture(folder: Path) -> bytes:
+    """The PNG of the README's figure, from the executed notebook in `folder`: the output above its caption."""
+    cells = nbformat.read(folder / f"{PICTURE[0]}.ipynb", as_version=4).cells
+    caption = next(i for i, cell in enumerate(cells) if cell.source.startswith(PICTURE[1]))
+    return next(
+        base64.b64decode(output.data["image/png"])
+        for output in cells[caption - 1].outputs
+        if "image/png" in output.get("data", {})
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
     parser.add_argument("--sources-dir", type=Path, default=ROOT / "book", help="where the chapters are")
@@ -113,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print(f"Executing {len(chosen)} chapters into {os.path.relpath(out)}", flush=True)
     execute_all([(path.stem, job(path)) for path in chosen])
+    if out == ROOT / "book" / "notebooks" and any(path.stem == PICTURE[0] for path in chosen):
+        (ROOT / "book" / PICTURE[2]).write_bytes(picture(out))
 
 
 if __name__ == "__main__":
