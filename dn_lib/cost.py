@@ -208,7 +208,7 @@ def two_kernels(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
     walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
     return (
         _cost(shape, "N", "k beta", "N", t * 2 * C * d_k + inverse),
-        _cost(shape, "pass", "q k v beta N", "o final", walk, again="q k beta N", steps=shape.chunks),
+        _cost(shape, "walk", "q k v beta N", "o final", walk, again="q k beta N", steps=shape.chunks),
     )
 
 

@@ -234,23 +234,28 @@ def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk
 _SAVED = ("n", "e", "q_norm", "k_norm", "state_in", "state_end", "transition")
 
 
-def _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, save, final_state):
+def _precision() -> str:
+    """float32 dots follow PyTorch's own switch, torch.set_float32_matmul_precision, when the kernels are launched."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save, final_state):
     from dn_lib.kernels import launch
 
     return launch.forward(
         q, k, v, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, norm=norm, chunk=chunk,
-        precision=precision, save=save, final_state=final_state,
+        precision=_precision(), save=save, final_state=final_state,
     )  # fmt: skip
 
 
 def _run_backward(
-    q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, precision, initial_state
+    q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, initial_state
 ):  # fmt: skip
     from dn_lib.kernels import launch
 
     return launch.backward(
         q, k, do, beta, saved, do.contiguous(), None if dstate is None else dstate.contiguous(), scale=scale,
-        cu_seqlens=cu_seqlens, chunk=chunk, precision=precision, initial_state=initial_state,
+        cu_seqlens=cu_seqlens, chunk=chunk, precision=_precision(), initial_state=initial_state,
     )  # fmt: skip
 
 
@@ -265,12 +270,10 @@ class _DeltaRule(torch.autograd.Function):
     """The eager path: no dispatcher between the caller and the kernels."""
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, final_state):
-        o, state, saved = _run_forward(
-            q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, True, final_state
-        )
+    def forward(ctx, q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, final_state):
+        o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, True, final_state)
         ctx.save_for_backward(q, k, beta, initial_state, cu_seqlens, *(getattr(saved, name) for name in _SAVED))
-        ctx.options = scale, chunk, precision
+        ctx.options = scale, chunk
         ctx.set_materialize_grads(False)
         return o, state
 
@@ -287,16 +290,16 @@ class _DeltaRule(torch.autograd.Function):
             q, k, beta, saved, do, dstate, cu_seqlens, *ctx.options, initial_state is not None
         )
         dfirst = None if dfirst is None else dfirst.to(initial_state.dtype)
-        return dq, dk, dv, dbeta.to(beta.dtype), dfirst, *(None,) * 6
+        return dq, dk, dv, dbeta.to(beta.dtype), dfirst, *(None,) * 5
 
 
 @torch.library.custom_op("dn_lib::delta_rule", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, norm: bool, chunk: int, precision: str, save: bool,
+    scale: float, norm: bool, chunk: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[o, final_state, n, e, q_norm, k_norm, state_in, state_end, transition]; empty where there is nothing."""
-    o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, save, True)
+    o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save, True)
     if saved.state_in is initial_state:
         saved.state_in = None
     if saved.state_end is state:
@@ -306,7 +309,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, save):
+def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
     from dn_lib.kernels import launch
 
     s = launch.shape_of(k, v, cu_seqlens, chunk)
@@ -325,7 +328,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, s
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())
 def _backward_op(
     q: Tensor, k: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, final_state: Tensor,
-    saved: list[Tensor], do: Tensor, dstate: Tensor | None, scale: float, chunk: int, precision: str,
+    saved: list[Tensor], do: Tensor, dstate: Tensor | None, scale: float, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv, dbeta, d initial_state (empty if there is none)]."""
     from dn_lib.kernels.launch import Saved
@@ -335,26 +338,24 @@ def _backward_op(
         saved.state_in = initial_state
     if saved.state_end is None:
         saved.state_end = final_state
-    *grads, dfirst = _run_backward(
-        q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, precision, initial_state is not None
-    )
+    *grads, dfirst = _run_backward(q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, initial_state is not None)
     grads[3] = grads[3].to(beta.dtype)
     return [*grads, q.new_empty(0) if dfirst is None else dfirst.to(initial_state.dtype)]
 
 
 @_backward_op.register_fake
-def _(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, scale, chunk, precision):
+def _(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, scale, chunk):
     dfirst = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     # Contiguous, whatever the strides of do.
     return [torch.empty_like(q), torch.empty_like(k), do.new_empty(do.shape), torch.empty_like(beta), dfirst]
 
 
 def _op_setup(ctx, inputs, output):
-    q, k, _v, beta, initial_state, cu_seqlens, scale, _norm, chunk, precision, save = inputs
+    q, k, _v, beta, initial_state, cu_seqlens, scale, _norm, chunk, save = inputs
     if not save:
         raise RuntimeError("dn_lib::delta_rule needs save=True where a gradient is wanted")
     ctx.save_for_backward(q, k, beta, initial_state, cu_seqlens, *output[1:])
-    ctx.options = scale, chunk, precision
+    ctx.options = scale, chunk
     ctx.set_materialize_grads(False)
 
 
@@ -364,7 +365,7 @@ def _op_backward(ctx, gradients):
     q, k, beta, initial_state, cu_seqlens, final_state, *saved = ctx.saved_tensors
     do = torch.zeros_like(saved[1]) if do is None else do
     *grads, dfirst = _backward_op(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, *ctx.options)
-    return *grads, None if initial_state is None else dfirst, *(None,) * 6
+    return *grads, None if initial_state is None else dfirst, *(None,) * 5
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_op_setup)
@@ -374,35 +375,24 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot trace the question, and recompiles if the answer changes
-def _precision() -> str:
-    """float32 dots follow PyTorch's own switch, torch.set_float32_matmul_precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, chunk):
     from dn_lib.kernels import configs
 
-    precision = _precision()
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     initial_state = None if initial_state is None else initial_state.contiguous()
     needs_gradient = _needs_gradient(q, k, v, beta, initial_state)
     if torch.compiler.is_compiling():
         chunk = chunk or configs.default_chunk(q.dtype)
-        o, state, *_ = _forward_op(
-            q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, needs_gradient
-        )
+        o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, needs_gradient)
         return o, state if final_state else None
     if not needs_gradient:
         if chunk is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
             return _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm)
         chunk = chunk or configs.default_chunk(q.dtype)
-        o, state, _ = _run_forward(
-            q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, False, final_state
-        )
+        o, state, _ = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, False, final_state)
         return o, state
     chunk = chunk or configs.default_chunk(q.dtype)
-    return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, precision, final_state)
+    return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, final_state)
 
 
 def _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm):

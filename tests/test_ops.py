@@ -581,7 +581,7 @@ def triton_rule(q, k, v, beta, initial_state=None, **options):
 
 
 def saved_by_forward(x, S, norm, chunk=16, cu=None):
-    o, state, *saved = torch.ops.dn_lib.delta_rule(*x, S, cu, 0.3, norm, chunk, "ieee", True)
+    o, state, *saved = torch.ops.dn_lib.delta_rule(*x, S, cu, 0.3, norm, chunk, True)
     return o, state, saved
 
 
@@ -593,7 +593,7 @@ def test_opcheck_forward(norm, state, save):
     *x, S = make(1, 20, 2, 5, 16, state=1 if state else None)
     if save:
         *x, S = leaves(*x, S)
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, norm, 16, "ieee", save))
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, norm, 16, save))
 
 
 @needs_triton
@@ -603,7 +603,7 @@ def test_opcheck_backward(norm, state):
     o, last, saved = saved_by_forward(x, S, norm)
     do = torch.randn_like(o).transpose(1, 2).contiguous().transpose(1, 2)  # strides of a gradient may be any
     dstate = torch.randn_like(last) if state else None
-    arguments = (x[0], x[1], x[3], S, None, last, saved, do, dstate, 0.3, 16, "ieee")
+    arguments = (x[0], x[1], x[3], S, None, last, saved, do, dstate, 0.3, 16)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule_backward, arguments)
 
 
@@ -615,12 +615,12 @@ def test_opcheck_where_sequences_are_split_or_packed_or_empty(monkeypatch):
     tests = ("test_schema", "test_faketensor")
     monkeypatch.setattr(launch, "shape_of", lambda k, v, cu, chunk, _=None: shape_of(k, v, cu, chunk, 2))
     *x, S = make(1, 40, 1, 5, 16, state=1)  # a batch of one: the last of its segments is a view of all of them
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, "ieee", True), test_utils=tests)
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
     monkeypatch.undo()
     cu = torch.tensor([0, 20, 20, 40])
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, cu, 0.3, False, 16, "ieee", True), test_utils=tests)
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, cu, 0.3, False, 16, True), test_utils=tests)
     *x, S = leaves(*make(1, 0, 1, 5, 16, state=1))
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, "ieee", True), test_utils=tests)
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
 
 
 def both_ways(fn, tensors, compiled):

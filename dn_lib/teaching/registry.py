@@ -90,7 +90,7 @@ def leaves(value: Any) -> list[torch.Tensor]:
     """The tensors in `value` (a tensor, a number, a bool, or a nest of tuples and lists) as float64."""
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in leaves(item)]
-    return [torch.as_tensor(value).detach().to("cpu", torch.float64)]
+    return [torch.as_tensor(value, dtype=torch.float64).detach().cpu()]
 
 
 def relative_error(value: Any, reference: Any) -> float:

@@ -351,21 +351,40 @@ STEPS = Equation(
 )
 
 
-def _count_walk(s):
-    import dn_lib
+def _operator_in_blocks(q, k, v, beta, chunk_size, block_v):
+    """The operator, its walk in blocks of `block_v` value columns.
 
-    q, k, v, beta = _tensors(s)
-    call = {"backend": "triton", "chunk_size": s.C, "output_final_state": True}
-    trace = _observe(dn_lib.delta_rule, q, k, v, beta, **call)[1]
+    The interpreter takes tiles as wide as they can be, so that there would be one block only.  A function of this
+    module, because where kernels are compiled `observe` calls it in a child process.
+    """
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    import dn_lib
+    from dn_lib.kernels import configs
+
+    chosen = configs.tiles
+
+    def tiles(kernel, *args):
+        found = chosen(kernel, *args)
+        return replace(found, BV=block_v) if kernel == "walk" else found
+
+    with patch.object(configs, "tiles", tiles):
+        return dn_lib.delta_rule(q, k, v, beta, backend="triton", chunk_size=chunk_size, output_final_state=True)
+
+
+def _count_walk(s):
+    trace = _observe(_operator_in_blocks, *_tensors(s), s.C, s.block_v)[1]
     return tuple(launch.bytes() for launch in trace.launches)
 
 
-def _walk_bytes(s, *, n=1, w=0, states=0, k=1):
+def _walk_bytes(s, *, n=1, w=0, states=0, k=1, blocks=None):
+    b = s.value_blocks if blocks is None else blocks
     rows, e = s.B * s.L * s.H, s.element
     final = s.B * s.H * 4 * s.d_k * s.d_v
     first = rows * e * (s.d_k + 1 + s.C)
     S = s.B * s.H * s.chunks * 4 * s.d_k * s.d_v
-    walk = rows * e * ((1 + k + w) * s.d_k + 2 * s.d_v + 1 + n * s.C) + final + states * S
+    walk = rows * e * (((1 + k + w) * s.d_k + 1 + n * s.C) * b + 2 * s.d_v) + final + states * S
     return first, walk
 
 
@@ -380,6 +399,7 @@ WALK = Equation(
         "W is read": lambda s: _walk_bytes(s, w=1),
         "the states are stored": lambda s: _walk_bytes(s, states=1),
         "k is read once": lambda s: _walk_bytes(s, k=0),
+        "q, k, beta and N read by one block of values": lambda s: _walk_bytes(s, blocks=1),
     },
     trials=3,
 )
