@@ -63,11 +63,12 @@ def default_chunk(dtype: torch.dtype) -> int:
 def segments(sequences: int, L: int, H: int, V: int, device_index: int) -> int:
     """Into how many parts to split each sequence: few heads and long sequences leave processors idle.
 
-    A split costs a first walk that makes each part's affine map, so it has to double the programs in flight.
+    A split costs a first walk that makes each part's affine map, about as much as the walk it saves, so it pays only
+    while the parts still find multiprocessors that nothing else keeps busy.
     """
     parts = 1
     programs = sequences * H * -(-padded(V) // 64)
-    while parts < 8 and 2 * parts * programs <= 2 * multiprocessors(device_index) and 2048 * 2 * parts <= L:
+    while parts < 8 and 2 * parts * programs <= multiprocessors(device_index) and L >= 2048 * 2 * parts:
         parts *= 2
     return parts
 

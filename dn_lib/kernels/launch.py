@@ -152,7 +152,7 @@ def forward(
     o, e = torch.empty_like(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
     q_norm = k_norm = transition = None
-    separate = save or not s.plan.fused
+    separate = save or split or not s.plan.fused
     n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device) if separate else None
     if norm and separate:
         q_norm, k_norm = (torch.empty(s.B, s.L, s.H, dtype=torch.float32, device=k.device) for _ in range(2))
