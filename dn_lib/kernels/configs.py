@@ -68,7 +68,7 @@ def segments(sequences: int, L: int, H: int, V: int, device_index: int) -> int:
     """
     parts = 1
     programs = sequences * H * -(-padded(V) // 64)
-    while parts < 8 and 2 * parts * programs <= multiprocessors(device_index) and L >= 2048 * 2 * parts:
+    while parts < 8 and 2 * parts * programs <= multiprocessors(device_index) and 2048 * 2 * parts <= L:
         parts *= 2
     return parts
 
