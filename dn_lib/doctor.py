@@ -69,17 +69,19 @@ def devices() -> list[Finding]:
     return found
 
 
-# Doubles eight numbers: on the GPU where Triton compiles, on the CPU where it interprets.
+# Doubles eight numbers, in a loop whose bound is read at run time (what fails first where versions do not match): on
+# the GPU where Triton compiles, on the CPU where it interprets.
 _TRIAL = """
-import os, torch, triton, triton.language as tl
+import os, torch, dn_lib.kernels, triton, triton.language as tl
 
 @triton.jit
-def double(x, n: tl.constexpr):
+def double(x, times, n: tl.constexpr):
     i = tl.arange(0, n)
-    tl.store(x + i, 2 * tl.load(x + i))
+    for _ in range(tl.cdiv(times, 1)):
+        tl.store(x + i, 2 * tl.load(x + i))
 
 x = torch.arange(8.0, device="cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
-double[(1,)](x, 8)
+double[(1,)](x, 1, 8)
 assert x.tolist() == [2.0 * i for i in range(8)], x
 """
 
