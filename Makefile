@@ -64,7 +64,7 @@ gpu: $(READY)
 	$(PY) -m pytest -m gpu tests
 
 aot: $(READY)
-	$(PY) -m dn_lib.kernels.aot
+	$(PY) -m dn_lib.kernels.aot --all
 
 clean:
 	rm -rf book/_build book/.jupyter_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -72,7 +72,7 @@ def devices() -> list[Finding]:
 # Doubles eight numbers, in a loop whose bound is read at run time (what fails first where versions do not match): on
 # the GPU where Triton compiles, on the CPU where it interprets.
 _TRIAL = """
-import os, torch, dn_lib.kernels, triton, triton.language as tl
+import os, torch, dn_lib.kernels.common, triton, triton.language as tl
 
 @triton.jit
 def double(x, times, n: tl.constexpr):

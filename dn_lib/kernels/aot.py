@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -38,7 +40,7 @@ class _AbsentGPU:
         self.target = GPUTarget("cuda", arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps compiled kernels by device: one for each architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -107,34 +109,29 @@ def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, c
 
 
 def configurations(everything: bool) -> list[dict]:
-    """The calls to compile for: a few that cover every kernel, or each one that can be chosen."""
+    """The calls to compile for: a few that cover every kernel, or one for each set of tiles and options."""
     names = ("dtype", "K", "V", "norm", "state", "varlen", "chunk", "segments")
-    if not everything:
+    rows = [
+        ("bfloat16", 64, 64, True, True, False, 64, 1),
+        ("bfloat16", 128, 128, False, True, False, 64, 2),
+        ("float32", 40, 24, True, True, True, 32, 1),
+    ]
+    if everything:
+        sizes = [(16, 16), (40, 24), (64, 64), (64, 128), (128, 128), (128, 256), (256, 64), (256, 256)]
+        layouts = [(False, 1), (False, 2), (True, 1)]
         rows = [
-            ("bfloat16", 64, 64, True, True, False, 64, 1),
-            ("bfloat16", 128, 128, False, True, False, 64, 2),
-            ("float32", 40, 24, True, True, True, 32, 1),
+            (dtype, K, V, norm, True, varlen, configs.default_chunk(DTYPES[dtype]), segments)
+            for dtype, (K, V), norm, (varlen, segments) in itertools.product(DTYPES, sizes, (False, True), layouts)
         ]
-    else:
-        sizes = [
-            (16, 16),
-            (32, 32),
-            (64, 64),
-            (96, 96),
-            (128, 128),
-            (128, 256),
-            (256, 128),
-            (256, 256),
-            (40, 24),
-        ]
-        rows = [
-            (dtype, K, V, norm, state, varlen, chunk, segments)
-            for dtype, (K, V), norm, state, varlen, chunk, segments in itertools.product(
-                DTYPES, sizes, (False, True), (False, True), (False, True), configs.CHUNK_SIZES, (1, 2)
-            )
-            if not (varlen and segments > 1)
+        rows += [
+            (dtype, K, K, norm, False, False, chunk, 1)
+            for dtype, K, norm, chunk in itertools.product(DTYPES, (64, 128, 256), (False, True), configs.CHUNK_SIZES)
         ]
     return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _compile_one(job: tuple[int, dict]) -> list[dict]:
+    return compile_calls(job[0], [job[1]])
 
 
 def main() -> None:
@@ -143,7 +140,13 @@ def main() -> None:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="80 and/or 90")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
-    rows = [row for arch in options.arch or [80, 90] for row in compile_calls(arch, configurations(options.all))]
+    jobs = [(arch, call) for arch in options.arch or [80, 90] for call in configurations(options.all)]
+    if options.all:
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            done = pool.imap(_compile_one, jobs)
+            rows = [row for part in tqdm(done, total=len(jobs), disable=options.json) for row in part]
+    else:
+        rows = [row for job in jobs for row in _compile_one(job)]
     if options.json:
         print(json.dumps(rows))
     else:

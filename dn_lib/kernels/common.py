@@ -13,6 +13,8 @@ import os
 import triton
 import triton.language as tl
 
+import dn_lib.kernels.interpreter  # noqa: F401  (mends the interpreter of older versions of Triton)
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import dn_lib.kernels.interpreter  # noqa: F401  (mends the interpreter of older versions of Triton)
+
 LEAST_DOT = 16
 """The smallest side of a `tl.dot` that the hardware takes."""
 
