@@ -84,8 +84,7 @@ def test_a_forgotten_mask_is_named_by_index():
 
 def test_a_far_access_would_end_the_interpreter_and_is_caught():
     found = kc.interpret(ADD.replace("tl.store(out_ptr + i", "tl.store(out_ptr + i + 1_000_000_000"), vector_plan())
-    # Gigabytes away from every argument the nearest one is named, whichever that is; the line says what was meant.
-    assert "would store " in found.outside[0] and "`tl.store(out_ptr + i + 1_000_000_000, " in found.outside[0]
+    assert "would store out[" in found.outside[0]
 
 
 def test_a_near_access_names_its_tensor():

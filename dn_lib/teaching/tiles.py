@@ -167,6 +167,9 @@ class _Arena:
                 end = start
             self.groups[-1].append(name)
             end = max(end, start + self._bytes(name))
+        # In the order of the arguments, so that what a far access is nearest to does not hang on the allocator.
+        order = list(tensors)
+        self.groups.sort(key=lambda names: min(order.index(name) for name in names))
         begins = [tensors[names[0]].data_ptr() for names in self.groups]
         self.sizes = [
             max(tensors[n].data_ptr() + self._bytes(n) for n in names) - begin
