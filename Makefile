@@ -3,7 +3,7 @@
 #   make test      lint, tests, doctests and notebooks
 #   make lab       JupyterLab on a copy of the chapters, to work in
 #   make notebooks execute the chapters into book/notebooks (ONLY=03 for one)
-#   make gpu       the tests that need an NVIDIA GPU
+#   make gpu       the tests that need an NVIDIA GPU, and compute-sanitizer where it is installed
 #   make aot       compile every kernel configuration for GPUs that need not be there
 #   make clean     remove what was built; the environment stays (delete .venv to start afresh)
 # `make test PYTHON=python3` uses an environment that exists, and installs nothing.
@@ -62,6 +62,8 @@ gpu: $(READY)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  || { echo "make gpu needs an NVIDIA GPU that torch can see; 'make test' needs none"; exit 1; }
 	$(PY) -m pytest -m gpu tests
+	@command -v compute-sanitizer > /dev/null || echo "compute-sanitizer is not installed: the kernels' accesses were not checked"
+	@! command -v compute-sanitizer > /dev/null || $(PY) -m tools.sanitize
 
 aot: $(READY)
 	$(PY) -m dn_lib.kernels.aot --all

@@ -231,7 +231,7 @@ def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk
 # --- Triton: the forward and the backward as they are launched, then as PyTorch sees them -----------------------
 
 # What `launch.Saved` holds, in the order in which the operator returns it.
-_SAVED = ("n", "e", "q_norm", "k_norm", "state_in", "state_end", "transition")
+_SAVED = ("n", "e", "q_norm", "k_norm", "states", "state_end", "transition")
 
 
 def _precision() -> str:
@@ -298,10 +298,8 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, norm: bool, chunk: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[o, final_state, n, e, q_norm, k_norm, state_in, state_end, transition]; empty where there is nothing."""
+    """[o, final_state, n, e, q_norm, k_norm, states, state_end, transition]; empty where there is nothing."""
     o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save, True)
-    if saved.state_in is initial_state:
-        saved.state_in = None
     if saved.state_end is state:
         saved.state_end = None
     kept = [getattr(saved, name) if save else None for name in _SAVED]
@@ -314,15 +312,20 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
 
     s = launch.shape_of(k, v, cu_seqlens, chunk)
     split, single = s.plan.segments > 1, {"dtype": torch.float32}
-    none = [q.new_empty(0) for _ in _SAVED]
+    none = [q.new_empty(0) for _ in _SAVED]  # one each: outputs must not share memory
     o, state = torch.empty_like(v), q.new_empty(s.sequences, s.H, s.K, s.V, **single)
     if not save:
         return [o, state, *none]
     n, e = q.new_empty(s.B, s.L, s.H, chunk), torch.empty_like(v)
     norms = [q.new_empty(s.B, s.L, s.H, **single) for _ in range(2)] if norm else none[2:4]
-    states = [q.new_empty(s.total_segments, s.H, s.K, s.V, **single) for _ in range(2)] if split else none[4:6]
-    transition = q.new_empty(s.total_segments, s.H, s.K, s.K, **single) if split else none[6]
-    return [o, state, n, e, *norms, *states, transition]
+    states, end, transition = none[4:7]
+    if not s.plan.fused:
+        states = q.new_empty(s.chunks, s.H, s.K, s.V)
+    elif split:
+        end = q.new_empty(s.total_segments, s.H, s.K, s.V, **single)
+    if split:
+        transition = q.new_empty(s.total_segments, s.H, s.K, s.K, **single)
+    return [o, state, n, e, *norms, states, end, transition]
 
 
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())
@@ -334,9 +337,7 @@ def _backward_op(
     from dn_lib.kernels.launch import Saved
 
     saved = Saved(*saved[:2], *(x if x.numel() else None for x in saved[2:]))
-    if saved.state_in is None:
-        saved.state_in = initial_state
-    if saved.state_end is None:
+    if saved.states is None and saved.state_end is None:
         saved.state_end = final_state
     *grads, dfirst = _run_backward(q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, initial_state is not None)
     grads[3] = grads[3].to(beta.dtype)
@@ -452,7 +453,8 @@ def delta_rule(
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t  (chapter 2, `eq-delta-rule`;
     Yang et al. 2024, transposed).  Keys should have norm 1 and beta lie in [0, 2]: beyond beta |k|^2 = 2 a
-    state can grow without bound.
+    state can grow without bound.  Keys rounded to 16 bits are only nearly of norm 1; where beta comes near 2 and keys
+    repeat for thousands of tokens, pass qk_l2norm=True, which divides in float32.
 
     Args:
         q, k: `[B, L, H, d_k]`.  v: `[B, L, H, d_v]`.  One floating dtype; any strides; L may be 0.
@@ -473,7 +475,8 @@ def delta_rule(
         o `[B, L, H, d_v]` in v's dtype, and the final state `[N, H, d_k, d_v]` in float32 (float64 for float64
         inputs), or None.
 
-    Float32 dots in Triton are full float32 (ieee) unless `torch.set_float32_matmul_precision` says otherwise.
+    Float32 dots in Triton are full float32 (ieee) unless `torch.set_float32_matmul_precision` says otherwise; then
+    they are TF32, whose operands the tensor cores cut off after 11 bits.
     Under autocast q, k and v are cast to its dtype.
 
     Raises:

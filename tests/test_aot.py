@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {"chunk_inverse", "walk", "merge", "walk_back", "recompute_states", "gradients", "recurrent"}
+KERNELS = {"inverse_norms", "chunk_inverse", "walk", "merge", "walk_back", "gradients", "recurrent"}
 # Bytes of shared memory that a block may have: the CUDA C programming guide, compute capabilities 8.0 and 9.0.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 

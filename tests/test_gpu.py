@@ -25,9 +25,11 @@ pytestmark = [
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Norms of errors over norms of references.  Half precision: the result, N, E, states and gradients of states are
-# rounded to the dtype, by at most half a unit, 2^-9 = 2e-3 (bfloat16) or 2^-12 = 2.4e-4 (float16): four or five of
-# them.  TF32 rounds every operand to 11 bits, 2^-12 at best and 2^-11 where the hardware cuts.  float32: 84 eps.
-BOUND = {BF16: 8e-3, F16: 1.2e-3, F32: 1e-5, "tf32": 3e-3}
+# rounded to the dtype, by at most u = 2^-8 = 4e-3 (bfloat16) or 2^-11 = 5e-4 (float16), less than half of that on
+# average: some four or five such errors.  TF32: tensor cores read the first 11 bits of an operand and cut off the
+# rest, so u = 2^-10, three of them.  (With operands cut so, the interpreter gives 2.1e-3 where this file's random keys
+# give it on a GPU, and 1.0e-3 with operands rounded.)  float32: 84 eps.
+BOUND = {BF16: 8e-3, F16: 1.2e-3, F32: 1e-5, "tf32": 3 * 2**-10}
 
 
 @pytest.fixture(autouse=True)
@@ -127,9 +129,11 @@ def test_keys_that_are_alike(kind, d):
 
     Reflections keep what a smaller beta would let fade, errors too, and near keys are told apart by their last
     bits: float16 with exact rounding, in the interpreter, is off by twice what it is for random keys and beta <= 1.
+    So is TF32 with operands cut off as tensor cores cut them: 3.7e-3 in dk, 3.9e-3 in dbeta (1.2e-3 and 1.3e-3 with
+    operands rounded), which is what a GPU shows too.
     """
     x = cuda_inputs(2, 512, 3, d, d, dtype=precise(kind), state=2, bias=1.0)
-    compare(x, BOUND[kind] if kind in (F32, "tf32") else 2 * BOUND[kind])
+    compare(x, BOUND[kind] if kind == F32 else 2 * BOUND[kind])
 
 
 def lengths(n, seed=0):
@@ -191,22 +195,20 @@ def test_short_prompts_run_the_recurrence(L):
 def test_long_and_repetitive_stays_finite(kind, d, pool, norm):
     """Unit keys, the same `pool` ones over and over, |v| <= 1 and beta at its ends, for 131,072 tokens.
 
-    A key rounded to its dtype can be longer than 1, and with beta = 2 the exact recurrence then grows by
-    |1 - beta |k|^2| a token: beta is lowered to where beta |k|^2 <= 2, or the kernel normalises the keys.
+    Unit keys in their dtype: with beta = 2 and |k|^2 = 1.001 the exact recurrence grows by 1.003 a token.  So the
+    kernel normalises them, or 64 of their entries are 1/8 or -1/8.
     """
     L, H = 131_072, 2
     g = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(1, L, H, d, generator=g, device="cuda").to(kind)
-    keys = torch.nn.functional.normalize(torch.randn(pool, d, generator=g, device="cuda"), dim=-1)
+    keys = torch.randn(pool, d, generator=g, device="cuda")
+    if not norm:
+        keys[:, :64], keys[:, 64:] = keys[:, :64].sign() / 8, 0
+        assert (keys.to(kind).double().square().sum(-1) == 1).all()
     k = keys[torch.randint(pool, (1, L, H), generator=g, device="cuda")].to(kind)
     v = torch.nn.functional.normalize(torch.randn(1, L, H, d, generator=g, device="cuda"), dim=-1).to(kind)
     beta = (2 * torch.rand(1, L, H, generator=g, device="cuda")).to(kind)
     beta[:, : L // 2] = 2
-    if not norm:
-        squared = k.double().square().sum(-1)
-        beta = torch.minimum(beta.double(), 2 / squared).to(kind)
-        beta = torch.where(beta.double() * squared > 2, beta * (1 - torch.finfo(kind).eps), beta)
-        assert (beta.double() * squared <= 2).all()
     x = leaves(q, k, v, beta)
     o, state = triton_rule(*x, qk_l2norm=norm)
     results = o, state, *torch.autograd.grad((o, state), x, (torch.ones_like(o), torch.ones_like(state)))
@@ -253,8 +255,11 @@ def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, kind
 
 
 @pytest.mark.parametrize("d, H", [(64, 32), (128, 16)])
-def test_offsets_beyond_31_bits(d, H):
+def test_offsets_beyond_31_bits(monkeypatch, d, H):
     """The last sequence of a batch of more than 2^31 elements equals the same sequence alone."""
+    from dn_lib.kernels import configs
+
+    monkeypatch.setattr(configs, "segments", lambda *_: 1)
     B, L = 1025, 1024
     elements = B * L * H * d
     assert elements > 2**31
@@ -402,7 +407,7 @@ def test_a_call_does_not_wait_for_the_gpu(packed):
 def test_batch_length_and_heads_compile_at_most_once_more():
     from dn_lib.kernels import backward, forward
 
-    kernels = (forward.chunk_inverse, forward.walk, backward.walk_back, backward.recompute_states, backward.gradients)
+    kernels = forward.inverse_norms, forward.chunk_inverse, forward.walk, backward.walk_back, backward.gradients
 
     def compiled():
         device = torch.cuda.current_device()

@@ -85,8 +85,9 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
     if hasattr(configs.tiles, "cache_clear"):
         configs.tiles.cache_clear()
     try:
-        for call in calls:
-            record.call = call
+        for call, alone in itertools.product(calls, (False, True)):  # both regimes of `configs.alone`
+            configs.alone = lambda programs, device_index, alone=alone: alone
+            record.call = {**call, "alone": alone}
             _launch(**call)
     finally:
         JITFunction.run = original

@@ -1,4 +1,4 @@
-"""Backward: `walk_back` carries the gradient of the state, `states` recomputes the states, `gradients` is parallel.
+"""Backward: `walk_back` carries the gradient of the state from right to left, `gradients` does the rest in parallel.
 
 With dO the gradient of the output, dS that of a chunk's output state, the scale folded into Q and P = tril(Q K^T),
 G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this folder's README):
@@ -8,7 +8,12 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-N, E and the final states are all that the forward saves; v is not needed again.
+The forward saves N, E and the state that enters each chunk (small heads: the final states alone, from which the
+others are walked back); v is not needed again.
+
+With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
+carry the r of their token; the same formulas on the raw tiles then give r times the gradient of r x, and `tangent`
+the gradient of x.
 
 Everything is linear in dO and dS, so `walk_back` works on gradients divided by the scale: dO then goes to the
 tensor cores as it was read, and the scale is put back where something is written.
@@ -34,10 +39,10 @@ from dn_lib.kernels.common import (
 
 
 @triton.jit
-def normalised_gradient(dx, x, norm):
-    """Gradient of x / |x| (rows): norm * (dx - x_hat (x_hat . dx)), x_hat = norm x, norm = 1/|x|."""
-    x_hat = x.to(tl.float32) * norm[:, None]
-    return norm[:, None] * (dx - x_hat * tl.sum(x_hat * dx, axis=1)[:, None])
+def tangent(dx, x, r):
+    """From r times the gradient of r x, rows, to the gradient of x, where r = 1/|x|: dx - x r^2 (x . dx)."""
+    x = x.to(tl.float32)
+    return dx - x * (r * r * tl.sum(x * dx, axis=1))[:, None]
 
 
 @triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS", "tokens"])
@@ -51,30 +56,48 @@ def walk_back(
 ):  # fmt: skip
     """Carries dS through a segment from right to left, for one head and BV value channels.
 
-    Writes dv, dbeta (one part for each value block, `[V / BV, tokens, H]`) and dS at each chunk's end
-    (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
-    LOCAL: writes only the gradient at the segment's beginning: the part X of the reversed affine map.
-    FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes dq and dk itself.
+    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`) and dS at each chunk's end (`dstates`,
+    `[chunks, H, K, V]`, in the dtype of k, per unit of the scale), from which `gradients` makes dq and dk.
+    LOCAL: the first pass over a split sequence, without its first segment; the last starts from the true gradient.
+    Writes only the gradient at the segment's beginning: the part X of the reversed affine map.
+    FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes all gradients itself.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    DSTATES: tl.constexpr = not (FUSED or LOCAL)
     pid = tl.program_id(0)
     block = pid % VALUE_BLOCKS
     head = (pid // VALUE_BLOCKS) % H
     s = pid // (VALUE_BLOCKS * H)
+    from_state = s
+    is_last = True
+    if LOCAL:
+        from_state = s // (SEGMENTS - 1)
+        part = s % (SEGMENTS - 1) + 1
+        s = from_state * SEGMENTS + part
+        is_last = part == SEGMENTS - 1
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
 
     rows = tl.arange(0, C)
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
     inside = state_mask(keys, values, K, V)
-    at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
     dS = tl.zeros([BK, BV], dtype=tl.float32)
     if DSTATE_OUT:
-        dS = tl.load(dstate_out + at, mask=inside, other=0.0).to(tl.float32) / scale
+        at = state_offsets(from_state.to(tl.int64), head, H, keys, values, K, V)
+        known = inside & is_last if LOCAL else inside
+        dS = tl.load(dstate_out + at, mask=known, other=0.0).to(tl.float32) / scale
+    at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
     if FUSED:
         S = tl.load(state_end + at, mask=inside, other=0.0)
 
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    if DSTATES:
+        at_chunk = dstates + state_offsets(first_chunk + chunks - 1, head, H, keys, values, K, V)
+        tl.store(at_chunk, dS.to(dstates.dtype.element_ty), mask=inside & (chunks > 0))
+        # E is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
+        last = begin + (chunks - 1) * C
+        left = tl.where(chunks > 0, end - last, 0).to(tl.int32)
+        next_E = load_tile(e, last, head, H, rows, left, values, V, BV)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
         token = begin + i * C
@@ -87,55 +110,49 @@ def walk_back(
         if NORM:
             q_scale = load_scalars(q_norm, token, head, H, rows, left)
             k_scale = load_scalars(k_norm, token, head, H, rows, left)
+            do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(k_tile.dtype)
         dS_low = dS.to(k_tile.dtype)
-        if not FUSED:
-            if not LOCAL:
-                at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
-                tl.store(dstates + at_chunk, dS_low, mask=inside)
         # dVn = P^T dO + K dS
         P_T = dot(k_tile, tl.trans(q_tile), PRECISION)
-        if NORM:
-            P_T = P_T * (k_scale[:, None] * q_scale[None, :])
         P_T = tl.where(rows[:, None] <= rows[None, :], P_T, 0.0)
         dVn = dot(k_tile, dS_low, PRECISION)
+        dVn += dot(P_T.to(k_tile.dtype), do_tile, PRECISION)
         if NORM:
             dVn = dVn * k_scale[:, None]
-        dVn += dot(P_T.to(k_tile.dtype), do_tile, PRECISION)
         # Z = dVn + N^T D dVn;  dR = D Z
         Z = dVn + dot(tl.trans(N), (b[:, None] * dVn).to(k_tile.dtype), PRECISION)
         dR = b[:, None] * Z
-        minus_dR = (-dR).to(k_tile.dtype)
+        minus_dR = (-dR * k_scale[:, None] if NORM else -dR).to(k_tile.dtype)
         if not LOCAL:
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
-            E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+            if FUSED:
+                E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+            else:
+                E = next_E
+                next_E = load_tile(e, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
             db = tl.sum(Z * E.to(tl.float32), axis=1) * scale
             tl.store(dbeta + (block * tokens + token) * H + head + rows * H, db, mask=rows < left)
         if FUSED:
-            Vn = (b[:, None] * E.to(tl.float32)).to(k_tile.dtype)
-            if NORM:
-                S += dot(tl.trans(k_tile), (-k_scale[:, None] * Vn.to(tl.float32)).to(k_tile.dtype), PRECISION)
-            else:
-                S += dot(tl.trans(k_tile), negative(Vn), PRECISION)
+            Vn_scale = b * k_scale if NORM else b
+            Vn = (Vn_scale[:, None] * E.to(tl.float32)).to(k_tile.dtype)
+            S += dot(tl.trans(k_tile), negative(Vn), PRECISION)
             S_low = S.to(k_tile.dtype)
             dP = dot(do_tile, tl.trans(Vn), PRECISION) * scale
             dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
             dQ = dot(do_tile, tl.trans(S_low), PRECISION) * scale
-            write_dq(
-                dq, dQ, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
-            )
+            write_dq(dq, dQ, dP, q_tile, k_tile, q_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM)
             dK = (dot(Vn, tl.trans(dS_low), PRECISION) + dot(minus_dR, tl.trans(S_low), PRECISION)) * scale
             minus_G = dot(minus_dR, tl.trans(Vn), PRECISION) * scale
             write_dk(
-                dk, dK, dP, minus_G, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
+                dk, dK, dP, minus_G, q_tile, k_tile, k_norm, token, head, H, rows, left, keys,
                 K, BK, PRECISION, NORM,
             )  # fmt: skip
         # dS_in = dS + Q^T dO - K^T dR; two sums, so that each dot accumulates in the registers of dS
-        if NORM:
-            dS += dot(tl.trans(q_tile), (q_scale[:, None] * do_tile.to(tl.float32)).to(k_tile.dtype), PRECISION)
-            dS += dot(tl.trans(k_tile), (-k_scale[:, None] * dR).to(k_tile.dtype), PRECISION)
-        else:
-            dS += dot(tl.trans(q_tile), do_tile, PRECISION)
-            dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
+        dS += dot(tl.trans(q_tile), do_tile, PRECISION)
+        dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
+        if DSTATES:  # at the end of the chunk before this one
+            at_chunk = dstates + state_offsets(first_chunk + i - 1, head, H, keys, values, K, V)
+            tl.store(at_chunk, dS.to(k_tile.dtype), mask=inside & (i > 0))
 
     if DSTATE_IN:
         tl.store(dstate_in + at, dS * scale, mask=inside)
@@ -143,80 +160,30 @@ def walk_back(
 
 @triton.jit
 def write_dq(
-    dq, dQ, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
+    dq, dQ, dP, q_tile, k_tile, q_norm, token, head, H, rows, left, keys,
     K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale (dO S^T + tril(dO Vn^T) K): adds the second term to the first.  dP is already masked and scaled."""
+    dQ += dot(dP.to(k_tile.dtype), k_tile, PRECISION)
     if NORM:
-        k_scale = load_scalars(k_norm, token, head, H, rows, left)
-        dQ += dot((dP * k_scale[None, :]).to(k_tile.dtype), k_tile, PRECISION)
-        dQ = normalised_gradient(dQ, q_tile, load_scalars(q_norm, token, head, H, rows, left))
-    else:
-        dQ += dot(dP.to(k_tile.dtype), k_tile, PRECISION)
+        dQ = tangent(dQ, q_tile, load_scalars(q_norm, token, head, H, rows, left))
     store_tile(dq, dQ, token, head, H, rows, left, keys, K, BK)
 
 
 @triton.jit
 def write_dk(
-    dk, dK, dP, minus_G, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
+    dk, dK, dP, minus_G, q_tile, k_tile, k_norm, token, head, H, rows, left, keys,
     K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """dK = Vn dS^T - dR S^T + tril(dO Vn^T)^T Q + (G + G^T) K: adds the last two terms to the first two."""
     DTYPE: tl.constexpr = k_tile.dtype
     G = tl.where(rows[:, None] > rows[None, :], minus_G, 0.0)
     G = G + tl.trans(G)
+    dK += dot(tl.trans(dP).to(DTYPE), q_tile, PRECISION)
+    dK += dot(G.to(DTYPE), k_tile, PRECISION)
     if NORM:
-        q_scale = load_scalars(q_norm, token, head, H, rows, left)
-        k_scale = load_scalars(k_norm, token, head, H, rows, left)
-        dK += dot((tl.trans(dP) * q_scale[None, :]).to(DTYPE), q_tile, PRECISION)
-        dK += dot((G * k_scale[None, :]).to(DTYPE), k_tile, PRECISION)
-        dK = normalised_gradient(dK, k_tile, k_scale)
-    else:
-        dK += dot(tl.trans(dP).to(DTYPE), q_tile, PRECISION)
-        dK += dot(G.to(DTYPE), k_tile, PRECISION)
+        dK = tangent(dK, k_tile, load_scalars(k_norm, token, head, H, rows, left))
     store_tile(dk, dK, token, head, H, rows, left, keys, K, BK)
-
-
-@triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
-def recompute_states(
-    k, beta, e, k_norm, state_in, states, cu_seqlens, chunk_offsets, L, H, SEGMENT, SEGMENTS,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr, NORM: tl.constexpr, STATE_IN: tl.constexpr, VARLEN: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """The state at each chunk's beginning (`[chunks, H, K, V]`, dtype of k): S' = S + K^T Vn, Vn = D E.
-
-    One program for each segment, head and BK x BV tile of the state: the tiles don't depend on each other.
-    """
-    VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
-    pid = tl.program_id(0)
-    first_value = (pid % VALUE_BLOCKS) * BV
-    first_key = (pid // VALUE_BLOCKS % KEY_BLOCKS) * BK
-    values = first_value + tl.arange(0, BV)
-    keys = first_key + tl.arange(0, BK)
-    head = (pid // (VALUE_BLOCKS * KEY_BLOCKS)) % H
-    s = pid // (VALUE_BLOCKS * KEY_BLOCKS * H)
-    begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
-    rows = tl.arange(0, C)
-    inside = state_mask(keys, values, K, V)
-    S = tl.zeros([BK, BV], dtype=tl.float32)
-    if STATE_IN:
-        at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
-        S = tl.load(state_in + at, mask=inside, other=0.0).to(tl.float32)
-    for i in tl.range(0, tl.cdiv(end - begin, C).to(tl.int32), num_stages=STAGES):
-        token = begin + i * C
-        left = tl.minimum(end - token, C).to(tl.int32)
-        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
-        E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, first_value)
-        b = load_scalars(beta, token, head, H, rows, left)
-        at_chunk = state_offsets(first_chunk + i, head, H, keys, values, K, V)
-        tl.store(states + at_chunk, S.to(k_tile.dtype), mask=inside)
-        Vn = (b[:, None] * E.to(tl.float32)).to(k_tile.dtype)
-        if NORM:
-            k_scale = load_scalars(k_norm, token, head, H, rows, left)
-            Vn = (k_scale[:, None] * Vn.to(tl.float32)).to(k_tile.dtype)
-        S += dot(tl.trans(k_tile), Vn, PRECISION)
 
 
 @triton.jit(do_not_specialize=["n_sequences", "L", "H"])
@@ -242,6 +209,10 @@ def gradients(
         return
     rows = tl.arange(0, C)
     b = load_scalars(beta, token, head, H, rows, left)
+    if NORM:
+        q_scale = load_scalars(q_norm, token, head, H, rows, left)
+        k_scale = load_scalars(k_norm, token, head, H, rows, left)
+        b = b * k_scale
     dQ = tl.zeros([C, BK], dtype=tl.float32)
     dK = tl.zeros([C, BK], dtype=tl.float32)
     dP = tl.zeros([C, C], dtype=tl.float32)
@@ -251,22 +222,23 @@ def gradients(
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, start)
         E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, start)
         dR = load_tile(dv, token, head, H, rows, left, values, V, BV, TMA, start)
+        if NORM:
+            do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(E.dtype)
+            dR = (k_scale[:, None] * dR.to(tl.float32)).to(E.dtype)
+        minus_dR = negative(dR)
         S = load_state(states, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
         dS = load_state(dstates, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
         # `dstates` is per unit of scale; with the scale in Vn, dP and dK come out whole.
         Vn = (scale * b[:, None] * E.to(tl.float32)).to(E.dtype)
         dP += dot(do_tile, tl.trans(Vn), PRECISION)
-        minus_G += dot(negative(dR), tl.trans(Vn), PRECISION)
+        minus_G += dot(minus_dR, tl.trans(Vn), PRECISION)
         dQ += dot(do_tile, tl.trans(S), PRECISION)
         dK += dot(Vn, tl.trans(dS), PRECISION)
-        dK += dot(negative(dR), tl.trans(S), PRECISION)
+        dK += dot(minus_dR, tl.trans(S), PRECISION)
     dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
     q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
-    write_dq(
-        dq, dQ * scale, dP, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
-    )
+    write_dq(dq, dQ * scale, dP, q_tile, k_tile, q_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM)
     write_dk(
-        dk, dK, dP, minus_G / scale, q_tile, k_tile, q_norm, k_norm, token, head, H, rows, left, keys,
-        K, BK, PRECISION, NORM,
-    )  # fmt: skip
+        dk, dK, dP, minus_G / scale, q_tile, k_tile, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
+    )

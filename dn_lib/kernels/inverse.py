@@ -14,48 +14,71 @@ from dn_lib.kernels.common import dot
 
 
 @triton.jit
-def _join(n, l_cross, beta_rows, beta_columns, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """N_21 = -(I + N_22 D_2) L_21 (I + D_1 N_11), for all pairs of neighbouring blocks at once.
-
-    `n` is block diagonal, `l_cross` holds L in the blocks to be filled; the product lies in those blocks.
-    """
-    l_half = l_cross.to(DTYPE)
-    right = l_cross + dot(l_half, (beta_rows * n).to(DTYPE), PRECISION)
-    left = right + dot((n * beta_columns).to(DTYPE), right.to(DTYPE), PRECISION)
-    return n - left
+def _quarters(x, G: tl.constexpr, S: tl.constexpr):
+    """Of G matrices of 2S x 2S: the blocks on the diagonal, `[2 G, S, S]`, and those below it, `[G, S, S]`."""
+    x = tl.permute(tl.reshape(x, [G, 2, S, 2, S]), (0, 2, 4, 1, 3))
+    left, right = tl.split(x)
+    x11, x21 = tl.split(left)
+    _, x22 = tl.split(right)
+    return tl.reshape(tl.permute(tl.join(x11, x22), (0, 3, 1, 2)), [2 * G, S, S]), x21
 
 
 @triton.jit
-def _cross(i, j, SIZE: tl.constexpr):
-    """Entries below the diagonal that lie between two neighbouring blocks of SIZE."""
+def _product(l21, n11, n22, beta1, beta2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """-N_21 = (I + N_22 D_2) L_21 (I + D_1 N_11), matrix by matrix."""
+    right = l21 + dot(l21.to(DTYPE), (beta1 * n11).to(DTYPE), PRECISION)
+    return right + dot((n22 * beta2).to(DTYPE), right.to(DTYPE), PRECISION)
+
+
+@triton.jit
+def _below(i, j, SIZE: tl.constexpr):
+    """Entries below the diagonal between two neighbouring blocks of SIZE."""
     return (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE)
+
+
+@triton.jit
+def _inside(x, beta, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """N of each of the 16 x 16 blocks of L, from blocks of 2, 4 and 8; x: `[G, 16, 16]`, beta: `[G, 16]`.
+
+    A dot takes no less than 16 x 16, so the small blocks stay where they are, the rest of the matrix being zero.
+    """
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
+    n = tl.where(i // 2 == j // 2, -x, 0.0)
+    for level in tl.static_range(1, 4):
+        below = tl.where(_below(i, j, 2**level), x, 0.0)
+        n -= _product(below, n, n, beta[:, :, None], beta[:, None, :], DTYPE, PRECISION)
+    return n
+
+
+@triton.jit
+def _joined(n, l21, beta, G: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """N of G blocks of 2S from those of 2 G blocks of S, `[2 G, S, S]`, and L between them, `[G, S, S]`."""
+    n11, n22 = tl.split(tl.permute(tl.reshape(n, [G, 2, S, S]), (0, 2, 3, 1)))
+    beta1, beta2 = tl.split(tl.permute(tl.reshape(beta, [G, 2, S]), (0, 2, 1)))
+    n21 = -_product(l21, n11, n22, beta1[:, :, None], beta2[:, None, :], DTYPE, PRECISION)
+    rows = tl.join(tl.join(n11, tl.zeros_like(n11)), tl.join(n21, n22))
+    return tl.reshape(tl.permute(rows, (0, 4, 1, 3, 2)), [G, 2 * S, 2 * S])
 
 
 @triton.jit
 def scaled_inverse(L, beta, C: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr):
     """N from L = tril(K K^T, -1) and beta: blocks of 2, 4, ..., C, each from two of the size before.
 
-    L: [C, C] float32, strictly lower.  beta: [C] float32.  Operands are float16 if HALF, else float32.
-    Blocks up to 16 are joined as C/16 small matrices, wider ones in the full C x C square.
+    L: [C, C] float32, strictly lower, C one of 16, 32, 64.  beta: [C] float32.  Operands are float16 if HALF, else
+    float32.  Half of all entries are zero by their place and never multiplied.
     """
     DTYPE: tl.constexpr = tl.float16 if HALF else tl.float32
-    G: tl.constexpr = C // 16
-    # The diagonal blocks of L as [G, 16, 16].
-    g = tl.arange(0, G)
-    same = g[:, None, None, None] == g[None, None, :, None]
-    small = tl.sum(tl.where(same, tl.reshape(L, [G, 16, G, 16]), 0.0), axis=2)
-    beta16 = tl.reshape(beta, [G, 16])
-    r = tl.arange(0, 16)[None, :, None]
-    c = tl.arange(0, 16)[None, None, :]
-    n16 = tl.where(r // 2 == c // 2, -small, 0.0)
-    for level in tl.static_range(1, 4):
-        cross = tl.where(_cross(r, c, 2**level), small, 0.0)
-        n16 = _join(n16, cross, beta16[:, :, None], beta16[:, None, :], DTYPE, PRECISION)
-    n = tl.reshape(tl.where(same, n16[:, :, None, :], 0.0), [C, C])
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    for level in tl.static_range(4, 6):
-        if 2**level < C:
-            cross = tl.where(_cross(i, j, 2**level), L, 0.0)
-            n = _join(n, cross, beta[:, None], beta[None, :], DTYPE, PRECISION)
-    return n
+    if C == 64:
+        x, below32 = _quarters(tl.reshape(L, [1, 64, 64]), 1, 32)
+        x, below16 = _quarters(x, 2, 16)
+    elif C == 32:
+        x, below16 = _quarters(tl.reshape(L, [1, 32, 32]), 1, 16)
+    else:
+        x = tl.reshape(L, [1, 16, 16])
+    n = _inside(x, tl.reshape(beta, [C // 16, 16]), DTYPE, PRECISION)
+    if C >= 32:
+        n = _joined(n, below16, beta, C // 32, 16, DTYPE, PRECISION)
+    if C == 64:
+        n = _joined(n, below32, beta, 1, 32, DTYPE, PRECISION)
+    return tl.reshape(n, [C, C])

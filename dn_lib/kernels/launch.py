@@ -59,7 +59,7 @@ def shape_of(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, segmen
     sequences = cu_seqlens.numel() - 1 if varlen else B
     if segments is None:
         can_split = k.is_cuda and not varlen
-        segments = configs.segments(sequences, L, H, v.shape[-1], k.device.index or 0) if can_split else 1
+        segments = configs.segments(sequences, L, H, K, v.shape[-1], chunk, k.device.index or 0) if can_split else 1
     plan = configs.plan(L, K, v.shape[-1], k.dtype, chunk, segments)
     return Shape(B, L, H, K, v.shape[-1], sequences, plan, varlen)
 
@@ -72,9 +72,11 @@ def offsets_of(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
     return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "") -> configs.Tiles:
+def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "", programs: int = 0) -> configs.Tiles:
+    """The tiles of a kernel; for one that walks, `programs` says how many of it there will be."""
     device = None if _INTERPRETED else k.device.index or 0
-    return configs.tiles(kernel, s.K, s.V, k.dtype, norm, variant, device)
+    alone = device is not None and programs > 0 and configs.alone(programs, device)
+    return configs.tiles(kernel, s.K, s.V, k.dtype, norm, variant, alone, device)
 
 
 def _descriptors(s: Shape, t: configs.Tiles, *tensors: tuple[Tensor | None, int]) -> tuple[bool, list]:
@@ -94,18 +96,22 @@ def _descriptors(s: Shape, t: configs.Tiles, *tensors: tuple[Tensor | None, int]
     ]
 
 
-def _walk(s, q, k, v, beta, n, norm, norms, o, e, state_in, state_out, transition, cu, offsets, scale, precision):
-    fused = n is None
-    t = _tiles("walk", s, k, norm, "fused" if fused else "save" if e is not None else "")
-    pairs = (q, t.BK), (k, t.BK), (v, t.BV), (n, s.plan.chunk)
-    tma, (q, k_given, v, n) = _descriptors(s, t, *pairs)
-    blocks = triton.cdiv(s.V, t.BV) + (triton.cdiv(s.K, t.BV) if transition is not None else 0)
-    fwd.walk[(blocks * s.H * s.total_segments,)](
-        q, k_given, v, beta, n, *norms, o, e, state_in, state_out, transition, cu, offsets,
+def _walk(
+    s, q, k, v, beta, n, norms, scale, precision, *, o=None, e=None, states=None, state_in=None, state_out=None,
+    transition=None, cu=None, offsets=None,
+):  # fmt: skip
+    first_pass, norm = transition is not None, norms[0] is not None
+    programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments, first_pass)
+    t = _tiles("walk", s, k, norm, "transition" if first_pass else "", programs)
+    tma, (q, k, v, n) = _descriptors(s, t, (q, t.BK), (k, t.BK), (v, t.BV), (n, s.plan.chunk))
+    blocks, parts = triton.cdiv(s.V, t.BV), s.total_segments
+    if first_pass:
+        blocks, parts = blocks + triton.cdiv(s.K, t.BV), parts - s.sequences
+    fwd.walk[(blocks * s.H * parts,)](
+        q, k, v, beta, n, *norms, o, e, states, state_in, state_out, transition, cu, offsets,
         scale, s.L, s.H, s.plan.segment, s.plan.segments,
-        K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk,
-        PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
-        FUSED=fused, OUTPUT=o is not None, SAVE=e is not None, TRANSITION=transition is not None,
+        K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
+        OUTPUT=o is not None, SAVE=e is not None, STATES=states is not None, TRANSITION=first_pass,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma,
         num_warps=t.warps,
     )  # fmt: skip
@@ -118,7 +124,7 @@ def _merge(s, transition, local, first, reverse, exact):
     fwd.merge[(triton.cdiv(s.V, t.BV) * s.H * s.sequences,)](
         transition, local, states, first, s.H, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, BLOCK=min(t.BK, 64), REVERSE=reverse, FIRST=first is not None,
-        PRECISION="ieee" if exact else "tf32x3",
+        PRECISION="ieee" if exact else "tf32",
         num_warps=t.warps,
     )  # fmt: skip
     return states
@@ -128,15 +134,16 @@ def _merge(s, transition, local, first, reverse, exact):
 class Saved:
     """What the forward leaves for the backward, besides its inputs.
 
-    n: `[B, L, H, C]`.  e: like v.  q_norm, k_norm: `[B, L, H]` or None.  state_in: what enters each segment.
-    state_end: where each segment ends.  transition: each segment's M, if a sequence has several.
+    n: `[B, L, H, C]`.  e: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
+    `[chunks, H, K, V]`, or, where the backward walks the state back, state_end: where each segment ends.
+    transition: each segment's M, if a sequence has several.
     """
 
     n: Tensor
     e: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
-    state_in: Tensor | None
+    states: Tensor | None
     state_end: Tensor | None
     transition: Tensor | None
 
@@ -151,30 +158,34 @@ def forward(
     C, split = s.plan.chunk, s.plan.segments > 1
     o, e = torch.empty_like(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
-    q_norm = k_norm = transition = None
-    separate = save or split or not s.plan.fused
-    n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device) if separate else None
-    if norm and separate:
+    q_norm = k_norm = transition = states = None
+    n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device)
+    if norm:
         q_norm, k_norm = (torch.empty(s.B, s.L, s.H, dtype=torch.float32, device=k.device) for _ in range(2))
     offsets = offsets_of(cu_seqlens, C)
-    if separate and s.chunks * s.H > 0:
+    if s.chunks * s.H > 0:
+        if norm:
+            t, rows = _tiles("inverse_norms", s, k, norm), s.tokens * s.H
+            fwd.inverse_norms[(triton.cdiv(rows, t.BV),)](
+                q, k, q_norm, k_norm, rows, K=s.K, BK=t.BK, ROWS=t.BV, EPS=NORM_EPS, num_warps=t.warps
+            )
         t = _tiles("chunk_inverse", s, k, norm)
         fwd.chunk_inverse[(s.chunks * s.H,)](
-            q, k, beta, n, q_norm, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
-            K=s.K, BK=t.BK, C=C, PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm, EPS=NORM_EPS,
-            VARLEN=s.varlen, num_warps=t.warps,
+            k, beta, n, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
+            K=s.K, BK=t.BK, C=C, PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm,
+            VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
-    state_in = initial_state
     if s.total_segments * s.H > 0:
+        inputs, state_in = (s, q, k, v, beta, n, (q_norm, k_norm), scale, precision), initial_state
         if split:
             transition = torch.empty(s.total_segments, s.H, s.K, s.K, dtype=torch.float32, device=k.device)
             local = torch.empty_like(state)
-            _walk(s, q, k, v, beta, n, norm, (q_norm, k_norm), None, None, None, local, transition, None, None, scale,
-                  precision)  # fmt: skip
+            _walk(*inputs, state_in=initial_state, state_out=local, transition=transition)
             state_in = _merge(s, transition, local, initial_state, False, k.dtype == torch.float32)
-        out = state if (final_state or save) else None
-        _walk(s, q, k, v, beta, n, norm, (q_norm, k_norm), o, e, state_in, out, None, cu_seqlens, offsets, scale,
-              precision)  # fmt: skip
+        if save and not s.plan.fused:
+            states = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=k.device)
+        out = state if final_state or (save and s.plan.fused) else None
+        _walk(*inputs, o=o, e=e, states=states, state_in=state_in, state_out=out, cu=cu_seqlens, offsets=offsets)
     last = state if final_state else None
     if final_state and split:
         # A copy even of one row: the outputs of an operator must not share memory.
@@ -182,21 +193,23 @@ def forward(
     return (
         o,
         last,
-        Saved(n, e, q_norm, k_norm, state_in, state if save else None, transition if save else None),
+        Saved(n, e, q_norm, k_norm, states, state if save and s.plan.fused else None, transition if save else None),
     )
 
 
 def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu, offsets, scale, precision):
     norm = saved.q_norm is not None
-    local = dv is None
-    t = _tiles("walk_back", s, k, norm, "fused" if s.plan.fused and not local else "")
-    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (saved.e, t.BV), (do, t.BV)
-    tma, (q_given, k_given, n, e, do) = _descriptors(s, t, *pairs)
-    bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * s.total_segments,)](
-        q_given, k_given, beta, n, e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
-        saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
+    fused, local = dq is not None, dv is None
+    programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments - local, False)
+    t = _tiles("walk_back", s, k, norm, "fused" if fused else "", programs)
+    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (do, t.BV), (saved.e if fused else None, t.BV)
+    tma, (q_given, k_given, n, do, e) = _descriptors(s, t, *pairs)
+    parts = s.total_segments - s.sequences if local else s.total_segments
+    bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * parts,)](
+        q_given, k_given, beta, n, e if fused else saved.e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk,
+        d_out, d_in, dstates, saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-        FUSED=s.plan.fused and not local, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
+        FUSED=fused, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
         VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
     )  # fmt: skip
 
@@ -210,7 +223,7 @@ def backward(
     s = shape_of(k, v_like, cu_seqlens, chunk, segments)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
-    blocks = triton.cdiv(s.V, _tiles("walk_back", s, k, norm, "fused" if s.plan.fused else "").BV)
+    blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("walk_back", s, k, norm).BV)
     dbeta = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
     offsets = offsets_of(cu_seqlens, s.plan.chunk)
     d_in = d_first = None
@@ -222,41 +235,37 @@ def backward(
     d_out = dstate
     if split:
         local = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=device)
-        _walk_back(s, q, k, beta, saved, do, None, None, None, None, None, local, None, cu_seqlens, offsets, scale,
-                   precision)  # fmt: skip
+        _walk_back(s, q, k, beta, saved, do, None, None, None, None, dstate, local, None, cu_seqlens, offsets,
+                   scale, precision)  # fmt: skip
         d_out = _merge(s, saved.transition, local, dstate, True, k.dtype == torch.float32)
         d_in = torch.empty_like(local) if initial_state else None
-    dstates = states = None
-    if not s.plan.fused:
-        dstates = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=device)
-    _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu_seqlens, offsets, scale,
-               precision)  # fmt: skip
+    if s.plan.fused:
+        _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, None, cu_seqlens, offsets, scale,
+                   precision)  # fmt: skip
+    else:
+        dstates = torch.empty_like(saved.states)
+        _walk_back(s, q, k, beta, saved, do, dv, dbeta, None, None, d_out, d_in, dstates, cu_seqlens, offsets, scale,
+                   precision)  # fmt: skip
+        _gradients(s, q, k, beta, saved, do, dv, dstates, dq, dk, cu_seqlens, offsets, scale, precision)
     if split and initial_state:
         d_first = d_in[:: s.plan.segments].contiguous()
-    if not s.plan.fused:
-        states = torch.empty_like(dstates)
-        t = _tiles("recompute_states", s, k, norm)
-        tma, (k_given, e) = _descriptors(s, t, (k, t.BK), (saved.e, t.BV))
-        grid = triton.cdiv(s.V, t.BV) * triton.cdiv(s.K, t.BK) * s.H * s.total_segments
-        bwd.recompute_states[(grid,)](
-            k_given, beta, e, saved.k_norm, saved.state_in, states, cu_seqlens, offsets, s.L, s.H,
-            s.plan.segment, s.plan.segments,
+    return dq, dk, dv, dbeta[0] if blocks == 1 else dbeta.sum(0), d_first
+
+
+def _gradients(s, q, k, beta, saved, do, dv, dstates, dq, dk, cu, offsets, scale, precision):
+    norm, states = saved.q_norm is not None, saved.states
+    t = _tiles("gradients", s, k, norm)
+    pairs = (q, t.BK), (k, t.BK), (saved.e, t.BV), (do, t.BV), (dv, t.BV)
+    tma, (q, k, e, do, dv) = _descriptors(s, t, *pairs)
+    if tma:
+        states, dstates = (TensorDescriptor.from_tensor(x.view(-1, s.V), [t.BK, t.BV]) for x in (states, dstates))
+    if s.chunks > 0:
+        bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
+            q, k, beta, e, saved.q_norm, saved.k_norm, do, dv, states, dstates, dq, dk,
+            cu, offsets, scale, s.sequences, s.L, s.H,
             K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-            STATE_IN=saved.state_in is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
+            VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
         )  # fmt: skip
-        t = _tiles("gradients", s, k, norm)
-        pairs = (q, t.BK), (k, t.BK), (saved.e, t.BV), (do, t.BV), (dv, t.BV)
-        tma, (q_given, k_given, e, do, dv_given) = _descriptors(s, t, *pairs)
-        if tma:
-            states, dstates = (TensorDescriptor.from_tensor(x.view(-1, s.V), [t.BK, t.BV]) for x in (states, dstates))
-        if s.chunks > 0:
-            bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
-                q_given, k_given, beta, e, saved.q_norm, saved.k_norm, do, dv_given, states, dstates, dq, dk,
-                cu_seqlens, offsets, scale, s.sequences, s.L, s.H,
-                K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-                VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
-            )  # fmt: skip
-    return dq, dk, dv, dbeta.sum(0) if blocks > 1 else dbeta[0], d_first
 
 
 def recurrent(
@@ -268,7 +277,7 @@ def recurrent(
     V = v.shape[-1]
     o = torch.empty_like(v)
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    t = configs.tiles("recurrent", K, V, k.dtype, norm, "", None if _INTERPRETED else k.device.index or 0)
+    t = configs.tiles("recurrent", K, V, k.dtype, norm, "", False, None if _INTERPRETED else k.device.index or 0)
     if sequences * H:
         rec.recurrent[(triton.cdiv(V, t.BV) * H * sequences,)](
             q, k, v, beta, o, initial_state, final_state, cu_seqlens, scale, L, H,

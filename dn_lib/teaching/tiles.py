@@ -260,7 +260,7 @@ class _Watcher:
 
     def admit(self, kind: str, pointers: Any, mask: np.ndarray) -> np.ndarray:
         """Note the access; return the mask without the elements that lie outside of every tensor."""
-        mask = np.broadcast_to(mask, pointers.data.shape)
+        mask = np.broadcast_to(mask, pointers.data.shape).astype(bool)
         active = pointers.data[mask]
         if active.size == 0:
             return mask
