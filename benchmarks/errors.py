@@ -11,6 +11,7 @@ finite, if an error in float32 with ieee dots is above 1e-5, or if a call raises
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -19,7 +20,9 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from measure import (
@@ -58,6 +61,8 @@ def configurations(variants: int, seed: int, smoke: bool = False) -> list[dict]:
             "varlen": (False, True),
             "chunk": (64, 32, 16),
             "segments": (None, 2, 3, 5),
+            "alone": (False, True),  # whether programs have a multiprocessor to themselves: other tiles
+            "whole": (False, True),  # whole chunks, 1,024 tokens at least: the copy engine fetches the tiles
         }
         dealt = {}
         for name, values in decks.items():
@@ -67,7 +72,7 @@ def configurations(variants: int, seed: int, smoke: bool = False) -> list[dict]:
         for i in range(variants):
             row = {"d_k": d_k, "d_v": d_v, "dtype": dtype, **{name: cards[i] for name, cards in dealt.items()}}
             if row["varlen"]:
-                row["segments"] = None  # packed sequences are not split
+                row |= {"segments": None, "whole": False}  # packed sequences are not split, nor fetched so
             rows.append(row)
     return rows
 
@@ -78,6 +83,8 @@ def a_call(number: int, configs: list[dict], seed: int, smoke: bool = False) -> 
     c = dict(configs[number % len(configs)])
     longest = 70 if smoke else 700
     B, L = rng.choice((1, 2, 3)), rng.choice((rng.randint(1, longest), rng.randint(1, 80)))
+    if c["whole"] and not smoke:
+        L = 64 * rng.randint(16, 20)
     H = FLA_HEADS if (c["d_k"], c["d_v"]) in FLA_SIZES else rng.choice((1, 2, 3))
     bias = rng.choice((0.0, 0.0, 0.3, 1.0, 3.0, "identical"))
     c |= {"bias": bias, "beta_range": rng.choice((1.0, 2.0)), "seed": rng.randrange(2**31), "lengths": None}
@@ -99,6 +106,13 @@ def problem(c: dict, device: str) -> Problem:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def regime(alone: bool) -> Iterator[None]:
+    """Within it the tiles are those of programs that do, or do not, have a multiprocessor to themselves."""
+    with mock.patch("dn_lib.kernels.configs.alone", lambda programs, device_index: alone):
+        yield
+
+
 def fla_takes(c: dict) -> bool:
     return (c["d_k"], c["d_v"]) in FLA_SIZES and c["dtype"] != "float32" and 0 not in (c["lengths"] or [1])
 
@@ -111,8 +125,10 @@ def compile_one(job: tuple[dict, bool]) -> str | None:
         c["lengths"] = [100, 50] if c["varlen"] else None
         if c["segments"] is not None:
             c["L"] = 64 * c["segments"]
+        if c["whole"]:
+            c["L"] = 1024
         p = problem(c, "cuda")
-        with split(c["segments"]):
+        with split(c["segments"]), regime(c["alone"]):
             forward_backward(operator, p)
         if with_fla and fla_takes(c):
             peer = load_fla(False)
@@ -137,7 +153,7 @@ def measure(c: dict, device: str, peer) -> dict:
     """Errors of ours, and of fla if `peer` is given, for one call."""
     p = problem(c, device)
     exact = exact_results(p)
-    with split(c["segments"]):
+    with split(c["segments"]), regime(c["alone"]):
         row = {"ours": errors_of(forward_backward(operator, p), exact)}
     # Far smaller references than results are a sign of cancellation in the problem, not in the kernels.
     row["norms"] = {name: x.detach().norm().item() for name, x in exact.items()}

@@ -176,9 +176,9 @@ class Bench:
 # --- Sections ----------------------------------------------------------------------------------------------------
 
 
-def parts_of(bench: Bench, B: int, L: int, H: int, d_v: int) -> int:
+def parts_of(bench: Bench, B: int, L: int, H: int, d: int) -> int:
     """Into how many parts the operator's rule splits each sequence of this shape."""
-    return 1 if bench.smoke else configs.segments(B, L, H, d_v, 0)
+    return 1 if bench.smoke else configs.segments(B, L, H, d, d, configs.default_chunk(torch.bfloat16), 0)
 
 
 def grid(bench: Bench) -> None:

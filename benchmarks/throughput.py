@@ -4,9 +4,13 @@
 
 Training: 24 layers, width 1024, 8 heads, vocabulary 32,000, bfloat16, AdamW included, at equal tokens a step:
 2048 x 16, 8192 x 4, 16384 x 2.  `delta` is our DeltaNet, `attention` our Transformer (flash attention through
-SDPA), both compiled; `fla` is flash-linear-attention's DeltaNetForCausalLM with its fused norm, SwiGLU and
-cross-entropy, where that package is installed (extra `bench`).  Candidates take turns, so that a slow minute
-hits all of them.  Decoding: tokens a second and bytes of cache after contexts of 1K to 64K.
+SDPA); one block of each is compiled and serves all 24, and so is the loss.  `fla` is flash-linear-attention's
+DeltaNetForCausalLM with its fused norm, SwiGLU and cross-entropy, where that package is installed (extra
+`bench`).  Each model is built once and stays; candidates take turns, so that a slow minute hits all of them.
+
+Peak memory is that of a candidate alone: what the others hold is taken off.  Decoding: tokens a second and bytes
+of cache of one sequence after contexts of 1K to 64K.  --profile: where the time of a step at 8192 goes.
+The file is written after each row, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,75 +19,141 @@ import argparse
 import gc
 import itertools
 import json
-import os
+import re
 import statistics
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import dn_lib  # noqa: F401  (before anything that imports triton)
-
-# isort: split
 import torch
 import torch.nn.functional as F
-from provenance import package_version, provenance
+from measure import DeviceLost, OutOfTime, Results, device_of, load_fla
+from torch import nn
 
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.training.distributed import Processes
 from dn_lib.training.loop import flop_use
 
-SHAPE = {"vocab_size": 32000, "width": 1024, "layers": 24, "heads": 8}
-TRAINING = ((2048, 16), (8192, 4), (16384, 2))
+# fla's SwiGLU is 2816 wide: 8/3 of the width, rounded up to a multiple of 256.  Ours is given the same.
+SHAPE = {"vocab_size": 32000, "width": 1024, "layers": 24, "heads": 8, "hidden": 2816}
+TRAINING = {2048: 16, 8192: 4, 16384: 2}
 CONTEXTS = (1024, 4096, 16384, 65536)
+PROFILED = 8192
+SMOKE = {
+    "shape": {"vocab_size": 512, "width": 32, "layers": 3, "heads": 2, "hidden": 64},
+    "training": {32: 4, 64: 2},
+    "contexts": (16, 32),
+    "profiled": 64,
+}
+FAIRNESS = {
+    "parameters": "equal for delta and fla; attention lacks the convolutions and beta, 0.2% of them",
+    "weights": "float32, AdamW (fused) on float32; forward and backward under bfloat16 autocast; all candidates",
+    "fla": "DeltaNetConfig's own defaults (fuse_norm, fuse_swiglu, fuse_cross_entropy; convolution of 4 taps, SiLU, "
+    "L2 norm, no gate, embeddings not tied, hidden_ratio 4 = 2816), eager, kernels autotuned by its own lists",
+    "ours": "compiled by torch.compile (inductor), block by block, and so is the loss",
+    "differences": "fla predicts one token less a sequence (it shifts the labels itself); norm_eps 1e-6, ours 1e-5; "
+    "initial weights differ, which costs no time",
+}
 
 
-def ours(mixer: str, options):
-    """(model, function of tokens that returns the loss)."""
-    shape = {**SHAPE, "layers": options.layers, "width": options.width, "mixer": mixer}
-    model = LanguageModel(ModelConfig(**shape)).to(options.device)
-
-    def loss_of(tokens):
-        logits = model(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-    return model, loss_of if options.no_compile else torch.compile(loss_of)
+# --- Candidates --------------------------------------------------------------------------------------------------
 
 
-def fla(options):
-    """The peer, as its own configuration makes it."""
-    from fla.models import DeltaNetConfig, DeltaNetForCausalLM
+@dataclass
+class Candidate:
+    """A model that is built, with its optimiser: `loss_of(inputs, targets)` is the loss of a batch."""
 
-    config = DeltaNetConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_heads=SHAPE["heads"],
-        fuse_norm=True,
-        fuse_swiglu=True,
-        fuse_cross_entropy=True,
-        tie_word_embeddings=False,
-    )
-    model = DeltaNetForCausalLM(config).to(options.device)
-    return model, lambda tokens: model(input_ids=tokens[:, :-1].contiguous(), labels=tokens[:, :-1]).loss
+    model: nn.Module
+    loss_of: object
+    optimiser: torch.optim.Optimizer
+    warm: set
 
+    def resident(self) -> int:
+        """Bytes of weights and of AdamW's moments."""
+        states = [t for s in self.optimiser.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *states])
 
-def build(name: str, options):
-    torch.manual_seed(options.seed)
-    return fla(options) if name == "fla" else ours(name, options)
-
-
-def training_step(model, loss_of, optimiser, tokens):
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-        loss = loss_of(tokens)
-    loss.backward()
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    def step(self, inputs, targets) -> None:
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+            loss = self.loss_of(inputs, targets)
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
 
 
-def timed(function, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, by the GPU's own clock."""
+def loss_of_features(features, weight, targets):
+    """Cross-entropy in float32; the compiler reads the bfloat16 logits once and makes no float32 copy of them."""
+    return F.cross_entropy(F.linear(features, weight).float(), targets)
+
+
+class Bench:
+    """Models by name, built when first asked for."""
+
+    def __init__(self, options, device: str, shape: dict):
+        self.options, self.device, self.shape, self.built = options, device, shape, {}
+        backend = {"backend": "eager"} if options.smoke else {}
+        compiles = not options.no_compile
+        self.loss = torch.compile(loss_of_features, dynamic=False, **backend) if compiles else loss_of_features
+        self.backend = backend if compiles else None
+
+    def config(self, name: str) -> ModelConfig:
+        return ModelConfig(**self.shape, mixer="delta" if name == "fla" else name)
+
+    def ours(self, name: str):
+        model = LanguageModel(self.config(name)).to(self.device)
+        for block in model.blocks if self.backend is not None else ():
+            block.compile(dynamic=False, **self.backend)  # the second block finds the first one's code
+
+        def loss_of(inputs, targets):
+            # Flat, so that the compiled loss has one shape for all lengths.
+            return self.loss(model.features(inputs).flatten(0, 1), model.head.weight, targets.flatten())
+
+        return model, loss_of
+
+    def fla(self):
+        """The peer, as its own configuration makes it."""
+        from fla.models import DeltaNetConfig, DeltaNetForCausalLM
+
+        model = DeltaNetForCausalLM(
+            DeltaNetConfig(
+                vocab_size=self.shape["vocab_size"],
+                hidden_size=self.shape["width"],
+                num_hidden_layers=self.shape["layers"],
+                num_heads=self.shape["heads"],
+                hidden_ratio=4,
+                fuse_norm=True,
+                fuse_swiglu=True,
+                fuse_cross_entropy=True,
+                tie_word_embeddings=False,
+            )
+        )
+        model = model.to(self.device).train()
+        return model, lambda inputs, targets: model(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+    def candidate(self, name: str) -> Candidate:
+        if name not in self.built:
+            torch.manual_seed(self.options.seed)
+            model, loss_of = self.fla() if name == "fla" else self.ours(name)
+            optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=self.device == "cuda")
+            self.built[name] = Candidate(model, loss_of, optimiser, set())
+        return self.built[name]
+
+    def drop(self, name: str) -> None:
+        """Forget a candidate that failed: it may hold half a step's memory."""
+        self.built.pop(name, None)
+        gc.collect()
+
+    def flop_use(self, name: str, length: int, speed: float) -> float | None:
+        with torch.device("meta"):
+            model = LanguageModel(self.config(name))
+        return flop_use(model, length, speed, Processes(0, 1, torch.device(self.device)))
+
+
+def timed(function, repeats: int, device: str) -> list[float]:
+    """Seconds of each of `repeats` calls, by the GPU's own clock; a stub on a CPU."""
+    if device == "cpu":
+        for _ in range(repeats):
+            function()
+        return [1.0] * repeats
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -93,116 +163,272 @@ def timed(function, repeats: int) -> list[float]:
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
-def training(name: str, length: int, batch: int, options) -> dict:
+# --- Rows --------------------------------------------------------------------------------------------------------
+
+
+def a_batch(bench: Bench, length: int, batch: int):
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(bench.shape["vocab_size"], (batch, length + 1), generator=generator).to(bench.device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def ready(bench: Bench, name: str, length: int, batch: int, steps: int) -> tuple[Candidate, tuple]:
+    """A candidate that has taken its first steps at this length (compiled, autotuned, moments allotted)."""
+    candidate, data = bench.candidate(name), a_batch(bench, length, batch)
+    for _ in range(1 if length in candidate.warm else steps):
+        candidate.step(*data)
+    candidate.warm.add(length)
+    return candidate, data
+
+
+def training(bench: Bench, name: str, length: int, batch: int) -> dict:
     """Tokens a second, peak memory and model-FLOP use of a whole step."""
-    torch.cuda.empty_cache()
-    model, loss_of = build(name, options)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    tokens = torch.randint(SHAPE["vocab_size"], (batch, length + 1), device=options.device)
-    for _ in range(options.warmup):
-        training_step(model, loss_of, optimiser, tokens)
-    torch.cuda.reset_peak_memory_stats()
-    seconds = timed(lambda: training_step(model, loss_of, optimiser, tokens), options.repeats)
+    try:
+        candidate, data = ready(bench, name, length, batch, bench.options.warmup)
+        others = 0
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+            others = torch.cuda.memory_allocated() - candidate.resident()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = timed(lambda: candidate.step(*data), bench.options.repeats, bench.device)
+    except Exception:
+        bench.drop(name)
+        raise
     speed = batch * length / statistics.median(seconds)
-    found = {
+    cuda = bench.device == "cuda"
+    return {
         "name": name,
         "length": length,
         "batch": batch,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": seconds,
+        "parameters": sum(p.numel() for p in candidate.model.parameters()),
+        "step_seconds": seconds,
         "tokens_per_second": speed,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated() - others if cuda else None,
+        "resident_bytes": candidate.resident(),
+        "flop_use": bench.flop_use(name, length, speed),
     }
-    if name != "fla":
-        found["flop_use"] = flop_use(model, length, speed, Processes(0, 1, torch.device(options.device)))
-    if options.profile:
-        found["profile"] = profile(lambda: training_step(model, loss_of, optimiser, tokens))
-    return found
-
-
-def profile(function, rows: int = 20) -> list[dict]:
-    """Where the time of one call goes: the kernels that take most of it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-        function()
-        torch.cuda.synchronize()
-    events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)[:rows]
-    return [
-        {"kernel": event.key[:100], "calls": event.count, "milliseconds": event.self_device_time_total / 1000}
-        for event in events
-    ]
 
 
 @torch.inference_mode()
-def decoding(name: str, context: int, options) -> dict:
-    """Tokens a second and bytes of cache of one sequence after `context` tokens; our models only."""
-    model, _ = ours(name, options)
-    model = model.eval().to(torch.bfloat16)
+def decoding(bench: Bench, name: str, context: int, models: dict) -> dict:
+    """Tokens a second and bytes of cache of one sequence after `context` tokens; our models only.
+
+    `step_seconds`: as it runs, the host launching each kernel.  `graph_seconds`: the same step as one CUDA graph,
+    replayed on the same token, so that only the GPU's work counts.
+    """
+    if name not in models:
+        torch.manual_seed(bench.options.seed)
+        model = LanguageModel(bench.config(name)).eval()
+        models[name] = model.to(bench.device, torch.bfloat16 if bench.device == "cuda" else torch.float32)
+    model, cuda = models[name], bench.device == "cuda"
     cache = model.new_cache(1)
-    tokens = torch.randint(SHAPE["vocab_size"], (1, 4096), device=options.device)
-    for start in range(0, context, 4096):  # in pieces: the logits of a whole prompt are not needed
-        model.features(tokens[:, : min(4096, context - start)], cache)
+    tokens = torch.randint(bench.shape["vocab_size"], (1, context), device=bench.device)
+    model.features(tokens, cache)
 
     def step():
-        model.logits(model.features(tokens[:, :1], cache))
+        return model.logits(model.features(tokens[:, :1], cache))
 
-    for _ in range(4):
+    for _ in range(3):
         step()
-    seconds = timed(step, options.repeats)
+    seconds = timed(step, bench.options.repeats, bench.device)
+    row = {"name": name, "context": context, "step_seconds": seconds, "cache_bytes": cache.bytes()}
+    row["tokens_per_second"] = 1 / statistics.median(seconds)
+    if cuda:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                step()
+            graph.replay()
+            row["graph_seconds"] = timed(graph.replay, bench.options.repeats, bench.device)
+            row["graph_tokens_per_second"] = 1 / statistics.median(row["graph_seconds"])
+        except RuntimeError as error:
+            row["graph_failure"] = str(error).splitlines()[0][:200]
+    return row
+
+
+# What a kernel's name tells of its work, the first pattern that is found in it.  Ours, fla's and PyTorch's names.
+CATEGORIES = (
+    ("loss", r"cross_entropy|log_softmax|nll_loss|logsumexp"),
+    ("optimiser", r"multi_tensor|adam"),
+    ("attention", r"flash|fmha|sdpa|attention_kernel|cudnn.*(sdp|attn)"),
+    ("delta rule", r"^(walk|walk_back|merge|gradients|recurrent)\b|delta_rule|chunk_(scaled_dot|fwd|bwd|local)|wy|w_u"),
+    ("delta rule", r"solve_tril|_inverse_|l2norm|^chunk_|fused_recurrent"),
+    ("matrix products", r"gemm|cutlass|cublas|nvjet|xmma|gemv|splitk|matmul"),
+    ("convolution", r"causal_conv|conv1d|^triton_.*fused.*(cat|slice)"),
+    ("norms, activations", r"^triton_|norm|swiglu|silu|sigmoid"),
+    ("copies, fills, the rest", r""),
+)
+
+
+def category(kernel: str) -> str:
+    """What kind of work the kernel does, by its name.
+
+    A compiled kernel that pads a sequence is counted as convolution, with what the compiler has fused with it.
+    """
+    return next(kind for kind, pattern in CATEGORIES if re.search(pattern, kernel.lower()))
+
+
+def profile(bench: Bench, name: str, length: int, batch: int, rows: int = 25) -> dict:
+    """Where the time of one step goes: milliseconds by category, and the kernels that take most of it."""
+    try:
+        candidate, data = ready(bench, name, length, batch, bench.options.warmup)
+        wall = timed(lambda: candidate.step(*data), 3, bench.device)
+        kind = "CUDA" if bench.device == "cuda" else "CPU"
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as record:
+            candidate.step(*data)
+            if kind == "CUDA":
+                torch.cuda.synchronize()
+    except Exception:
+        bench.drop(name)
+        raise
+    times = {}
+    for event in record.key_averages():
+        if spent := getattr(event, f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total") / 1000:
+            count, total = times.get(event.key, (0, 0.0))
+            times[event.key] = count + event.count, total + spent
+    groups = dict.fromkeys([kind for kind, _ in CATEGORIES], 0.0)
+    for kernel, (_, spent) in times.items():
+        groups[category(kernel)] += spent
+    step = 1000 * statistics.median(wall)
+    busy = sum(groups.values())
+    listed = sorted(times.items(), key=lambda item: -item[1][1])[:rows]
     return {
         "name": name,
-        "context": context,
-        "seconds": seconds,
-        "tokens_per_second": 1 / statistics.median(seconds),
-        "cache_bytes": cache.bytes(),
+        "length": length,
+        "batch": batch,
+        "step_ms": step,
+        "kernels_ms": busy,
+        "idle_ms": max(step - busy, 0.0),
+        "categories_ms": {kind: spent for kind, spent in groups.items() if spent},
+        "kernels": [
+            {"kernel": kernel[:100], "category": category(kernel), "calls": count, "ms": spent}
+            for kernel, (count, spent) in listed
+        ],
     }
 
 
-def attempt(function, *arguments) -> dict:
-    """The measurement, or what stood in its way: a candidate that fails must not take the others along."""
-    try:
-        found = function(*arguments)
-    except (ImportError, RuntimeError, ValueError, TypeError) as error:
-        found = {"name": arguments[0], "size": arguments[1], "error": " ".join(str(error).split())[:300]}
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    print(json.dumps({k: v for k, v in found.items() if k not in ("seconds", "profile")}), flush=True)
-    return found
+# --- Summary -----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def summary(rows: list[dict]) -> dict:
+    """Medians over the rounds by length and name, and delta's speed over the others'."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["key"].startswith("train"):
+            found.setdefault(str(row["length"]), {}).setdefault(row["name"], []).append(row)
+    training = {
+        length: {
+            name: {
+                "tokens_per_second": statistics.median(r["tokens_per_second"] for r in turns),
+                "rounds": [r["tokens_per_second"] for r in turns],
+                "peak_bytes": max((r["peak_bytes"] for r in turns if r["peak_bytes"]), default=None),
+                "flop_use": statistics.median(r["flop_use"] for r in turns) if turns[0]["flop_use"] else None,
+            }
+            for name, turns in names.items()
+        }
+        for length, names in found.items()
+    }
+    ratios = {
+        length: {
+            f"delta over {name}": names["delta"]["tokens_per_second"] / other["tokens_per_second"]
+            for name, other in names.items()
+            if name != "delta"
+        }
+        for length, names in training.items()
+        if "delta" in names
+    }
+    failed = [row["key"] for row in rows if row["status"] != "ok"]
+    return {"training": training, "ratios": ratios, "failed": failed}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append(f"{row['key']:28s} {row['status']}: {row['failure']}")
+        elif "categories_ms" in row:
+            parts = ", ".join(f"{kind} {spent:.1f}" for kind, spent in row["categories_ms"].items())
+            lines.append(f"{row['key']:28s} {row['step_ms']:.1f} ms: {parts}, idle {row['idle_ms']:.1f}")
+        elif "context" in row:
+            graph = f"{row['graph_tokens_per_second']:9.0f}/s as a graph" if "graph_seconds" in row else ""
+            memory = row["cache_bytes"] / 2**20
+            lines.append(f"{row['key']:28s} {row['tokens_per_second']:9.0f}/s {graph} {memory:9.2f} MiB of cache")
+        else:
+            memory = f"{row['peak_bytes'] / 2**30:6.1f} GiB" if row["peak_bytes"] else ""
+            use = f"{row['flop_use']:.1%} of peak" if row["flop_use"] else ""
+            lines.append(f"{row['key']:28s} {row['tokens_per_second']:9.0f}/s {memory} {use}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 if a row failed; 2 if the budget ran out; 3 if the GPU was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="delta,attention,fla", help="which models, separated by commas")
-    parser.add_argument("--lengths", default="2048,8192,16384")
+    parser.add_argument("--lengths", help="which of the lengths, separated by commas (default: all)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each candidate at each length")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps in a turn")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--width", type=int, default=SHAPE["width"])
-    parser.add_argument("--layers", type=int, default=SHAPE["layers"])
+    parser.add_argument("--repeats", type=int, default=8, help="timed steps in a turn")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before a candidate's first turn at a length")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-decode", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help=f"where the time goes, at {PROFILED}")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
+    parser.add_argument("--retry", action="store_true", help="repeat rows that failed")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs an NVIDIA GPU")
-    options.device = "cuda"
+    parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU; times are stubs")
+    options = parser.parse_args(argv)
+    device = device_of(options.smoke)
     torch.set_float32_matmul_precision("high")
-    names, lengths = options.only.split(","), [int(length) for length in options.lengths.split(",")]
-    result = {"provenance": provenance(seed=options.seed, fla=package_version("flash-linear-attention"))}
-    result |= {"shape": SHAPE | {"width": options.width, "layers": options.layers}, "training": [], "decoding": []}
-    for length, batch in TRAINING:
-        for turn in range(options.rounds if length in lengths else 0):
+    shape, lengths, contexts, profiled = SHAPE, TRAINING, CONTEXTS, PROFILED
+    if options.smoke:
+        shape, lengths, contexts, profiled = (SMOKE[n] for n in ("shape", "training", "contexts", "profiled"))
+    if options.lengths:
+        wanted = [int(length) for length in options.lengths.split(",")]
+        lengths = {length: batch for length, batch in lengths.items() if length in wanted}
+    peer = load_fla(False, options.smoke).status
+    names = [name for name in options.only.split(",") if name != "fla" or peer == "present"]
+    kept = {name: value for name, value in vars(options).items() if name not in ("out", "budget", "retry")}
+    settings = {**kept, "shape": shape, "fairness": FAIRNESS, "fla": peer}
+    results = Results(options.out, settings, budget=options.budget, smoke=options.smoke, seed=options.seed)
+    torch._dynamo.config.recompile_limit = 32  # one block's code is compiled for each mixer and length
+    bench, code = Bench(options, device, shape), 0
+
+    def measure(key, run):
+        results.measure(key, run, again=lambda row: options.retry and row["status"] != "ok")
+
+    try:
+        for length, batch in lengths.items():
+            for turn in range(options.rounds):
+                for name in names:
+                    key = f"train {name} {length} round {turn}"
+                    measure(key, lambda n=name, le=length, b=batch: training(bench, n, le, b))
+            if options.profile and length == profiled:
+                for name in names:
+                    key = f"profile {name} {length}"
+                    measure(key, lambda n=name, le=length, b=batch: profile(bench, n, le, b))
+        bench.built.clear()
+        gc.collect()
+        models = {}
+        for context in () if options.no_decode else contexts:
             for name in names:
-                result["training"].append({"round": turn, **attempt(training, name, length, batch, options)})
-    for context in () if options.no_decode else CONTEXTS:
-        result["decoding"] += [attempt(decoding, name, context, options) for name in names if name != "fla"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part = options.out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, options.out)
+                if name != "fla":
+                    measure(f"decode {name} {context}", lambda n=name, c=context: decoding(bench, n, c, models))
+    except OutOfTime:
+        print("stopped at the budget; the same command goes on", flush=True)
+        code = 2
+    except DeviceLost as error:
+        print(f"GPU lost at {error}; the same command goes on after it", flush=True)
+        code = 3
+    results.summary = summary(results.rows)
+    results.write()
+    print(table(results.rows))
+    print(json.dumps(results.summary["ratios"]))
+    if options.smoke:
+        print("NOT MEASURED: smoke run")
+    return code or int(bool(results.summary["failed"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

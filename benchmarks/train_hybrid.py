@@ -1,17 +1,21 @@
-"""Train a hybrid language model for a few minutes and write what happened to a JSON file.
+"""Train a language model for a few minutes and write what happened to a JSON file.
 
     python benchmarks/train_hybrid.py --out book/results/hybrid_training.json
     python benchmarks/train_hybrid.py --corpus wheels.tar.xz --minutes 8 --out ...
-    python benchmarks/train_hybrid.py --mixer attention --hybrid none --steps 2000 --out ...
+    python benchmarks/train_hybrid.py --kind delta --steps 5000 --out book/results/delta_training.json
+    python benchmarks/train_hybrid.py --kind attention --steps 5000 --out book/results/attention_training.json
 
 The first seconds time a step on a copy of the model; the number of steps that fits in --minutes is then
-fixed, and written down, so that `--steps` repeats the run exactly.  Give other mixers the same --steps:
-they then see the same tokens.  --folder keeps checkpoints there, and a killed run goes on from them.
+fixed, and written down, so that `--steps` repeats the run exactly.  Give other kinds the same --steps, and they
+see the same tokens.  The kinds (hybrid, delta, attention: a Transformer++) have the same width, depth, heads and
+feed-forward part, which leaves their parameters within a percent of each other: --sizes prints them and stops.
+--folder keeps checkpoints there, and a killed or stopped run goes on from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -34,12 +38,11 @@ from dn_lib.data.tokens import SEPARATOR
 from dn_lib.models import LanguageModel, ModelConfig, generate
 from dn_lib.training import (
     TrainConfig,
+    bits_per_byte,
     document_windows,
-    evaluate,
     loss_at_names,
     loss_by_position,
     parses,
-    steps_within,
     token_losses,
     train,
     windows,
@@ -47,13 +50,21 @@ from dn_lib.training import (
 from dn_lib.training.distributed import Processes, resolve_device
 from dn_lib.training.loop import flop_use
 
-PROMPTS = ("def ", "class ", "import ", "\ndef read_file(path):\n    ", "# ")
+PROMPTS = ("def ", "class ", "\ndef read_file(path):\n    ")
+KINDS = {
+    "hybrid": {"mixer": "delta", "hybrid": "window"},
+    "delta": {"mixer": "delta", "hybrid": "none"},
+    "attention": {"mixer": "attention", "hybrid": "none"},
+}
+SHAPE = ("width", "layers", "heads", "mixer", "hybrid", "window", "conv_size")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="the JSON file to write")
+    add("--out", type=Path, help="the JSON file to write")
+    add("--kind", choices=KINDS, help="sets --mixer and --hybrid")
+    add("--sizes", action="store_true", help="print the parameters of every kind at these sizes, and stop")
     add("--folder", type=Path, help="checkpoints and log go here; an earlier run there is resumed")
     add("--corpus", default="stdlib")
     add("--minutes", type=float, default=5.5, help="training time, evaluations left out")
@@ -71,24 +82,53 @@ def arguments() -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-3)
     add("--warmup", type=int, default=200)
     add("--weight-decay", type=float, default=0.1)
-    add("--evaluations", type=int, default=20, help="how many evaluations, spread over the run")
+    add("--evaluations", type=int, default=16, help="how many evaluations, spread over the run")
     add("--evaluation-tokens", type=int, default=1 << 19)
-    add("--checkpoint-every", type=int, default=500)
-    add("--no-compile", action="store_true", help="leave torch.compile off")
+    add("--checkpoint-every", type=int, default=2000, help="steps; a checkpoint takes a second or two")
+    add(
+        "--compile",
+        choices=("blocks", "model", "none"),
+        default="blocks",
+        help="blocks: one block of each sort, which serves all of its sort (the quickest to compile); CUDA only",
+    )
     add("--precision", default="auto")
     add("--device", default="auto")
     add("--seed", type=int, default=0)
-    add("--samples", type=int, default=8, help="samples for each prompt, to see how many parse")
-    add("--sample-tokens", type=int, default=512)
-    return parser.parse_args()
+    add("--samples", type=int, default=16, help="samples for each prompt, to see how many parse")
+    add("--sample-tokens", type=int, default=256)
+    options = parser.parse_args(argv)
+    if options.kind:
+        vars(options).update(KINDS[options.kind])
+    if options.out is None and not options.sizes:
+        parser.error("--out is needed")
+    return options
+
+
+def sizes(options, vocab_size: int = 256) -> dict[str, int]:
+    """Parameters of every kind at the sizes in `options`."""
+    fixed = {name: getattr(options, name) for name in SHAPE if name not in ("mixer", "hybrid")}
+    with torch.device("meta"):
+        models = {
+            kind: LanguageModel(ModelConfig(vocab_size=vocab_size, **fixed, **part)) for kind, part in KINDS.items()
+        }
+    return {kind: model.num_parameters() for kind, model in models.items()}
+
+
+def compile_blocks(model: LanguageModel, wanted: bool) -> None:
+    """Compile each block, or take that back: what generates, one token at a time, must not be compiled anew."""
+    for block in model.blocks:
+        if wanted:
+            block.compile(dynamic=False)
+        else:
+            block._compiled_call_impl = None
 
 
 @torch.no_grad()
-def sample(model, tokenizer, options) -> list[dict]:
+def sample(model, tokenizer, options, prompts=PROMPTS) -> list[dict]:
     """`--samples` continuations of each prompt, and whether each parses."""
     device = next(model.parameters()).device
     found = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         start = torch.tensor([SEPARATOR, *tokenizer.encode(prompt).tolist()], device=device)
         generator = torch.Generator(device).manual_seed(options.seed)
         rows = generate(
@@ -110,9 +150,10 @@ def measure(model, corpus, options) -> dict:
     """Bits per byte, loss by position and loss at names, on the validation part."""
     batch = max(options.batch // options.accumulate, 1)
     common = {"batch": batch, "precision": options.precision}
-    rows = windows(corpus.validation, options.length, 4 * options.evaluation_tokens)
-    edges, means = loss_by_position(token_losses(model, rows, **common), bins=32)
-    result = evaluate(model, corpus, length=options.length, limit=4 * options.evaluation_tokens, **common)
+    loss = token_losses(model, windows(corpus.validation, options.length, 4 * options.evaluation_tokens), **common)
+    mean = loss.double().mean().item()
+    edges, means = loss_by_position(loss, bins=32)
+    result = {"loss": mean, "bits_per_byte": bits_per_byte(mean, corpus.bytes_per_token), "tokens": loss.numel()}
     result |= {"loss_by_position": {"position": edges, "loss": means}}
     if corpus.tokenizer.name == "bytes":
         result["loss_at_names"] = loss_at_names(
@@ -128,8 +169,12 @@ def decode_cost(model, options) -> dict:
     for context in (256, 1024, 4096, 16384):
         tokens = torch.randint(1, 128, (1, context), device=device)
         cache = model.new_cache(1)
+        # The first piece fits in the window: FlexAttention, which compiles for every length, is not called.
+        first = min(context, options.window)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            model.features(tokens, cache)  # past torch.compile, which would compile every shape
+            for piece in (tokens[:, :first], *tokens[:, first:].split(2048, dim=1)):
+                if piece.shape[1]:
+                    model.features(piece, cache)
             for step in range(24):
                 if step == 8:
                     if device.type == "cuda":
@@ -150,17 +195,57 @@ def write(path: Path, result: dict) -> None:
     os.replace(part, path)
 
 
-def main() -> None:
-    options = arguments()
+def prepared(model, corpus, config, options, blocks: bool) -> TrainConfig:
+    """`config` with its number of steps: those that fit in --minutes, unless --steps says it.
+
+    A copy of the model takes the first steps, so that compiling is no part of the time of training.
+    """
+    probe = copy.deepcopy(model)  # without what is compiled; the code that its blocks make is found again
+    compile_blocks(probe, blocks)
+
+    def timed(steps: int) -> float:
+        short = replace(config, steps=steps, warmup=0, evaluate_every=0, evaluation_tokens=0, log_every=steps)
+        begun = time.perf_counter()
+        train(probe, corpus, short)  # ends by reading the losses, so the device is done too
+        return time.perf_counter() - begun
+
+    timed(2)
+    if options.steps:
+        return config
+    return replace(config, steps=max(int(60 * options.minutes / (timed(20) / 20)), 10))
+
+
+class Stopwatch:
+    """Seconds of each part of the script, for `result["timings"]`."""
+
+    def __init__(self):
+        self.mark, self.parts = time.perf_counter(), {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.parts[name] = round(now - self.mark, 2)
+        self.mark = now
+        print(f"[{name}: {self.parts[name]:.1f} s]", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, watch = arguments(argv), Stopwatch()
+    if options.sizes:
+        for kind, count in sizes(options).items():
+            print(f"{kind:10s} {count:,}")
+        return
     device = resolve_device(options.device)
     torch.set_float32_matmul_precision("high")
     corpus = load_corpus(options.corpus)
     torch.manual_seed(options.seed)
-    names = ("width", "layers", "heads", "mixer", "hybrid", "window", "conv_size")
-    shape = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(options, name) for name in names})
+    shape = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(options, name) for name in SHAPE})
     model = LanguageModel(shape).to(device)
     print(f"{model.num_parameters():,} parameters, mixers {', '.join(shape.mixers())}, on {device}", flush=True)
-    before = sample(model.eval(), corpus.tokenizer, argparse.Namespace(**{**vars(options), "samples": 1}))
+    watch.lap("corpus and model")
+    few = argparse.Namespace(**{**vars(options), "samples": 1, "sample_tokens": min(options.sample_tokens, 100)})
+    before = sample(model.eval(), corpus.tokenizer, few, PROMPTS[:1])
+    watch.lap("sample before")
+    compiles = options.compile if device.type == "cuda" else "none"
     config = TrainConfig(
         steps=options.steps or 1000,
         batch=options.batch,
@@ -172,18 +257,19 @@ def main() -> None:
         weight_decay=options.weight_decay,
         evaluation_tokens=options.evaluation_tokens,
         checkpoint_every=options.checkpoint_every,
-        compile=not options.no_compile and device.type == "cuda",
+        compile=compiles == "model",
         precision=options.precision,
         device=str(device),
         log_every=20,
         seed=options.seed,
     )
+    compile_blocks(model, compiles == "blocks")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="train_hybrid_"))
     began_with = folder / "config.json"
     if began_with.exists():  # resuming: the number of steps was fixed when the run began
         config = TrainConfig.from_dict(json.loads(began_with.read_text()))
-    elif not options.steps:
-        config = steps_within(60 * options.minutes, model, corpus, config, trial=20)
+    else:
+        config = prepared(model, corpus, config, options, compiles == "blocks")
     if not began_with.exists():
         config = replace(
             config,
@@ -191,6 +277,7 @@ def main() -> None:
             evaluate_every=max(config.steps // options.evaluations, 1),
         )
         write(began_with, config.to_dict())
+    watch.lap("compiling and timing a step")
     print(f"{config.steps} steps of {config.tokens_per_step:,} tokens, checkpoints in {folder}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -207,6 +294,7 @@ def main() -> None:
         ),
     )
     wall = time.perf_counter() - started
+    watch.lap("training, evaluations and checkpoints")
     if history.stopped:
         sys.exit(f"stopped; the same command with --folder {folder} goes on")
     model.eval()
@@ -214,6 +302,7 @@ def main() -> None:
     stride = max(len(history.steps) // 1000, 1)
     result = {
         "provenance": provenance(seed=options.seed),
+        "kind": next((kind for kind, part in KINDS.items() if part == _mixing(shape)), shape.mixer),
         "model": {
             **shape.to_dict(),
             "mixers": list(shape.mixers()),
@@ -221,7 +310,8 @@ def main() -> None:
             "flops_per_token": model.flops_per_token(options.length),
         },
         "train": config.to_dict(),
-        "corpus": corpus.facts,
+        "compile": compiles,
+        "corpus": corpus.facts | {"train_tokens": len(corpus.train)},
         "seeds": [options.seed],
         "training_tokens": config.steps * config.tokens_per_step,
         "seconds": history.steps[-1]["seconds"],
@@ -231,17 +321,26 @@ def main() -> None:
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "steps": [{k: round(v, 6) for k, v in record.items()} for record in history.steps[stride - 1 :: stride]],
         "evaluations": history.evaluations,
-        "final": measure(model, corpus, options),
-        "decode": decode_cost(model, options),
         "samples_before": before,
-        "samples": sample(model, corpus.tokenizer, options),
     }
+    result["final"] = measure(model, corpus, options)
+    watch.lap("measures")
+    compile_blocks(model, False)
+    result["samples"] = sample(model, corpus.tokenizer, options)
     result["share_that_parses"] = sum(s["parses"] for s in result["samples"]) / len(result["samples"])
+    watch.lap("samples")
+    result["decode"] = decode_cost(model, options)
+    watch.lap("decoding")
+    result["timings"] = watch.parts
     write(options.out, result)
     print(
         f"{result['final']['bits_per_byte']:.4f} bits per byte, "
         f"{history.tokens_per_second:,.0f} tokens/s, {options.out}"
     )
+
+
+def _mixing(shape: ModelConfig) -> dict[str, str]:
+    return {"mixer": shape.mixer, "hybrid": shape.hybrid}
 
 
 if __name__ == "__main__":

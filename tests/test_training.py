@@ -226,50 +226,92 @@ class TestResume:
         assert steps == [8, 10, 12]
 
 
-WORKER = """
-    import sys, dn_lib, torch
+PARENT = """
+    import io, os, sys, time, dn_lib, torch
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
-    from test_training import CONFIG, corpus, losses, model, replace, train
+    from test_training import CONFIG, checkpoint, corpus, model, replace, train
+
+    class SlowDisk(io.FileIO):
+        def write(self, content):
+            half = len(content) // 2
+            written = super().write(content[:half])
+            time.sleep(0.01)
+            return written + super().write(content[half:])
+
+    checkpoint.open = SlowDisk
     config = replace(CONFIG, steps={steps}, checkpoint_every=3, log_every=1)
     print("ready", flush=True)
-    train(model(), corpus(), config, folder={folder!r}, resume=True)
+    for folder in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                train(model(), corpus(), config, folder=folder.strip(), resume=True)
+                code = 0
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def worker(folder, steps) -> subprocess.Popen:
-    script = textwrap.dedent(WORKER.format(tests=str(Path(__file__).parent), folder=str(folder), steps=steps))
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def forking_parent():
+    """A process that has imported torch: each line it is given, a folder, forks one that trains there.
+
+    It answers with the child's number, and with its exit code when it has ended. Restarts then cost
+    milliseconds, where a new Python would cost seconds. Writing half of a checkpoint takes a hundredth of a second,
+    as with a larger model or a slow disk, so that there is something to interrupt.
+    """
+    script = textwrap.dedent(PARENT.format(tests=str(Path(__file__).parent), steps=TestKilled.steps))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
 
 
 class TestKilled:
-    def test_sigkill_and_resume(self, tmp_path):
-        """Killed without warning at random moments, the run ends with the losses of one left alone."""
-        steps = 60
-        whole = train(model(), corpus(), replace(CONFIG, steps=steps))
-        chance = random.Random(0)
-        kills = 0
-        for _ in range(2):
-            process = worker(tmp_path, steps)
-            process.stdout.readline()
-            target = (read(latest(tmp_path)).about["step"] if latest(tmp_path) else 0) + chance.randint(2, 20)
-            while process.poll() is None and last_logged(tmp_path) < target:
-                time.sleep(0.005)
-            process.kill()
-            kills += process.wait() == -signal.SIGKILL
-            process.communicate()
-            if latest(tmp_path):
-                read(latest(tmp_path))  # whatever the moment, it is whole
-        assert kills > 0
-        torch.set_num_threads(1)
-        again = train(
-            model(5),
-            corpus(),
-            replace(CONFIG, steps=steps, checkpoint_every=3, log_every=1),
-            folder=tmp_path,
-            resume=True,
-        )
-        assert losses(again) == losses(whole)
+    steps, kills = 200, 20
+
+    def test_killed_twenty_times_the_losses_are_those_of_a_run_left_alone(self, tmp_path, forking_parent):
+        """SIGKILL at random moments, the same command again, no checkpoint is ever unreadable, all losses exact."""
+        parent, chance = forking_parent, random.Random(0)
+
+        def start(folder) -> int:
+            parent.stdin.write(f"{folder}\n")
+            return int(parent.stdout.readline())
+
+        start(tmp_path / "whole")
+        assert parent.stdout.readline() == "0\n"
+        folder, saved, cut = tmp_path / "killed", 0, 0
+        for _ in range(self.kills):
+            child, kind = start(folder), chance.choice(["soon", "in a step", "in a checkpoint"])
+            if kind == "soon":  # while it reads the checkpoint, or cuts the log back to it
+                time.sleep(chance.uniform(0, 0.1))
+            else:
+                target = saved + chance.randint(1, 9)
+                wait_until(lambda target=target: last_logged(folder) >= target, 60)
+            if kind == "in a step":
+                time.sleep(chance.uniform(0, 0.02))
+            elif kind == "in a checkpoint":
+                wait_until(lambda: any(folder.glob("*.part")), 1)
+            os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == f"{-signal.SIGKILL}\n"
+            steps = [read(path).about["step"] for path in sorted(folder.glob("checkpoint_*.safetensors"))]
+            assert max(steps, default=0) >= saved  # all are whole, and the newest is not lost
+            saved = max(steps, default=0)
+            cut += any(folder.glob("*.part"))
+        assert cut > 0  # some were killed while they wrote
+        assert 0 < saved < self.steps
+        start(folder)
+        assert parent.stdout.readline() == "0\n"
+        assert logged(folder) == logged(tmp_path / "whole")
+        assert [step for step, _ in logged(folder)] == list(range(1, self.steps + 1))
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signals_stop_after_a_checkpoint(self, tmp_path, number):
@@ -287,6 +329,17 @@ class TestKilled:
         assert signal.getsignal(number) == before
         again = train(model(3), corpus(), config, folder=tmp_path, resume=True)
         assert losses(again) == losses(train(model(), corpus(), config))
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def logged(folder) -> list[tuple[int, float]]:
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records if "step" in record]
 
 
 def last_logged(folder) -> int:
@@ -470,3 +523,122 @@ class TestMeasures:
     )
     def test_parses(self, source, good):
         assert parses(source) is good
+
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def from_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return __import__
+
+
+def start_script(name: str, *options: str) -> subprocess.Popen:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
+    return subprocess.Popen(
+        command,
+        cwd=BENCHMARKS.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+class TestComparedModels:
+    def test_equal_parameters(self, from_benchmarks):
+        """The three kinds of chapter 6's comparison, and those of the throughput benchmark, within 2%."""
+        script = from_benchmarks("train_hybrid")
+        sizes = script.sizes(script.arguments(["--sizes"]))
+        assert set(sizes) == {"hybrid", "delta", "attention"}
+        assert max(sizes.values()) < 1.02 * min(sizes.values())
+        assert sizes["hybrid"] == pytest.approx(26e6, rel=0.02)
+        shape = pytest.importorskip("triton") and from_benchmarks("throughput").SHAPE
+        with torch.device("meta"):
+            counts = [
+                LanguageModel(ModelConfig(**shape, mixer=mixer)).num_parameters() for mixer in ("delta", "attention")
+            ]
+        assert max(counts) < 1.02 * min(counts)
+
+    def test_a_run_stopped_and_resumed_writes_what_the_chapter_reads(self, tmp_path):
+        """SIGTERM during `train_hybrid.py`; the same command finishes, with the steps fixed at the start."""
+        text = tmp_path / "text.py"
+        text.write_bytes(b"\0".join([TEXT] * 2))
+        out, run = tmp_path / "delta_training.json", tmp_path / "run"
+        # fmt: off
+        options = [
+            "--kind", "delta", "--corpus", str(text), "--steps", "60", "--width", "16", "--layers", "2", "--heads", "2",
+            "--batch", "4", "--length", "64", "--evaluations", "3", "--evaluation-tokens", "256", "--samples", "1",
+            "--sample-tokens", "8", "--device", "cpu", "--folder", str(run), "--out", str(out),
+        ]
+        # fmt: on
+        process = start_script("train_hybrid", *options)
+        wait_until(lambda: process.poll() is not None or last_logged(run) >= 20, 120)
+        process.terminate()
+        printed, _ = process.communicate()
+        assert process.returncode == 1 and "stopped; the same command" in printed, printed
+        process = start_script("train_hybrid", *[*options[:5], "999", *options[6:]])
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+        result = json.loads(out.read_text())
+        assert result["kind"] == "delta" and result["training_tokens"] == 60 * 4 * 64
+        assert [record["step"] for record in result["evaluations"]] == [20, 40, 60]
+        wanted = {"final", "samples", "share_that_parses", "decode", "timings", "provenance", "corpus", "flop_use"}
+        assert wanted <= set(result) and {"first", "later"} == set(result["final"]["loss_at_names"])
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="--smoke is for machines without a GPU")
+    def test_throughput_smoke_and_resume(self, tmp_path):
+        pytest.importorskip("triton")
+        out = tmp_path / "throughput.json"
+        options = ["--smoke", "--profile", "--repeats", "1", "--warmup", "1", "--rounds", "1", "--out", str(out)]
+        for lengths in ("64", "32,64"):
+            printed, _ = start_script("throughput", *options, "--lengths", lengths).communicate()
+            assert printed.rstrip().endswith("NOT MEASURED: smoke run"), printed
+        record = json.loads(out.read_text())
+        assert "not_measured" in record and not record["summary"]["failed"]
+        keys = [row["key"] for row in record["rows"]]
+        assert len(keys) == len(set(keys)) == 10 and "profile delta 64" in keys
+        assert "7 rows kept" not in printed and "8 rows kept" in printed
+        assert all(row["measured"] is False for row in record["rows"])
+        assert record["summary"]["training"].keys() == {"64", "32"}
+
+    def test_kernels_by_their_names(self, from_benchmarks):
+        pytest.importorskip("triton")
+        category = from_benchmarks("throughput").category
+        names = {
+            "walk": "delta rule",
+            "gradients": "delta rule",
+            "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": "delta rule",
+            "recompute_w_u_fwd_kernel": "delta rule",
+            "merge_16x16_to_64x64_inverse_kernel": "delta rule",
+            "l2norm_fwd_kernel": "delta rule",
+            "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_NTT": "matrix products",
+            "sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n_tilesize128x128x64": "matrix products",
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimiser",
+            "cross_entropy_fwd_kernel": "loss",
+            "triton_red_fused__log_softmax_nll_loss_forward_0": "loss",
+            "causal_conv1d_fwd_kernel": "convolution",
+            "triton_poi_fused__to_copy_add_cat_mul_silu_slice_3": "convolution",
+            "triton_red_fused__fused_rms_norm_add_1": "norms, activations",
+            "layer_norm_fwd_kernel": "norms, activations",
+            "swiglu_fwd_kernel": "norms, activations",
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>": "attention",
+            "Memset (Device)": "copies, fills, the rest",
+        }
+        assert {name: category(name) for name in names} == names
+
+    def test_two_gpus_is_judged_strictly(self, from_benchmarks, tmp_path):
+        script = from_benchmarks("two_gpus")
+        assert script.compared([1.0, 2.0], [1.0, 2.00001])["passed"]
+        assert not script.compared([1.0, 2.0], [1.0, 2.0001])["passed"]
+        with pytest.raises(ValueError, match="logged 2 losses, two 1"):
+            script.compared([1.0, 2.0], [1.0])
+        good = [{"o": 1e-7, "dq": 1e-6}, {"o": 1e-7, "state": 2e-6}]
+        assert script.judged({"float32": good, "float64": [{"o": 1e-14}]})["passed"]
+        assert not script.judged({"float32": good, "float64": [{"o": 1e-7}]})["passed"]
+        assert not script.judged({"float32": [{"o": float("nan")}], "float64": [{"o": 0.0}]})["passed"]
+        words = script.commands(tmp_path, "stdlib", "cuda", smoke=False)
+        assert words["ddp"][-2:] == ["--parallel", "ddp"] and words["one"][:3] == ["-m", "dn_lib", "train"]
+        assert words["one"][3:-1] == words["fsdp"][len(script.TORCHRUN) + 3 : -3]

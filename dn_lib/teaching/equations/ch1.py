@@ -71,6 +71,12 @@ def _kernel(phi_q=elu_feature_map, phi_k=elu_feature_map, last=lambda i, n: i + 
     return right
 
 
+def _kernel_sums(q, k, v):
+    """The quadratic form, and the sums over all tokens that S and z have to be at the end."""
+    phi_k = elu_feature_map(k)
+    return kernel_attention(q, k, v), torch.einsum("ti,tj->ij", phi_k, v), phi_k.sum(0)
+
+
 def _kernel_state(read_first=False, z_of="k", keep_z=1.0, keep_state=1.0, normalise=True):
     def right(q, k, v):
         phi_q, phi_k = elu_feature_map(q), elu_feature_map(k)
@@ -81,21 +87,30 @@ def _kernel_state(read_first=False, z_of="k", keep_z=1.0, keep_state=1.0, normal
             z = keep_z * z + (phi_k[t] if z_of == "k" else phi_q[t])
             read = (old_state if read_first else state).T @ phi_q[t]
             rows.append(read / (z @ phi_q[t]) if normalise else read)
-        return torch.stack(rows)
+        return torch.stack(rows), state, z
 
     return right
 
 
 def _taylor_features(x, y, degree):
-    """The dot product of the features, and how many there are."""
+    """The dot product of the features, how many there are, and the limit for many degrees."""
     phi_x, phi_y = taylor_feature_map(x, degree), taylor_feature_map(y, degree)
-    return phi_x @ phi_y, phi_x.numel()
+    return phi_x @ phi_y, phi_x.numel(), (x @ y).exp()
+
+
+def _feature_pair(g):
+    """Two vectors whose dot product is at most 1 in size, and a degree."""
+    x, y = (torch.rand(2, 3, generator=g, dtype=torch.float64) * 2 - 1) / 3**0.5
+    return x, y, _integer(g, 1, 5)
 
 
 def _exp_features(first=0, last=0, factorial=math.factorial, count=lambda d, n: d**n):
+    def polynomial(x, y, degree):
+        return sum((x @ y) ** n / factorial(n) for n in range(first, degree + 1 + last))
+
     def right(x, y, degree):
-        polynomial = sum((x @ y) ** n / factorial(n) for n in range(first, degree + 1 + last))
-        return polynomial, sum(count(len(x), n) for n in range(degree + 1))
+        # Degree 20 stands for the limit: for the dot products of `_feature_pair` its remainder is below 1e-19.
+        return polynomial(x, y, degree), sum(count(len(x), n) for n in range(degree + 1)), polynomial(x, y, 20)
 
     return right
 
@@ -380,7 +395,7 @@ ENTRIES = [
         label="eq-kernel-state",
         kind="identity",
         sample=_qkv,
-        left=kernel_attention,
+        left=_kernel_sums,
         right=_kernel_state(),
         mutants={
             "read before the write": _kernel_state(read_first=True),
@@ -393,7 +408,7 @@ ENTRIES = [
     Equation(
         label="eq-exp-features",
         kind="identity",
-        sample=lambda g: (_normal(g, 3), _normal(g, 3), _integer(g, 1, 5)),
+        sample=_feature_pair,
         left=_taylor_features,
         right=_exp_features(),
         mutants={

@@ -321,6 +321,11 @@ def parity_states(bits):
     return recurrent_delta_rule(one, one, 0 * one, 2 * bits, scale=1.0, initial_state=start)[0][:, 0]
 
 
+def both_members(factors, power):
+    """Both members of the printed equation: the product, given its factors, and the power of -1."""
+    return lambda bits: (factors(bits).cumprod(0), (-1.0) ** power(bits))
+
+
 def constant_sample(g):
     k, v, beta, state = one_write(g)
     return _unit(k), v, beta, state, _int(g, 2, 8)
@@ -573,13 +578,14 @@ ENTRIES = [
         "eq-parity",
         "identity",
         bits_sample,
-        parity_states,
-        lambda bits: (-1.0) ** bits.cumsum(0),
+        lambda bits: (parity_states(bits),) * 2,
+        both_members(lambda bits: 1 - 2 * bits, lambda bits: bits.cumsum(0)),
         {
-            "parity of the other bits": lambda bits: (-1.0) ** (1 - bits).cumsum(0),
-            "before the bit": lambda bits: (-1.0) ** (bits.cumsum(0) - bits),
-            "this bit only": lambda bits: (-1.0) ** bits,
-            "beta = x: erased at the first one": lambda bits: (1 - bits).cumprod(0),
+            "parity of the other bits": both_members(lambda bits: 1 - 2 * bits, lambda bits: (1 - bits).cumsum(0)),
+            "before the bit": both_members(lambda bits: 1 - 2 * bits, lambda bits: bits.cumsum(0) - bits),
+            "this bit only": both_members(lambda bits: 1 - 2 * bits, lambda bits: bits),
+            "beta = x: erased at the first one": both_members(lambda bits: 1 - bits, lambda bits: bits.cumsum(0)),
+            "sign of every factor": both_members(lambda bits: 2 * bits - 1, lambda bits: bits.cumsum(0)),
         },
     ),
     Equation(

@@ -337,7 +337,7 @@ ENTRIES = [
                 "You want the factor 1 - beta |k|^2 to be 0, not -1.",
             ),
         ),
-        "8 random keys of lengths from 0.3 to 6",
+        "8 random keys, some shorter than one and some longer",
     ),
     Exercise(
         "2.4",
