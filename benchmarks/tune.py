@@ -1,194 +1,415 @@
-"""Tries tile sizes, warps and stages for each kernel on the GPU at hand and reports which is fastest.
+"""Tries tile sizes, warps and stages for each kernel of the operator on the GPU at hand, and says which is fastest.
 
-    python benchmarks/tune.py --out tune.json [--head-dims 64 128 256]
+    python benchmarks/tune.py --out tiles_sm90.json [--head-dims 64 128 256] [--only walk] [--tma] [--norm]
 
-Every candidate first has to agree with float64, outputs and gradients, on correlated keys.  Candidates are
-compiled ahead of time on all cores, so that the GPU waits for nothing.
+One file for each architecture: the rule in `dn_lib/kernels/configs.py` is edited from it by hand.  A candidate first
+has to agree with float64, outputs and gradients, on correlated keys; then its kernel is timed alone, on the arguments
+of the operator's own launch.  Kernels that walk are timed in two regimes: `shared`, a batch that fills the GPU, and
+`alone`, one long sequence whose programs have a multiprocessor each.  Tiles of 32 value channels are not tried: one of
+them was miscompiled.  Candidates are compiled ahead of time on all cores, so that the GPU waits for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
-from functools import partial
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
+from ladder import launches
+from measure import Clock, OutOfTime, Results, device_of, first_line, limit_of, verdict
 
 import dn_lib
 from dn_lib.kernels import configs, launch
 from dn_lib.kernels.configs import Tiles
 
-SHAPES = {64: (16, 2048, 32), 128: (16, 2048, 16), 256: (8, 4096, 8)}
-PLAIN_TILES, PLAIN_PLAN = configs.tiles, configs.plan
+KERNELS = ("walk", "walk_back", "gradients", "chunk_inverse")
+SHAPES = {  # B, L, H
+    "shared": {64: (16, 2048, 32), 128: (16, 2048, 16), 256: (8, 4096, 8)},
+    "alone": {64: (1, 8192, 16), 128: (1, 8192, 16), 256: (1, 8192, 8)},
+}
+PARTS = {"shared": 2, "alone": 3}  # of each sequence, where a first pass over a split one is timed
+CHECKED = (1, 1024, 2)  # the least length for which the copy engine is used
+SHARED_LIMIT = 227 * 1024
+PATIENCE = 60.0  # seconds without a row after which the process that measures is given up
+PLAIN_TILES = configs.tiles
 
 
-def candidates(d: int, norm: bool) -> list[tuple[str, bool, Tiles]]:
-    """(kernel, fused, tiles) to try for head size d."""
-    rows = []
-    values = [b for b in (32, 64, 128) if b <= d]
-    for BV, warps, stages, tma in itertools.product(values, (4, 8), (1, 2, 3, 4), (True, False)):
-        if BV * d > 128 * 128 or (warps == 8 and BV < 128 and d < 256) or (stages == 4 and (not tma or d > 64)):
-            continue
-        if BV >= 64 or d == 256:
-            rows.append(("walk", False, Tiles(d, BV, warps, stages, tma)))
-        rows.append(("walk_back", False, Tiles(d, BV, warps, stages, tma)))
-        if BV == d == 64:
-            rows.append(("walk", True, Tiles(d, BV, warps, stages, tma)))
-            rows.append(("walk_back", True, Tiles(d, BV, warps, stages, tma)))
-    for BK, BV, warps, stages, tma in itertools.product((64, 128), (64, 128), (4, 8), (3, 4), (True, False)):
-        if d >= BK and d >= BV and (tma or stages == 3):
-            rows.append(("recompute_states", False, Tiles(BK, BV, warps, stages, tma)))
-    for BK, BV, warps, stages, tma in itertools.product((64, 128, 256), values, (4, 8), (1, 2, 3), (True, False)):
-        if d >= BK and (d == BK or not norm) and BK * BV <= 128 * 128 and (warps == 4) == (BK == 64):
-            rows.append(("gradients", False, Tiles(BK, BV, warps, stages, tma)))
-    rows.append(("chunk_inverse", False, Tiles(d, d, 4, 1)))
-    return rows
+@dataclass(frozen=True)
+class Candidate:
+    """variant: "transition" (walk) or "fused" (walk_back) as in `configs.tiles`; walk_back of small heads without
+    it is the first pass over a split sequence."""
+
+    d: int
+    norm: bool
+    kernel: str
+    variant: str
+    tiles: Tiles
+
+    @property
+    def key(self) -> str:
+        t = self.tiles
+        name = " ".join(filter(None, (self.kernel, self.variant, "norm" if self.norm else "")))
+        return f"d{self.d} {name} {t.BK}x{t.BV} {t.warps} warps {t.stages} stages{' tma' if t.tma else ''}"
+
+    @property
+    def split(self) -> bool:
+        """Whether the kernel's form is a first pass, launched for split sequences only."""
+        return self.variant == "transition" or (self.kernel == "walk_back" and self.d <= 64 and not self.variant)
+
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        return ("shared", "alone") if self.kernel in ("walk", "walk_back") else ("shared",)
+
+    def about(self) -> dict:
+        """The row's own words: what was tried, and the regimes for which the rule has chosen it."""
+        named = {"d": self.d, "norm": self.norm, "kernel": self.kernel, "variant": self.variant}
+        picked = [r for r in self.regimes if self.rule(r == "alone") == self.tiles]
+        return {**named, "tiles": list(astuple(self.tiles)), "chosen": picked}
+
+    def rule(self, alone: bool) -> Tiles:
+        """What `configs.tiles` chooses at present."""
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        size = configs.padded(self.d)
+        return PLAIN_TILES(self.kernel, size, size, torch.bfloat16, self.norm, self.variant, alone, device)
+
+
+def candidates(d: int, norm: bool) -> Iterator[Candidate]:
+    """What to try for head size d, the copy engine on and off."""
+
+    def each(kernel: str, variant: str, *sizes: tuple) -> Iterator[Candidate]:
+        for BK, BV, warps, stages, tma in itertools.product(*sizes):
+            if max(BK, BV) <= d and BK * BV <= 128 * 128 and (stages < 4 or tma):
+                yield Candidate(d, norm, kernel, variant, Tiles(BK, BV, warps, stages, tma))
+
+    both, stages = (True, False), (1, 2, 3, 4)
+    for BV, warps in ((64, 4), (128, 4), (128, 8), *(((64, 8),) if d == 256 else ())):
+        for kernel, variant in (("walk", ""), ("walk", "transition"), ("walk_back", "")):
+            yield from each(kernel, variant, (d,), (BV,), (warps,), stages, both)
+        if d <= 64:
+            yield from each("walk_back", "fused", (d,), (BV,), (warps,), stages, both)
+    if d > 64:
+        for BK, warps in ((64, 4), (128, 8), (256, 8)):
+            if not norm or d == BK:
+                yield from each("gradients", "", (BK,), (64, 128), (warps,), stages[:3], both)
+    for BK, warps, deep in itertools.product((64, 128), (1, 2, 4), (2, 3)):
+        if d >= BK:
+            yield Candidate(d, norm, "chunk_inverse", "", Tiles(BK, d, warps, deep))
+
+
+def is_first_pass(options: dict) -> bool:
+    """Whether a launch of a kernel is that of a first pass over a split sequence."""
+    return bool(options.get("TRANSITION") or options.get("LOCAL"))
 
 
 class chosen:
-    """Within it, `kernel` uses `tiles` and everything else its default."""
+    """Within it the kernel of a candidate takes the candidate's tiles, and all else what the rule says."""
 
-    def __init__(self, kernel: str, fused: bool, tiles: Tiles):
-        self.choice = kernel, fused, tiles
+    def __init__(self, c: Candidate):
+        self.c = c
 
     def __enter__(self):
-        kernel, fused, tiles = self.choice
+        def pick(kernel, K, V, dtype, norm, variant, alone, device):
+            if (kernel, variant) == (self.c.kernel, self.c.variant):
+                return self.c.tiles
+            return PLAIN_TILES(kernel, K, V, dtype, norm, variant, alone, device)
 
-        def pick(name, *rest):
-            return tiles if name == kernel else PLAIN_TILES(name, *rest)
-
-        def plan(L, K, V, dtype, chunk, segments):
-            p = PLAIN_PLAN(L, K, V, dtype, chunk, segments)
-            return configs.Plan(p.chunk, fused, p.segment, p.segments)
-
-        configs.tiles, configs.plan = pick, plan
+        configs.tiles = pick
 
     def __exit__(self, *_):
-        configs.tiles, configs.plan = PLAIN_TILES, PLAIN_PLAN
+        configs.tiles = PLAIN_TILES
 
 
-def compile_one(job):
-    d, norm, candidate = job
-    os.environ["TRITON_INTERPRET"] = "0"
+# --- Compiling ---------------------------------------------------------------------------------------------------
+
+
+def compile_one(c: Candidate, arch: int, everything: bool = False) -> dict | str:
+    """In a process of its own: registers, stack and shared memory, the most of the forms of the candidate's kernel.
+
+    everything: compiles the operator's other kernels too, which the measurement then finds in Triton's cache.
+    """
+    from triton.runtime.jit import JITFunction
+
     from dn_lib.kernels import aot
 
-    call = {"dtype": "bfloat16", "K": d, "V": d, "norm": norm, "state": False, "varlen": False, "chunk": 64}
-    with chosen(*candidate):
-        try:
-            rows = aot.compile_calls(90, [call | {"segments": 1}])
-        except Exception as error:
-            return job, str(error).splitlines()[-1][:200]
-    return job, [row for row in rows if row["kernel"] == candidate[0]]
+    plain = JITFunction.run
+
+    def only(self, *arguments, **options):
+        mine = self.fn.__name__ == c.kernel and is_first_pass(options) == c.split
+        return plain(self, *arguments, **options) if mine else None
+
+    call = {"dtype": "bfloat16", "K": c.d, "V": c.d, "norm": c.norm, "state": False, "varlen": False, "chunk": 64}
+    calls = [call | {"segments": 2 if c.split else 1}]
+    try:
+        with chosen(c):
+            JITFunction.run = only
+            rows = aot.compile_calls(arch, calls)
+            JITFunction.run = plain
+            if everything:
+                aot.compile_calls(arch, calls)
+        return {name: max(row[name] for row in rows) for name in ("registers", "stack", "shared")}
+    except Exception as error:
+        return first_line(error)
+    finally:
+        JITFunction.run = plain
 
 
-def inputs(B, L, H, d, dtype=torch.bfloat16, bias=0.0, device="cuda"):
+def compile_job(job: tuple[Candidate, int, bool]) -> tuple[Candidate, dict | str]:
+    return job[0], compile_one(*job)
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------------
+
+
+def inputs(B: int, L: int, H: int, d: int, device: str, bias: float = 0.0) -> list[torch.Tensor]:
+    """q, k, v, beta, do; with a bias the keys share a direction."""
     q, k, v, do = (torch.randn(B, L, H, d, device=device) for _ in range(4))
     k = torch.nn.functional.normalize(k + bias, dim=-1)
     q = torch.nn.functional.normalize(q, dim=-1)
-    return [x.to(dtype) for x in (q, k, v, torch.rand(B, L, H, device=device), do)]
+    return [x.to(torch.bfloat16) for x in (q, k, v, torch.rand(B, L, H, device=device), do)]
 
 
-def run(q, k, v, beta, do, norm):
-    scale = q.shape[-1] ** -0.5
-    options = {"scale": scale, "cu_seqlens": None, "chunk": 64, "precision": "ieee"}
-    o, _, saved = launch.forward(q, k, v, beta, initial_state=None, norm=norm, save=True, final_state=True, **options)
-    grads = launch.backward(q, k, do, beta, saved, do, None, initial_state=False, **options)
-    return [o, *grads[:4]]
+class Bench:
+    """Checks and times candidates of one head size; inputs and exact results are made once."""
+
+    def __init__(self, d: int, norm: bool, smoke: bool):
+        self.d, self.norm, self.smoke = d, norm, smoke
+        self.device, self.chunk = ("cpu", 16) if smoke else ("cuda", 64)
+        self.clock = Clock(5, 20, smoke=smoke)
+        torch.manual_seed(0)
+        self.small = inputs(*((1, 40, 1) if smoke else CHECKED), d, self.device, bias=0.2)
+        shapes = {name: (1, 48, 1) if smoke else some[d] for name, some in SHAPES.items()}
+        self.large = {name: inputs(*shape, d, self.device) for name, shape in shapes.items()}
+        x = [t.double().requires_grad_() for t in self.small[:4]]
+        o, _ = dn_lib.delta_rule(*x, backend="chunkwise", qk_l2norm=norm)
+        self.exact = [o.detach(), *torch.autograd.grad(o, x, self.small[4].double())]
+
+    def forward(self, q, k, v, beta, save: bool, segments: int):
+        return launch.forward(
+            q, k, v, beta, scale=self.d**-0.5, initial_state=None, cu_seqlens=None, norm=self.norm, chunk=self.chunk,
+            precision="ieee", save=save, final_state=False, segments=segments,
+        )  # fmt: skip
+
+    def backward(self, q, k, v, beta, do, saved, segments: int):
+        return launch.backward(
+            q, k, v, beta, saved, do, None, scale=self.d**-0.5, cu_seqlens=None, chunk=self.chunk, precision="ieee",
+            initial_state=False, segments=segments,
+        )  # fmt: skip
+
+    def errors(self, segments: int) -> dict[str, float]:
+        *x, do = self.small
+        o, _, saved = self.forward(*x, True, segments)
+        found = [o, *self.backward(*x, do, saved, segments)[:4]]
+        names = ("o", "dq", "dk", "dv", "dbeta")
+        return {
+            n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(names, found, self.exact, strict=True)
+        }
+
+    def times(self, c: Candidate, regime: str) -> dict:
+        """Milliseconds of the candidate's kernel alone, by what the forward is for, and how many programs it has."""
+        *x, do = self.large[regime]
+        segments = PARTS[regime] if c.split else 1
+
+        def backward() -> Callable[[], object]:
+            saved = self.forward(*x, True, segments)[2]
+            return lambda: self.backward(*x, do, saved, segments)
+
+        calls = {"training": lambda: self.forward(*x, True, segments)}
+        if c.kernel == "walk" and not c.split:
+            calls["inference"] = lambda: self.forward(*x, False, segments)
+        if c.kernel in ("walk_back", "gradients"):
+            calls = {"training": backward()}
+        found = {}
+        for name, call in calls.items():
+            with launches() as seen:
+                call()
+            mine = next(one for one in seen if one.name == c.kernel and is_first_pass(one.options) == c.split)
+            found[name] = self.clock.median(mine.again)
+            found["programs"] = mine.facts()["programs"]
+        return found
+
+    def row(self, c: Candidate, compiled: dict | str | None) -> dict:
+        if isinstance(compiled, str):
+            return {"status": "failed", "failure": compiled}
+        row = dict(compiled or {})
+        if row.get("shared", 0) > SHARED_LIMIT:
+            return row | {"status": "failed", "failure": f"{row['shared']} bytes of shared memory"}
+        with chosen(c):
+            row["errors"] = self.errors(2 if c.split else 1)
+            if wrong := verdict(row["errors"], None, limit_of(torch.bfloat16, device=self.device)):
+                return row | {"status": "refused", "failure": "; ".join(wrong)}
+            return row | {"ms": {regime: self.times(c, regime) for regime in c.regimes}}
 
 
-def reference(q, k, v, beta, do, norm):
-    x = [t.double().requires_grad_() for t in (q, k, v, beta)]
-    o, _ = dn_lib.delta_rule(*x, backend="chunkwise", qk_l2norm=norm)
-    return [o, *torch.autograd.grad(o, x, do.double())]
+def serve(d: int, norm: bool, jobs: list, answers) -> None:
+    """The process that measures: a row for each job.  A miscompiled kernel takes it down, and nothing else."""
+    try:
+        bench = Bench(d, norm, smoke=False)
+    except Exception as error:  # the next process would fare no better
+        for _ in jobs:
+            answers.send({"status": "failed", "failure": first_line(error)})
+        return
+    for c, compiled in jobs:
+        try:
+            row = bench.row(c, compiled)
+        except Exception as error:
+            row = {"status": "failed", "failure": first_line(error)}
+        answers.send(row)
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            os._exit(1)  # the context is lost: the next process goes on
 
 
-def measure(d: int, norm: bool, compiled: list, start: int, lines: Path) -> None:
-    """Runs in a process of its own, since a miscompiled kernel takes the whole GPU context down with it."""
-    from triton.testing import do_bench
-
-    torch.manual_seed(0)
-    small, large = inputs(1, 320, 2, d, bias=0.2), inputs(*SHAPES[d], d)
-    exact = reference(*small, norm)
-    for candidate, info in compiled[start:]:
-        kernel, fused, tiles = candidate
-        row = {"d": d, "norm": norm, "kernel": kernel, "fused": fused, "tiles": list(vars(tiles).values())}
-        if isinstance(info, str) or (info and max(r["shared"] for r in info) > 227 * 1024):
-            row["failed"] = info if isinstance(info, str) else "shared memory"
-        else:
-            row["resources"] = [[r["registers"], r["stack"], r["shared"] // 1024] for r in info]
-            with chosen(*candidate):
-                got = run(*small, norm)
-                row["errors"] = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
-                q, k, v, beta, do = large
-                common = {"scale": d**-0.5, "cu_seqlens": None, "chunk": 64, "precision": "ieee"}
-                forward = {"initial_state": None, "norm": norm, "final_state": False} | common
-                saved = launch.forward(q, k, v, beta, save=True, **forward)[2]
-                if kernel in ("walk_back", "recompute_states", "gradients"):
-                    back = partial(launch.backward, q, k, do, beta, saved, do, None, initial_state=False, **common)
-                    row["ms"] = [do_bench(back, warmup=5, rep=20, return_mode="median")]
-                else:
-                    calls = [partial(launch.forward, q, k, v, beta, save=save, **forward) for save in (False, True)]
-                    row["ms"] = [do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls]
-        with lines.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def served(d: int, norm: bool, jobs: list) -> Iterator[tuple[Candidate, dict]]:
+    """(candidate, row) for each job, from as many processes as it takes."""
+    context, done = multiprocessing.get_context("spawn"), 0
+    while done < len(jobs):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=serve, args=(d, norm, jobs[done:], theirs), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            while done < len(jobs):
+                row = mine.recv() if mine.poll(PATIENCE) else {"status": "failed", "failure": "no answer"}
+                yield jobs[done][0], row
+                done += 1
+                if row.get("failure") == "no answer":
+                    break
+        except EOFError:
+            yield jobs[done][0], {"status": "failed", "failure": "the process that measured ended"}
+            done += 1
+        finally:
+            process.kill()
+            process.join()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--only", nargs="*", help="these kernels alone")
-    parser.add_argument("--tma", action="store_true", help="only tiles that the copy engine fetches")
-    parser.add_argument("--norm", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    jobs = [
-        (d, options.norm, c)
-        for d in options.head_dims
-        for c in candidates(d, options.norm)
-        if (not options.only or c[0] in options.only) and (c[2].tma or not options.tma)
-    ]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        compiled = pool.map(compile_one, jobs, chunksize=1)
-    print("compiled", len(compiled), flush=True)
-    options.out.unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
-    rows = []
-    for d in options.head_dims:
-        mine = [(candidate, info) for (size, _, candidate), info in compiled if size == d]
-        done = len(rows)
-        while len(rows) - done < len(mine):
-            worker = context.Process(target=measure, args=(d, options.norm, mine, len(rows) - done, options.out))
-            worker.start()
-            worker.join()
-            rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-            if len(rows) - done < len(mine):
-                kernel, fused, tiles = mine[len(rows) - done][0]
-                row = {"d": d, "norm": options.norm, "kernel": kernel, "fused": fused}
-                row |= {"tiles": list(vars(tiles).values()), "failed": "crashed"}
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                rows.append(row)
-    for d, kernel in itertools.product(options.head_dims, sorted({r["kernel"] for r in rows})):
-        mine = [r for r in rows if r["d"] == d and r["kernel"] == kernel]
-        for r in sorted(mine, key=lambda r: r.get("ms", [1e9])[-1])[:6]:
-            worst = max(r["errors"]) if "errors" in r else None
-            print(
-                d,
-                kernel,
-                "fused" if r["fused"] else "",
-                r["tiles"],
-                r.get("resources"),
-                r.get("ms"),
-                worst,
-                r.get("failed", ""),
+# --- The table ---------------------------------------------------------------------------------------------------
+
+
+def ordered(rows: list[dict], what: str, regime: str) -> list[dict]:
+    timed = [r for r in rows if r["status"] == "ok" and what in r["ms"].get(regime, {})]
+    return sorted(timed, key=lambda r: r["ms"][regime][what])
+
+
+def summary(rows: list[dict]) -> dict:
+    """For each kernel, regime and use: the fastest tiles, and those that the rule has chosen."""
+    found = []
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["d"], r["norm"], r["kernel"], r["variant"]), []).append(r)
+    for (d, norm, kernel, variant), some in groups.items():
+        for regime, what in itertools.product(SHAPES, ("inference", "training")):
+            if not (best := ordered(some, what, regime)):
+                continue
+            rule = next((r for r in best if regime in r["chosen"]), None)
+            found.append(
+                {"d": d, "norm": norm, "kernel": kernel, "variant": variant, "regime": regime, "for": what}
+                | {"fastest": best[0]["tiles"], "fastest_ms": best[0]["ms"][regime][what]}
+                | {"chosen": rule and rule["tiles"], "chosen_ms": rule and rule["ms"][regime][what]}
             )
-        print("  wrong:", [r["tiles"] for r in mine if "errors" in r and not max(r["errors"]) < 0.01],
-              "failed:", [(r["tiles"], r["failed"][:60]) for r in mine if "failed" in r][:4])  # fmt: skip
+    return {
+        "tiles": "BK, BV, warps, stages, tma",
+        "best": found,
+        "failed": [r["key"] for r in rows if r["status"] != "ok"],
+    }
+
+
+def table(found: dict) -> str:
+    lines = [f"{'kernel':34} {'fastest':>24} {'ms':>8}  {'chosen':>24} {'ms':>8}"]
+    for r in found["best"]:
+        name = " ".join(filter(None, (f"d{r['d']}", r["kernel"], r["variant"], r["regime"], r["for"])))
+        ms = f"{r['chosen_ms']:8.3f}" if r["chosen"] else f"{'-':>8}"
+        lines.append(f"{name:40} {r['fastest']!s:>24} {r['fastest_ms']:8.3f}  {r['chosen']!s:>24} {ms}")
+    return "\n".join([*lines, f"failed or refused: {len(found['failed'])}"])
+
+
+def wanted(options: argparse.Namespace, d: int) -> list[Candidate]:
+    """Candidates of one head size that the options ask for; those of the rule always, and first."""
+    some = [c for c in candidates(d, options.norm) if not options.only or c.kernel in options.only]
+    some = [c for c in some if c.tiles.tma or c.kernel == "chunk_inverse" or not options.tma]
+    forms = dict.fromkeys((c.kernel, c.variant) for c in some)
+    form = [Candidate(d, options.norm, kernel, variant, Tiles(0, 0, 0, 0)) for kernel, variant in forms]
+    rules = [Candidate(d, c.norm, c.kernel, c.variant, c.rule(r == "alone")) for c in form for r in c.regimes]
+    return list(dict.fromkeys([*rules, *some]))
+
+
+def compiled_ahead(options: argparse.Namespace, jobs: list[Candidate], results: Results) -> dict:
+    """Candidates with what compiling said of them."""
+    major, minor = torch.cuda.get_device_capability()
+    # One form of each head size compiles all kernels by their rule: the checks need them, whatever is tried.
+    needed = [Candidate(d, options.norm, "walk", "transition", Tiles(0, 0, 0, 0)) for d in options.head_dims]
+    needed = [replace(c, tiles=c.rule(False)) for c in needed]
+    tasks = [(c, 10 * major + minor, c in needed) for c in dict.fromkeys([*needed, *jobs])]
+    begun = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(tasks))) as pool:
+        made = dict(pool.imap_unordered(compile_job, tasks, chunksize=1))
+    results.settings["compiled"] = {"kernels": len(made), "seconds": time.monotonic() - begun}
+    print(f"[{results.elapsed():6.1f} s] compiled {len(made)} candidates", flush=True)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 2 if the budget ran out.  Candidates that fail are part of the answer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], choices=(64, 128, 256))
+    parser.add_argument("--only", nargs="+", choices=KERNELS, help="these kernels alone")
+    parser.add_argument("--tma", action="store_true", help="only tiles that the copy engine fetches")
+    parser.add_argument("--norm", action="store_true", help="queries and keys are normalised in the kernels")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no candidate after so many seconds")
+    parser.add_argument("--smoke", action="store_true", help="a few tiles in Triton's interpreter; times are stubs")
+    options = parser.parse_args(argv)
+    device_of(options.smoke)
+    settings = {
+        **{name: value for name, value in vars(options).items() if name != "out"},
+        "clock": "triton.testing.do_bench medians of the kernel alone, warm-up 5 ms, 20 ms measured",
+        "shapes": {name: {str(d): shape for d, shape in some.items()} for name, some in SHAPES.items()},
+        "parts": PARTS,
+        "errors": "relative Frobenius norm against float64 of the same bfloat16 inputs; keys share a direction",
+        "tiles": "BK, BV, warps, stages, tma; registers, stack and shared: the most of the kernel's forms",
+    }
+    results = Results(options.out, settings, budget=options.budget, smoke=options.smoke)
+    capability = None if options.smoke else ".".join(map(str, torch.cuda.get_device_capability()))
+    results.provenance["compute_capability"] = capability
+    code = 0
+    try:
+        if options.smoke:
+            bench = Bench(16, options.norm, smoke=True)
+            tiles = Tiles(16, 16, 4, 1)
+            forms = [("walk", ""), ("walk", "transition"), ("walk_back", "fused"), ("walk_back", "")]
+            for kernel, variant in [*forms, ("chunk_inverse", "")]:
+                c = Candidate(16, options.norm, kernel, variant, tiles)
+                results.measure(c.key, lambda c=c: {**c.about(), **bench.row(c, None)})
+        else:
+            measure_all(options, results)
+    except OutOfTime:
+        print("stopped at the budget; the same command goes on", flush=True)
+        code = 2
+    results.summary = summary(results.rows)
+    results.write()
+    print(table(results.summary))
+    if options.smoke:
+        print("NOT MEASURED: smoke run")
+    return code
+
+
+def measure_all(options: argparse.Namespace, results: Results) -> None:
+    todo = {d: [c for c in wanted(options, d) if not results.find(c.key)] for d in options.head_dims}
+    made = compiled_ahead(options, [c for some in todo.values() for c in some], results)
+    for d, some in todo.items():
+        for c, row in served(d, options.norm, [(c, made[c]) for c in some]):
+            results.add({"key": c.key, "status": "ok", **c.about(), **row})
+            said = row.get("failure") or {name: ms.get("training") for name, ms in row["ms"].items()}
+            print(f"[{results.elapsed():6.1f} s] {c.key}: {said}", flush=True)
+            if options.budget is not None and results.elapsed() > options.budget:
+                raise OutOfTime
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

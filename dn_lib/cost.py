@@ -16,7 +16,8 @@ from math import ceil, log2
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a problem.  `element`: bytes of one number of q, k, v, o.  `block_v`: the columns of the
-    state that one program holds (all of them if None).
+    state that one program holds (all of them if None); `block_k`: the key channels for which one program of
+    the backward makes dq and dk (likewise).
 
     >>> Shape(B=1, L=128, H=2, d_k=64, d_v=64).chunks
     2
@@ -30,6 +31,7 @@ class Shape:
     C: int = 64
     element: int = 2
     block_v: int | None = None
+    block_k: int | None = None
 
     @property
     def chunks(self) -> int:
@@ -48,17 +50,24 @@ class Shape:
     def value_blocks(self) -> int:
         return ceil(self.d_v / (self.block_v or self.d_v))
 
+    @property
+    def key_blocks(self) -> int:
+        return ceil(self.d_k / (self.block_k or self.d_k))
+
     def tensor_bytes(self, name: str) -> int:
         """Bytes of a tensor of the book, by its name.  Raises KeyError for an unknown one."""
         rows, e = self.B * self.L * self.H, self.element
         state = self.d_k * self.d_v * 4
         return {
-            **dict.fromkeys(("q", "k", "W"), rows * self.d_k * e),
-            **dict.fromkeys(("v", "o", "U", "new", "E"), rows * self.d_v * e),
+            **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
+            **dict.fromkeys(("v", "o", "U", "new", "E", "do", "dv"), rows * self.d_v * e),
             "beta": rows * e,
+            "dbeta": rows * 4,
+            "dbeta_parts": rows * 4 * self.value_blocks,
             "T": rows * self.C * e,
             "N": rows * self.C * e,
             "S": self.heads * self.chunks * state,
+            **dict.fromkeys(("states", "dstates"), self.heads * self.chunks * self.d_k * self.d_v * e),
             "final": self.heads * state,
         }[name]
 
@@ -93,14 +102,17 @@ class Cost:
         return self.flops / self.bytes
 
 
-def _cost(shape: Shape, name: str, reads: str, writes: str, flops: int, again: str = "", steps: int = 1) -> Cost:
-    """A `Cost` from names of tensors; those in `again` are read by every block of values."""
+def _cost(
+    shape: Shape, name: str, reads: str, writes: str, flops: int, again: str = "", steps: int = 1,
+    blocks: int | None = None,
+) -> Cost:  # fmt: skip
+    """A `Cost` from names of tensors; those in `again` are read by every one of `blocks` (those of values)."""
     return Cost(
         name,
         {n: shape.tensor_bytes(n) for n in reads.split()},
         {n: shape.tensor_bytes(n) for n in writes.split()},
         flops,
-        dict.fromkeys(again.split(), shape.value_blocks),
+        dict.fromkeys(again.split(), shape.value_blocks if blocks is None else blocks),
         steps,
     )
 
@@ -168,18 +180,19 @@ def inverse_flops(C: int, method: str) -> int:
     `dn_lib.kernels.ladder.INVERSES`, or "scaled", the operator's own N.
 
     "substitution" takes none: its C - 1 dependent steps are sums.  "scaled" joins blocks up to 16 as C / 16
-    small matrices and wider ones in the full square.  Raises KeyError for another method.
+    small matrices and wider ones as what they are, two dots for each pair.  Raises KeyError for another method.
 
-    >>> [inverse_flops(64, method) // 64**3 for method in ("doubling", "merging", "scaled")]
-    [20, 24, 8]
+    >>> [round(inverse_flops(64, m) / (2 * 64**3), 2) for m in ("doubling", "merging", "scaled")]
+    [10.0, 12.0, 0.69]
     """
     levels = int(log2(C))
     small = 3 * 2 * 2 * (C // 16) * 16**3
+    pairs = sum(2 * 2 * (C // (2 * size)) * size**3 for size in (16, 32) if size < C)
     return {
         "substitution": 0,
         "doubling": 2 * (levels - 1) * 2 * C**3,
         "merging": 2 * levels * 2 * C**3,
-        "scaled": small + 2 * max(levels - 4, 0) * 2 * C**3,
+        "scaled": small + pairs,
     }[method]
 
 
@@ -201,20 +214,68 @@ def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost,
     )
 
 
-def two_kernels(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
-    """One kernel writes N, the second walks the chunks and writes the output (eq-walk-bytes)."""
+def two_kernels(shape: Shape, *, method: str = "scaled", save: str = "") -> tuple[Cost, ...]:
+    """The operator's forward: one kernel writes N, the second walks the chunks and writes o (eq-walk-bytes).
+
+    save: names of what the walk also writes for the backward: "E" for small heads, "E states" for wide ones.
+    """
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     inverse = shape.heads * shape.chunks * inverse_flops(C, method)
     walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    reads, writes = "q k v beta N", f"o final {save}"
     return (
         _cost(shape, "N", "k beta", "N", t * 2 * C * d_k + inverse),
-        _cost(shape, "walk", "q k v beta N", "o final", walk, again="q k beta N", steps=shape.chunks),
+        _cost(shape, "walk", reads, writes, walk, again="q k beta N", steps=shape.chunks),
     )
 
 
-def fused(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
-    """One kernel that keeps N on chip too; every block of values forms N anew."""
+def fused(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
+    """The one kernel of `dn_lib.kernels.ladder.delta_rule_in_one`; every block of values inverts anew."""
     first, second = two_kernels(shape, method=method)
     flops = first.flops * shape.value_blocks + second.flops
     reads, writes = "q k v beta", "o final"
-    return (_cost(shape, "fused", reads, writes, flops, again="q k beta", steps=shape.chunks),)
+    return (_cost(shape, "one kernel", reads, writes, flops, again="q k beta", steps=shape.chunks),)
+
+
+def backward(shape: Shape) -> tuple[Cost, ...]:
+    """The operator's backward for wide heads: a walk back writes dv and dS at every chunk; dq and dk are made of
+    these and of the states that the forward saved, all chunks at once.
+
+    Several blocks of values each leave a part of dbeta, which a last kernel (PyTorch's) adds up.
+
+    >>> [kernel.name for kernel in backward(Shape(B=1, L=64, H=1, d_k=128, d_v=128, block_v=64))]
+    ['walk back', 'gradients', 'sum']
+    """
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    last = t * (6 * d_k * d_v + 4 * C * d_v * shape.key_blocks + 6 * C * d_k)
+    reads, writes = "q k beta N E do", "dv dbeta_parts dstates"
+    costs = (
+        _cost(shape, "walk back", reads, writes, walk, again="q k beta N", steps=shape.chunks),
+        _cost(
+            shape, "gradients", "q k beta E do dv states dstates", "dq dk", last, again="beta E do dv",
+            blocks=shape.key_blocks,
+        ),
+    )  # fmt: skip
+    return costs if shape.value_blocks == 1 else (*costs, _cost(shape, "sum", "dbeta_parts", "dbeta", 0))
+
+
+def fused_backward(shape: Shape) -> tuple[Cost, ...]:
+    """The operator's backward for small heads: one walk from the right carries dS and, beside it, the state."""
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    flops = t * (14 * d_k * d_v + 8 * C * d_v + 8 * C * d_k)
+    reads, writes = "q k beta N E do final", "dv dbeta dq dk"
+    return (_cost(shape, "walk back", reads, writes, flops, steps=shape.chunks),)
+
+
+def decode(shape: Shape) -> tuple[Cost, ...]:
+    """One token of every head (shape.L is 1): the state is read and written once, whatever came before.
+
+    The FLOPs are sums, which the matrix units do not do.
+
+    >>> one, = decode(Shape(B=1, L=1, H=1, d_k=128, d_v=128))
+    >>> round(one.bytes / (2 * 4 * 128 * 128), 3)
+    1.008
+    """
+    work = 6 * shape.heads * shape.d_k * shape.d_v
+    return (_cost(shape, "token", "q k v beta final", "o final", work, again="q k beta"),)

@@ -18,6 +18,8 @@ SCRIPTS = {
     "operator": ["--only", "grid", "decode", "--shapes", "16,1,1,40"],
     "errors": ["--variants", "1", "--calls", "3"],
     "paper_figure": [],
+    "error_microscope": [],
+    "tune": [],
 }
 
 
@@ -163,3 +165,290 @@ def test_a_failure_is_seen(modules):
         tally.add(c, {"ours": {"o": error}, "norms": {"o": 1.0}, "fla": {"o": 1e-3}})
     assert len(tally.failures) == 2
     assert tally.summary()["errors"]["float32"]["o"]["not_finite"] == 1
+
+
+@pytest.fixture
+def mqar(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import mqar
+
+    return mqar
+
+
+def test_recall_smoke_run_is_marked_and_resumed(mqar, tmp_path, capsys):
+    out = tmp_path / "mqar.json"
+    run = start("mqar", out)
+    printed, _ = run.communicate()
+    assert run.returncode == 0, printed
+    assert printed.rstrip().endswith("NOT MEASURED: smoke run")
+    first = json.loads(out.read_text())["rows"]
+    assert mqar.main(["--smoke", "--out", str(out)]) == 0 and "4 rows kept" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == first
+    record = json.loads(out.read_text())
+    assert {"provenance", "settings", "results", "rows", "not_measured"} == set(record)
+    assert all(row["measured"] is False and row["status"] == "ok" for row in record["rows"])
+    assert [(r["model"], r["width"], len(r["accuracy"])) for r in record["results"]] == [
+        ("DeltaNet", 16, 2),
+        ("RetNet", 16, 2),
+    ]
+
+
+def test_recall_examples_are_those_of_the_library(mqar):
+    torch.manual_seed(0)
+    tokens, asked, right = mqar.draw(50, 40, 8, 64, "cpu")
+    keys, values = tokens[:, 0:16:2], tokens[:, 1:16:2]
+    assert keys.min() >= 1 and keys.max() < 32 <= values.min() and values.max() < 64
+    assert all(len(set(row.tolist())) == 8 for x in (keys, values, asked) for row in x)
+    assert torch.equal(tokens.gather(1, asked), keys) and torch.equal(right, values)
+    assert asked.min() == 16 and asked.max() == 38 and (asked % 2 == 0).all()
+    assert ((tokens != 0).sum(1) == 24).all()
+    # The first of two gaps drawn without replacement, and both together, against the library's generator.
+    _, asked, _ = mqar.draw(40_000, 24, 2, 16, "cpu", power=0.5)
+    _, labels = mqar.multi_query_associative_recall(40_000, 24, 2, vocab=16, power=0.5)
+    ours = torch.zeros(40_000, 24).scatter(1, asked, 1.0).mean(0)
+    torch.testing.assert_close(ours, (labels >= 0).float().mean(0), atol=0.015, rtol=0)
+
+
+def test_recall_is_learned_and_training_ends_then(mqar):
+    names = "--out x --length 16 --pairs 2 --vocab 32 --batch 64 --steps 400 --warmup 20 --test 200"
+    o = mqar.arguments([*names.split(), "--layers", "1", "--heads", "1"])
+    row = mqar.a_cell("delta", 32, 1e-2, 0, o, "cpu")
+    assert row["accuracy"] > 0.98 and row["steps_taken"] < 400
+    assert row["curve"]["accuracy"][0] < 0.2 < 0.9 < row["curve"]["accuracy"][-1]
+    skipped = mqar.a_cell("delta", 32, 1e-2, 0, o, "cpu", left=lambda: 0.0)
+    assert skipped["status"] == "skipped" and "accuracy" not in skipped
+
+
+def test_recall_is_taught_from_short_lists_to_long_ones(mqar):
+    o = mqar.arguments(["--out", "x", "--batch", "32"])
+    assert mqar.lessons(o) == [(256, 64, 8), (128, 128, 16), (64, 256, 32), (32, 512, 64)]
+    assert mqar.lessons(mqar.arguments(["--out", "x", "--batch", "32", "--lessons", "1"])) == [(32, 512, 64)]
+    names = "--out x --length 24 --pairs 6 --vocab 32 --batch 2 --steps 20 --warmup 2 --test 3"
+    o = mqar.arguments(names.split())
+    assert mqar.lessons(o) == [(2, 24, 6)]  # half of 6 would be too short a list
+    o.length, o.pairs = 32, 8
+    training = mqar.Training("linear", 16, 1e-2, o, "cpu")
+    found = training.run()["lessons"]
+    assert [(x["batch"], x["length"], x["pairs"], x["steps"]) for x in found] == [(4, 16, 4, 2), (2, 32, 8, 18)]
+
+
+def test_recall_cells_are_trained_in_the_order_of_their_worth(mqar):
+    o = mqar.arguments(["--out", "x", "--models", "delta", "linear", "gla", "--widths", "64", "128"])
+    cells = [f"{mixer} {width} {seed}" for mixer, width, _, seed in mqar.plan(o)]
+    first = ["delta 64 0", "linear 64 0", "delta 128 0", "linear 128 0", "gla 64 0", "gla 128 0"]
+    assert cells == first + [cell[:-1] + "1" for cell in first]
+
+
+def test_recall_keeps_the_best_learning_rate_and_forgets_failures(mqar):
+    def row(rate, seed, accuracy, status="ok"):
+        found = {"model": "GLA", "width": 64, "length": 512, "pairs": 64, "learning_rate": rate, "seed": seed}
+        return found | {"accuracy": accuracy, "steps_taken": 9, "status": status}
+
+    rows = [row(1e-2, 1, 0.9), row(1e-2, 0, 0.5), row(1e-3, 0, 0.6), {"key": "x", "status": "failed"}]
+    (entry,) = mqar.collected(rows)
+    assert entry["accuracy"] == [0.5, 0.9] and entry["learning_rate"] == 1e-2 and entry["steps"] == [9, 9]
+
+
+# --- ladder.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ladder_run(tmp_path_factory) -> tuple[str, int, dict]:
+    path = tmp_path_factory.mktemp("ladder") / "ladder.json"
+    run = start("ladder", path)
+    printed = run.communicate()[0]
+    return printed, run.returncode, json.loads(path.read_text())
+
+
+@pytest.fixture
+def ladder_script(modules):
+    import ladder
+
+    return ladder
+
+
+def test_every_stage_of_the_ladder_is_checked_and_predicted(ladder_run):
+    printed, code, record = ladder_run
+    assert code == 0, printed
+    assert printed.rstrip().endswith("NOT MEASURED: smoke run")
+    assert {"provenance", "settings", "ceilings", "rows", "summary", "not_measured"} == set(record)
+    rows = {row["stage"]: row for row in record["rows"]}
+    assert list(rows) == [
+        "linear attention", "T by substitution", "T by doubling", "T by merging", "four kernels",
+        "two kernels", "one kernel", "operator, training", "operator, backward", "one token",
+    ]  # fmt: skip
+    rates = record["ceilings"]
+    for row in rows.values():
+        assert row["measured"] is False and row["status"] == "ok" and row["samples_ms"] == [1.0, 1.0]
+        assert all(0 < error < row["limit"] for error in row["errors"].values())  # bfloat16: zero would be no check
+        times = [
+            max(x["bytes"] / rates["copy_bytes_per_s"], x["flops"] / rates["matmul_flops_per_s"])
+            for x in row["kernels"]
+        ]
+        assert row["predicted_ms"] == pytest.approx(1e3 * sum(times), rel=1e-4)
+        assert row["ratio"] == pytest.approx(row["ms"] / row["predicted_ms"], rel=1e-4)
+    four = ["ut_kernel", "wu_kernel", "state_kernel", "output_kernel"]
+    launched = {name: [kernel["kernel"] for kernel in row["kernels"]] for name, row in rows.items()}
+    assert launched["four kernels"] == four and launched["T by doubling"] == four[:1]
+    assert launched["two kernels"] == launched["operator, training"] == ["chunk_inverse", "walk"]
+    assert launched["one kernel"] == ["one_kernel"] and launched["one token"] == ["recurrent"]
+    assert set(rows["operator, backward"]["errors"]) == {"dq", "dk", "dv", "dbeta"}
+    assert rows["one kernel"]["bytes"] < rows["two kernels"]["bytes"] < rows["four kernels"]["bytes"]
+
+
+def test_a_stage_that_is_wrong_or_launches_what_was_not_counted_gets_no_time(ladder_script):
+    measure = sys.modules["measure"]
+    size = ladder_script.Size(2, 32, 1, 16, "cpu", chunk=16, decoded=2)
+    rates = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0, "float32_flops_per_s": 1.0}
+    clock, stage = measure.Clock(smoke=True), size.inverse("merging")
+    right = ladder_script.measure(stage, clock, rates)
+    assert right["float32_ms"] == pytest.approx(1e3 * 4 * 2 * 4 * 2 * 16**3)  # 4 chunks, 4 levels of 2 dots
+    stage.limit = right["errors"]["T"] / 2
+    row = ladder_script.measure(stage, clock, rates)
+    assert row["status"] == "refused" and "ms" not in row
+    stage.limit, stage.model = 1.0, lambda seen: ()
+    with pytest.raises(ValueError, match=r"counts 0 kernels, launched were \['ut_kernel'\]"):
+        ladder_script.measure(stage, clock, rates)
+    with pytest.raises(ValueError, match="no model for the launches"):
+        size.operator_model([])
+
+
+def test_nothing_that_was_not_written_passes_for_a_result(ladder_script):
+    size = ladder_script.Size(2, 32, 1, 16, "cpu", chunk=16, decoded=2)
+    with ladder_script.poisoned():
+        fresh = torch.empty_like(size.inputs[0])
+    assert fresh.isnan().all() and not torch.are_deterministic_algorithms_enabled()
+    assert sys.modules["measure"].verdict(size.compare(("o", fresh, size.exact["o"])), None, 1.0)
+
+
+def test_what_is_off_by_more_than_forty_percent(ladder_script):
+    rows = [{"key": str(r), "status": "ok", "ratio": r} for r in (0.5, 0.7, 1.39, 1.41, 9.0)]
+    found = ladder_script.summary([*rows, {"key": "no", "status": "failed", "failure": "x"}])
+    assert found["off"] == ["0.5", "1.41", "9.0"] and found["within"] == ["0.7", "1.39"]
+    assert found["refused_or_failed"] == ["no"] and found["stages"] == 6
+
+
+# --- tune.py ------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_checks_and_times_every_form_of_a_kernel(smoke):
+    record = json.loads(smoke["tune"][2].read_text())
+    rows = {(row["kernel"], row["variant"]): row for row in record["rows"]}
+    first_pass = {("walk", "transition"), ("walk_back", "")}
+    assert set(rows) == {("walk", ""), ("walk_back", "fused"), ("chunk_inverse", "")} | first_pass
+    for form, row in rows.items():
+        assert row["status"] == "ok" and row["tiles"] == [16, 16, 4, 1, False]
+        assert all(0 < error < 0.03 for error in row["errors"].values()) and len(row["errors"]) == 5
+        assert row["chosen"] == list(row["ms"]) == (["shared", "alone"] if "walk" in form[0] else ["shared"])
+    assert {name for name in rows["walk", ""]["ms"]["alone"]} == {"training", "inference", "programs"}
+    # Of three parts two, each with its X and its M; that of the first M has nothing to do.
+    assert rows["walk", "transition"]["ms"]["alone"]["programs"] == 4
+    assert record["provenance"]["compute_capability"] is None and len(record["summary"]["best"]) == 11
+
+
+def test_tuning_tries_what_the_rule_has_chosen_and_marks_the_fastest(modules, monkeypatch):
+    import argparse
+
+    import tune
+
+    options = argparse.Namespace(norm=False, only=["walk"], tma=True)
+    found = tune.wanted(options, 128)
+    assert len(set(found)) == len(found) and {c.variant for c in found} == {"", "transition"}
+    assert found[0].tiles == found[0].rule(False) and all(c.tiles.tma for c in found[2:])
+    assert {c.kernel for c in tune.candidates(64, False)} == {"walk", "walk_back", "chunk_inverse"}
+    norm = [c.tiles.BK for c in tune.candidates(256, True) if c.kernel == "gradients"]
+    assert set(norm) == {256}  # whole rows
+    rows = [
+        {**c.about(), "key": c.key, "status": "ok", "ms": {"shared": {"training": ms}}}
+        for c, ms in ((found[0], 2.0), (found[-1], 1.0))
+    ]
+    rows[1]["variant"] = ""
+    (best,) = tune.summary(rows)["best"]
+    assert (best["fastest_ms"], best["chosen_ms"]) == (1.0, 2.0) and best["fastest"] == rows[1]["tiles"]
+
+
+# --- The error microscope ----------------------------------------------------------------------------------------
+
+
+def points_of(record, section, **names):
+    rows = [row for row in record["rows"] if row["section"] == section]
+    return [p for row in rows if all(row.get(n) == x for n, x in names.items()) for p in row["points"]]
+
+
+def test_the_microscope_measures_every_axis(smoke):
+    record = json.loads(smoke["error_microscope"][2].read_text())
+    assert record["summary"]["faults"] == []
+    axes = {"chunk", "norm", "cosine", "cosine, beta to 2", "beta"}
+    for section, names in (("operator", "format"), ("inverse", "method")):
+        assert {row["axis"] for row in record["rows"] if row["section"] == section} == axes
+        assert all(p["errors"] for p in points_of(record, section))
+        assert len({row[names] for row in record["rows"] if row["section"] == section}) == (
+            4 if names == "format" else 9
+        )
+    # The interpreter multiplies float32 as it is, and cuts bfloat16 off.
+    for name, limit in (("float32", 1e-5), ("tf32", 1e-5), ("float16", 6e-3), ("bfloat16", 6e-2)):
+        found = [e["max"] for p in points_of(record, "operator", format=name) for e in p["errors"].values()]
+        assert 0 < max(found) < limit
+    assert all(p["may_grow"] for p in points_of(record, "operator", axis="norm") if p["norm"] == 2.0)
+    assert all(p["measured_cosine"] > 0.999 for p in points_of(record, "operator") if p.get("cosine") == "identical")
+    hard = {"section": "inverse", "axis": "cosine, beta to 2"}
+    bad, good = (points_of(record, **hard, method=f"{m}, float16")[0]["errors"] for m in ("doubling", "recursion on N"))
+    assert bad["T"]["max"] > 100 * good["T"]["max"] and "N" in good and "N" not in bad
+
+
+@pytest.fixture
+def microscope(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import error_microscope
+
+    return error_microscope
+
+
+def test_inputs_of_the_microscope(microscope):
+    source = microscope.Source([0, 1], 256, 2, 32, "cpu")
+    for cosine in microscope.COSINES:
+        c = microscope.BASE | {"cosine": cosine, "norm": 1.5, "beta_range": 2.0}
+        p = source.problem(c, torch.float32)
+        found = microscope.facts(p.k, p.beta)
+        assert found["measured_cosine"] == pytest.approx(1.0 if cosine == "identical" else cosine, abs=0.03)
+        assert torch.allclose(p.k.norm(dim=-1), torch.tensor(1.5)) and p.beta.max() <= 2
+        assert found["may_grow"] and found["beta_k2_max"] == pytest.approx(1.5**2 * p.beta.max().item(), rel=1e-5)
+    calm = source.problem(microscope.BASE | {"norm": 0.5}, torch.float32)
+    assert not microscope.facts(calm.k, calm.beta)["may_grow"]
+
+
+@pytest.mark.parametrize("cosine", [0.5, "identical"])
+@pytest.mark.parametrize("with_N", [False, True])
+def test_what_the_microscope_computes_through_the_inverse_is_the_operator(microscope, cosine, with_N):
+    """With the exact inverse: one chunk from state zero, its gradients by autograd through the float64 recurrence."""
+    import dn_lib
+    from dn_lib.householder import scaled_inverse, ut_transform
+
+    source = microscope.Source([0, 1], 24, 1, 16, "cpu")
+    p = source.problem(microscope.BASE | {"cosine": cosine, "beta_range": 2.0}, torch.float64)
+    o, _ = dn_lib.delta_rule(p.q, p.k, p.v, p.beta, backend="recurrent")
+    exact = dict(zip(("o", "dq", "dk", "dv", "dbeta"), (o, *torch.autograd.grad(o, p.leaves, p.do)), strict=True))
+    q, k, v, do, beta = (x.detach()[:, :, 0] for x in (p.q, p.k, p.v, p.do, p.beta))
+    N = scaled_inverse(k, beta) if with_N else None
+    found = microscope.used(ut_transform(k, beta), N, q, k, v, beta, do)
+    for name, x in exact.items():
+        assert torch.allclose(found[name], x[:, :, 0].detach(), rtol=0, atol=1e-11), name
+
+
+def test_the_microscope_keeps_what_is_not_finite_as_null_and_says_so(microscope):
+    exact = {"o": torch.ones(3, 4, 1, 2, dtype=torch.float64)}
+    x = exact["o"].clone()
+    x[0, 0] = float("inf")
+    x[1] *= 1.5
+    assert microscope.errors_by_seed({"o": x}, exact)["o"] == {"median": 0.25, "max": 0.5, "not_finite": 1}
+    lost = {"o": torch.full_like(x, float("nan"))}
+    nothing = microscope.errors_by_seed(lost, exact)
+    assert nothing["o"] == {"median": None, "max": None, "not_finite": 3}
+    point = {"cosine": 0.0, "may_grow": False, "errors": nothing}
+    row = {"key": "operator cosine", "status": "ok", "section": "operator", "axis": "cosine", "points": [point]}
+    assert len(microscope.faults([row])) == 1
+    point["may_grow"] = True
+    assert microscope.faults([row]) == []
+    raised = microscope.a_sweep([{"cosine": 0.0}], lambda c: [][0])["points"]
+    assert raised == [{"cosine": 0.0, "failure": "IndexError: list index out of range"}]
+    assert len(microscope.faults([row | {"points": raised}])) == 1

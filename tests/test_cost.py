@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch.nn.functional import normalize
 
 import dn_lib
 from dn_lib import cost
-from dn_lib.kernels import ladder
+from dn_lib.kernels import configs, ladder
 from dn_lib.teaching.tiles import observe
 
 sizes = st.builds(
@@ -75,13 +77,87 @@ def test_steps_move_and_multiply_what_is_predicted(method, s):
     assert_counted(trace, cost.delta_rule_in_steps(s, method=method))
 
 
+@pytest.mark.parametrize("method", ladder.INVERSES)
+@given(s=sizes)
+@settings(max_examples=4, deadline=None)
+def test_one_kernel_moves_and_multiplies_what_is_predicted(method, s):
+    _, trace = observe(ladder.delta_rule_in_one, *tensors(s), method=method, block_v=s.block_v)
+    assert_counted(trace, cost.fused(s, method=method))
+
+
+def in_blocks(monkeypatch, **blocks):
+    """From here on the named kernels of the operator take blocks of so many channels, as they do on a GPU."""
+    chosen = configs.tiles
+
+    def tiles(kernel, *rest):
+        return dataclasses.replace(chosen(kernel, *rest), **blocks.get(kernel, {}))
+
+    monkeypatch.setattr(configs, "tiles", tiles)
+
+
 @pytest.mark.parametrize("C", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_operator_moves_and_multiplies_what_is_predicted(C, dtype):
-    """In the interpreter a program takes all value columns; float16 heads of this size are fused."""
+    """In the interpreter a program takes all value columns."""
     s = cost.Shape(B=1, L=2 * C, H=2, d_k=16, d_v=32, C=C, element=dtype.itemsize)
     _, trace = observe(dn_lib.delta_rule, *tensors(s, dtype), backend="triton", chunk_size=C, output_final_state=True)
-    assert_counted(trace, cost.fused(s) if dtype == torch.float16 else cost.two_kernels(s))
+    assert_counted(trace, cost.two_kernels(s))
+
+
+@pytest.mark.parametrize("C", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_training_moves_and_multiplies_what_is_predicted(C, dtype):
+    """Small heads in half precision walk back in one kernel; float32 keeps the states and takes two."""
+    s = cost.Shape(B=1, L=2 * C, H=2, d_k=16, d_v=32, C=C, element=dtype.itemsize)
+    leaves = [x.requires_grad_() for x in tensors(s, dtype)]
+    options = dict(backend="triton", chunk_size=C, output_final_state=True)
+    (o, _), trace = observe(dn_lib.delta_rule, *leaves, **options)
+    small = dtype == torch.float16
+    assert_counted(trace, cost.two_kernels(s, save="E" if small else "E states"))
+    gradients, trace = observe(torch.autograd.grad, o, leaves, torch.randn_like(o))
+    assert_counted(trace, cost.fused_backward(s) if small else cost.backward(s))
+    names = ("dq", "dk", "dv")
+    assert [s.tensor_bytes(name) for name in names] == [x.nbytes for x in gradients[:3]]
+
+
+def test_training_in_blocks_moves_and_multiplies_what_is_predicted(monkeypatch):
+    """Two blocks of values and two of keys, as wide heads have them on a GPU; PyTorch adds up the parts of dbeta."""
+    s = cost.Shape(B=1, L=48, H=2, d_k=32, d_v=32, C=16, element=4, block_v=16, block_k=16)
+    wide = {"BV": 16}
+    in_blocks(monkeypatch, walk=wide, walk_back=wide, gradients={"BK": 16})
+    leaves = [x.requires_grad_() for x in tensors(s)]
+    options = dict(backend="triton", chunk_size=s.C, output_final_state=True)
+    (o, _), trace = observe(dn_lib.delta_rule, *leaves, **options)
+    assert_counted(trace, cost.two_kernels(s, save="E states"))
+    _, trace = observe(torch.autograd.grad, o, leaves, torch.randn_like(o))
+    *kernels, last = cost.backward(s)
+    assert_counted(trace, kernels)
+    assert last.reads == {"dbeta_parts": 2 * s.tensor_bytes("dbeta")} and not last.flops
+
+
+def test_decoding_moves_what_is_predicted():
+    s = cost.Shape(B=3, L=1, H=2, d_k=16, d_v=32, element=4)
+    state = torch.randn(s.B, s.H, s.d_k, s.d_v)
+    options = dict(backend="triton", initial_state=state, output_final_state=True)
+    _, trace = observe(dn_lib.delta_rule, *tensors(s), **options)
+    (launch,), (expected,) = trace.launches, cost.decode(s)
+    assert launch.bytes() == expected.requested == expected.bytes and not launch.dots
+    assert launch.bytes("store") == sum(expected.writes.values())
+
+
+def test_blocks_of_the_backward_share_out_dots_and_repeat_the_rest():
+    """Two blocks of values form tril(Q K^T) twice; two of keys repeat the two C x C products with values in them."""
+    whole = cost.Shape(B=2, L=256, H=2, d_k=128, d_v=128)
+    walk, last = cost.backward(whole)
+    in_two = cost.backward(cost.Shape(**{**vars(whole), "block_v": 64}))
+    by_values, parts = in_two[0], whole.tensor_bytes("dbeta")
+    by_keys = cost.backward(cost.Shape(**{**vars(whole), "block_k": 64}))[1]
+    scores = 2 * whole.tokens * whole.C * 128
+    assert by_values.flops - walk.flops == scores and by_keys.flops - last.flops == 2 * scores
+    assert by_values.bytes == walk.bytes + parts and by_keys.bytes == last.bytes
+    assert in_two[2].bytes == 3 * parts
+    repeated = sum(whole.tensor_bytes(name) for name in ("beta", "E", "do", "dv"))
+    assert by_keys.requested - last.requested == repeated
 
 
 def test_roofline_takes_the_slower_of_the_two_for_each_kernel():

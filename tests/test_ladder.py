@@ -125,6 +125,32 @@ def test_delta_rule_in_steps_with_beta_zero_writes_nothing():
     assert (o == 0).all() and (state == 0).all()
 
 
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 33, 3, 20, 24), (1, 48, 1, 32, 40)])
+def test_delta_rule_in_one(shape, dtype):
+    q, k, v, beta = inputs(*shape, dtype)
+    o, state = ladder.delta_rule_in_one(q, k, v, beta, block_v=16)
+    exact_o, exact_state = exact_delta(q, k, v, beta)
+    size = exact_o.norm() + shape[3] ** -0.5 * q.double().norm() * exact_state.norm()
+    assert (o.double() - exact_o).norm() / size < BOUND[dtype]
+    assert relative_error(state, exact_state) < BOUND[dtype]
+    assert o.dtype == dtype and state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ladder.INVERSES)
+def test_one_kernel_and_four_agree_with_each_inverse_and_a_scale(method):
+    q, k, v, beta = inputs(1, 40, 2, 16, 16)
+    options = dict(scale=1.0, method=method, chunk_size=32)
+    one, four = ladder.delta_rule_in_one(q, k, v, beta, **options), ladder.delta_rule_in_steps(q, k, v, beta, **options)
+    bound = 1e-3 if method == "doubling" else 1e-5
+    assert all(relative_error(x, y.double()) < bound for x, y in zip(one, four[:2], strict=True))
+
+
+def test_delta_rule_in_one_with_beta_zero_writes_nothing():
+    q, k, v, beta = inputs(1, 20, 1, 16, 16)
+    assert all((x == 0).all() for x in ladder.delta_rule_in_one(q, k, v, 0 * beta))
+
+
 def test_round_to_tf32_keeps_eleven_bits():
     x = torch.randn(1000)
     rounded = ladder.round_to_tf32(x)
@@ -168,6 +194,7 @@ def plans(dtype, d=32, C=32):
         "wu_kernel": ((x, x, x, x, x, *L), wide),
         "state_kernel": ((x, x, x, x, s, s, *L), wide),
         "output_kernel": ((x, x, x, s, x, 0.5, *L), wide),
+        "one_kernel": ((x, x, x, beta, x, s, 0.5, *L), {"INVERSE": "ladder.inverse_by_merging", **wide}),
     } | {
         f"ut_kernel {name}": ((x, beta, x, 64, 1, d), {"INVERSE": f"ladder.{inverse.fn.__name__}", **sizes})
         for name, inverse in ladder.INVERSES.items()
@@ -179,6 +206,13 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there(name):
     arguments, constants = plans(torch.bfloat16)[name]
     used = compile_ahead(getattr(ladder, name.split()[0]), Plan(arguments, (), (1,), constants))
     assert used["warps"] == 4 and (used["shared"] > 0 or name == "scaled_add_kernel")
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_one_kernel_compiles_at_the_sizes_that_are_measured(d):
+    arguments, constants = plans(torch.bfloat16, d, C=64)["one_kernel"]
+    used = compile_ahead(ladder.one_kernel, Plan(arguments, (), (1,), {**constants, "BV": 64}))
+    assert 0 < used["shared"] <= 227 * 1024
 
 
 def test_the_walk_compiles_for_an_older_gpu_and_in_float32():

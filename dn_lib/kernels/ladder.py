@@ -1,4 +1,4 @@
-"""Chapter 5's ladder: small kernels, from a first program to the delta rule in separate steps.
+"""Chapter 5's ladder: small kernels, from a first program to the delta rule in four steps and in one.
 
 They are written to be read and compared, not to be fast; the operator uses the kernels beside this file.
 Tensors are `[B, L, H, d]` and contiguous, as in `dn_lib.delta_rule`.  A program that owns a head finds row
@@ -340,3 +340,52 @@ def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="mer
     scale = d_k**-0.5 if scale is None else scale
     output_kernel[(chunks, B * H)](q, k, new, S, o, scale, L, H, d_k, d_v, **sizes, BV=BV)
     return o, final, dict(T=T, W=W, U=U, new=new, S=S)
+
+
+# --- The delta rule in one step: T, the errors and the state stay on chip ----------------------------------
+
+
+@triton.jit
+def one_kernel(
+    q_ptr, k_ptr, v_ptr, beta_ptr, o_ptr, final_ptr, scale, L, H, d_k, d_v,
+    INVERSE: tl.constexpr, DOT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """All four steps in the walk, a program a head and a block of values; U - W S is T (V - K S)."""
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = tl.program_id(1) * BV + tl.arange(0, BV)
+    head = b * L * H + h
+    S = tl.zeros([BK, BV], tl.float32)
+    for start in range(0, L, C):
+        k = load_tile(k_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        beta = tl.load(beta_ptr + head + (start + rows) * H, mask=start + rows < L, other=0.0).to(tl.float32)
+        A = beta[:, None] * tl.dot(k, tl.trans(k), input_precision="ieee")
+        T = INVERSE(tl.where(rows[:, None] > rows[None, :], A, 0.0), C) * beta[None, :]
+        v = load_tile(v_ptr + head * d_v, start + rows, values, H * d_v, L, d_v)
+        R = v - tl.dot(k, S.to(DOT), input_precision="ieee")  # what the state gets wrong about each value
+        new = tl.dot(T.to(DOT), R.to(DOT), input_precision="ieee").to(DOT)  # U - W S
+        q = load_tile(q_ptr + head * d_k, start + rows, keys, H * d_k, L, d_k).to(DOT)
+        P = tl.where(rows[:, None] >= rows[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), 0.0)
+        o = tl.dot(q, S.to(DOT), input_precision="ieee") + tl.dot(P.to(DOT), new, input_precision="ieee")
+        store_tile(o_ptr + head * d_v, scale * o, start + rows, values, H * d_v, L, d_v)
+        S += tl.dot(tl.trans(k), new, input_precision="ieee")
+    store_tile(final_ptr + tl.program_id(0).to(tl.int64) * d_k * d_v, S, keys, values, d_v, d_k, d_v)
+
+
+def delta_rule_in_one(q, k, v, beta, *, scale=None, chunk_size=16, method="merging", block_v=None):
+    """The delta rule as one kernel: nothing but o and the final state is written.
+
+    Shapes, and the first two results, as in `delta_rule_in_steps`.  Each block of `block_v` values inverts anew.
+
+    >>> q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 40, 2, 16), dim=-1).unbind(0)
+    >>> [list(x.shape) for x in delta_rule_in_one(q, k, v, torch.rand(1, 40, 2))]
+    [[1, 40, 2, 16], [1, 2, 16, 16]]
+    """
+    (B, L, H, d_k), d_v = q.shape, v.shape[-1]
+    BV = block_v or block_width(d_v)
+    o, final = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
+    one_kernel[(B * H, triton.cdiv(d_v, BV))](
+        q, k, v, beta, o, final, d_k**-0.5 if scale is None else scale, L, H, d_k, d_v,
+        INVERSE=INVERSES[method], DOT=dot_type(q), C=chunk_size, BK=block_width(d_k), BV=BV,
+    )  # fmt: skip
+    return o, final

@@ -295,19 +295,32 @@ def _count_inverse(C, method):
     return sum(dot.flops for dot in trace.launches[0].dots) - gram
 
 
+def _inverse_flops(C, method, *, half=1, dots=2, small=6, pairs=1 / 3, more=1):
+    """As printed."""
+    levels, part = int(math.log2(C)), (16 / C) ** 2
+    return 2 * C**3 * half * {
+        "substitution": 0,
+        "doubling": dots * (levels - more),
+        "merging": dots * levels,
+        "scaled": small * part + pairs * (1 - part),
+    }[method]  # fmt: skip
+
+
 INVERSE_FLOPS = Equation(
     label="eq-inverse-flops",
     kind="count",
     sample=_sample_inverse,
     left=_count_inverse,
-    right=cost.inverse_flops,
+    right=lambda C, m: round(_inverse_flops(C, m)),
     mutants={
-        "multiply-add counted as one": lambda C, m: cost.inverse_flops(C, m) // 2,
-        "one dot a level": lambda C, m: cost.inverse_flops(C, m) // (1 if m == "scaled" else 2),
-        "blocks of 16 in the full square": lambda C, m: (
-            2 * (int(math.log2(C)) - 1) * 2 * C**3 if m == "scaled" else cost.inverse_flops(C, m)
+        "multiply-add counted as one": lambda C, m: round(_inverse_flops(C, m, half=0.5)),
+        "one dot a level": lambda C, m: round(_inverse_flops(C, m, dots=1)),
+        "dots for blocks of size 1 too": lambda C, m: round(_inverse_flops(C, m, small=8)),
+        "pairs joined in the full square": lambda C, m: (
+            round(_inverse_flops(C, m, pairs=0)) + (m == "scaled") * 2 * (int(math.log2(C)) - 4) * 2 * C**3
         ),
-        "doubling as dear as merging": lambda C, m: cost.inverse_flops(C, "merging" if m == "doubling" else m),
+        "pairs of blocks forgotten": lambda C, m: round(_inverse_flops(C, m, pairs=0)),
+        "doubling as dear as merging": lambda C, m: round(_inverse_flops(C, m, more=0)),
     },
     trials=12,
 )

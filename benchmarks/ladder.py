@@ -1,0 +1,463 @@
+"""Predicted against measured time of every stage of chapter 5's ladder.
+
+    python benchmarks/ladder.py --out book/results/ladder.json
+
+A stage is a form (linear attention's kernel, an inverse, the delta rule in four kernels, ...) at one size.  It first
+has to agree with float64 on the first and the last sequence of the batch that is timed, with its outputs filled
+with NaN beforehand.  Then the form is timed as a whole, and each of its kernels alone, on the arguments with which
+the form launched it.  The prediction is `dn_lib.cost.roofline_time` with the two ceilings measured in the same run,
+a large copy and a large bfloat16 matrix product: nothing is fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import (
+    Clock,
+    DeviceLost,
+    OutOfTime,
+    Results,
+    ceilings,
+    device_of,
+    draw,
+    first_line,
+    limit_of,
+    relative,
+    verdict,
+)
+
+import dn_lib
+from dn_lib import cost
+from dn_lib.householder import ut_transform
+from dn_lib.kernels import ladder
+from dn_lib.linear_attention import chunkwise_linear_attention
+
+SIZES = ((16, 2048, 16, 128), (16, 2048, 32, 64))  # B, L, H, d: 32,768 tokens of 2,048 channels
+DECODED = 512  # sequences of which one token is decoded
+CHUNK, BLOCK_V = 64, 64
+OFF = 0.4
+# Four intermediates are rounded to bfloat16, one after the other; the tests of these kernels have the same bound.
+LADDER_LIMIT = 2e-2
+PYTORCH_SUM = "sum"  # of dbeta's parts: the one kernel of a stage that is not Triton's, timed with the whole only
+
+
+# --- What is launched --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """One launch of a Triton kernel, as it can be repeated; `compiled` is None in the interpreter."""
+
+    kernel: Any
+    arguments: tuple
+    options: dict
+    compiled: Any
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def again(self) -> None:
+        self.kernel.run(*self.arguments, **self.options)
+
+    def facts(self) -> dict:
+        """Programs, and what each of them occupies; `spills` as Triton counts them."""
+        metadata = getattr(self.compiled, "metadata", None)
+        return {
+            "programs": math.prod(self.options["grid"]),
+            "warps": getattr(metadata, "num_warps", None),
+            "registers": getattr(self.compiled, "n_regs", None),
+            "spills": getattr(self.compiled, "n_spills", None),
+            "shared_bytes": getattr(metadata, "shared", None),
+        }
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Collects the Triton kernels that are launched within it."""
+    kind = type(ladder.scaled_add_kernel)
+    plain, seen = kind.run, []
+
+    def run(self, *arguments, **options):
+        compiled = plain(self, *arguments, **options)
+        seen.append(Launch(self, arguments, options, compiled))
+        return compiled
+
+    kind.run = run
+    try:
+        yield seen
+    finally:
+        kind.run = plain
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it memory that is allocated but not written holds NaN, so that no earlier result lies in it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+# --- The stages --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """run: what is timed.  errors: of what `run` returned, by name.  model: the costs of what was launched."""
+
+    name: str
+    run: Callable[[], Any]
+    errors: Callable[[Any], dict[str, float]]
+    model: Callable[[list[Launch]], tuple[cost.Cost, ...]]
+    limit: float
+    shape: cost.Shape
+    float32_flops: int = 0
+
+
+class Size:
+    """Inputs of one size, their results in float64, and the stages."""
+
+    def __init__(self, B: int, L: int, H: int, d: int, device: str, *, chunk: int, decoded: int):
+        self.shape = cost.Shape(B, L, H, d, d, C=chunk, block_v=min(d, BLOCK_V))
+        self.device, self.decoded = device, decoded
+        self.p = draw(B, L, H, d, d, torch.bfloat16, device, seed=3)
+        self.inputs = [x.detach() for x in self.p.leaves]
+        self.some = sorted({0, B - 1})
+        self.limit = limit_of(torch.bfloat16, device=device)
+        self.ladder_limit = LADDER_LIMIT if device == "cuda" else limit_of(torch.bfloat16, device=device)
+
+    def wide(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [x.detach()[self.some].double() for x in tensors]
+
+    @functools.cached_property
+    def exact(self) -> dict[str, torch.Tensor]:
+        leaves = [x.requires_grad_() for x in self.wide(*self.inputs)]
+        o, state = dn_lib.delta_rule(*leaves, backend="chunkwise", output_final_state=True)
+        gradients = torch.autograd.grad(o, leaves, *self.wide(self.p.do))
+        names = ("o", "state", "dq", "dk", "dv", "dbeta")
+        return dict(zip(names, (o.detach(), state.detach(), *gradients), strict=True))
+
+    @functools.cached_property
+    def exact_linear(self) -> tuple[torch.Tensor, torch.Tensor]:
+        o, state = chunkwise_linear_attention(*(x.transpose(1, 2) for x in self.wide(*self.inputs[:3])))
+        return o.transpose(1, 2), state
+
+    @functools.cached_property
+    def exact_T(self) -> torch.Tensor:
+        """[sequences, H, chunks, C, C]."""
+        k, beta = (x.transpose(1, 2).unflatten(2, (-1, self.shape.C)) for x in self.wide(self.inputs[1], self.p.beta))
+        return ut_transform(k, beta)
+
+    def compare(self, *pairs: tuple[str, torch.Tensor, torch.Tensor]) -> dict[str, float]:
+        return {name: relative(got[self.some], exact) for name, got, exact in pairs}
+
+    def output(self, found: tuple) -> dict[str, float]:
+        return self.compare(("o", found[0], self.exact["o"]), ("state", found[1], self.exact["state"]))
+
+    def operator(self, *, gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.p.leaves if gradients else self.inputs
+        with torch.set_grad_enabled(gradients):
+            return dn_lib.delta_rule(*inputs, backend="triton", chunk_size=self.shape.C, output_final_state=True)
+
+    def operator_model(self, seen: list[Launch]) -> tuple[cost.Cost, ...]:
+        """The cost of what the operator launched: its regime and its blocks are read off the launches."""
+        options = {launch.name: launch.options for launch in seen}
+        names = tuple(launch.name for launch in seen)
+        first = options.get("walk") or options.get("walk_back") or {}
+        shape = dataclasses.replace(
+            self.shape, block_v=first.get("BV"), block_k=options.get("gradients", {}).get("BK"), C=first.get("C", 1)
+        )
+        if names == ("chunk_inverse", "walk"):
+            save = "E states" if first.get("STATES") else "E" if first["SAVE"] else ""
+            return cost.two_kernels(shape, save=save)
+        forms = {("walk_back",): cost.fused_backward, ("walk_back", "gradients"): cost.backward}
+        if names not in forms:
+            raise ValueError(f"dn_lib.cost has no model for the launches {names}")
+        return forms[names](shape)
+
+    def inverse(self, method: str) -> Stage:
+        _, k, _, beta = self.inputs
+        C = self.shape.C
+
+        def errors(T: torch.Tensor) -> dict[str, float]:
+            blocks = T[self.some].transpose(1, 2).unflatten(2, (-1, C))
+            return {"T": relative(blocks, self.exact_T)}
+
+        return Stage(
+            f"T by {method}",
+            lambda: ladder.ut_transform(k, beta, method=method, chunk_size=C),
+            errors,
+            lambda seen: cost.delta_rule_in_steps(self.shape, method=method)[:1],
+            self.ladder_limit,
+            self.shape,
+            self.inverse_flops(method),
+        )
+
+    def inverse_flops(self, method: str, times: int = 1) -> int:
+        """FLOPs of the ladder's inverses: their dots are float32 dots, which the matrix units do not do."""
+        return times * self.shape.heads * self.shape.chunks * cost.inverse_flops(self.shape.C, method)
+
+    def backward(self) -> Stage:
+        leaves = self.p.leaves
+        forward = functools.cache(lambda: self.operator(gradients=True)[0])  # launched once, outside of `run`
+
+        def run() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(forward(), leaves, self.p.do, retain_graph=True)
+
+        def errors(found: tuple) -> dict[str, float]:
+            names = ("dq", "dk", "dv", "dbeta")
+            return self.compare(*((name, x, self.exact[name]) for name, x in zip(names, found, strict=True)))
+
+        def model(seen: list[Launch]) -> tuple[cost.Cost, ...]:
+            seen[:] = [launch for launch in seen if launch.name not in ("chunk_inverse", "walk")]
+            return self.operator_model(seen)
+
+        return Stage("operator, backward", run, errors, model, self.limit, self.shape)
+
+    def token(self) -> Stage:
+        """One token for each of many states, which are in memory and go back there."""
+        s = self.shape
+        few = slice(0, min(self.decoded, 8))
+        p = draw(self.decoded, 1, s.H, s.d_k, s.d_v, torch.bfloat16, self.device, seed=10, state=True)
+        inputs = [x.detach() for x in (p.q, p.k, p.v, p.beta)]
+        state = p.initial_state.detach()
+
+        def step(tensors: list[torch.Tensor], first: torch.Tensor, backend: str) -> tuple:
+            options = {"initial_state": first, "output_final_state": True, "backend": backend}
+            with torch.no_grad():
+                return dn_lib.delta_rule(*tensors, **options)
+
+        def errors(found: tuple) -> dict[str, float]:
+            exact = step([x[few].double() for x in inputs], state[few].double(), "recurrent")
+            return {name: relative(x[few], y) for name, x, y in zip(("o", "state"), found, exact, strict=True)}
+
+        shape = cost.Shape(self.decoded, 1, s.H, s.d_k, s.d_v, C=1)
+        return Stage(
+            "one token", lambda: step(inputs, state, "triton"), errors, lambda _: cost.decode(shape), self.limit, shape
+        )
+
+    def stages(self) -> list[Stage]:
+        """In the chapter's order."""
+        q, k, v, beta = self.inputs
+        C, block_v = self.shape.C, self.shape.block_v
+        narrow = {"chunk_size": C, "block_v": block_v}
+        linear = Stage(
+            "linear attention",
+            lambda: ladder.linear_attention(q, k, v, **narrow),
+            lambda found: self.compare(
+                ("o", found[0], self.exact_linear[0]), ("state", found[1], self.exact_linear[1])
+            ),
+            lambda seen: cost.linear_attention(self.shape),
+            self.limit,
+            self.shape,
+        )
+        four = Stage(
+            "four kernels",
+            lambda: ladder.delta_rule_in_steps(q, k, v, beta, **narrow),
+            self.output,
+            lambda seen: cost.delta_rule_in_steps(self.shape),
+            self.ladder_limit,
+            self.shape,
+            self.inverse_flops("merging"),
+        )
+        two = Stage("two kernels", self.operator, self.output, self.operator_model, self.limit, self.shape)
+        one = Stage(
+            "one kernel",
+            lambda: ladder.delta_rule_in_one(q, k, v, beta, **narrow),
+            self.output,
+            lambda seen: cost.fused(self.shape),
+            self.ladder_limit,
+            self.shape,
+            self.inverse_flops("merging", times=self.shape.value_blocks),
+        )
+        training = functools.partial(self.operator, gradients=True)
+        return [
+            linear,
+            *(self.inverse(method) for method in ladder.INVERSES),
+            four,
+            two,
+            one,
+            Stage("operator, training", training, self.output, self.operator_model, self.limit, self.shape),
+            self.backward(),
+            self.token(),
+        ]
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------------
+
+
+def prediction(costs: tuple[cost.Cost, ...], rates: dict, ms: float) -> dict:
+    """Bytes, FLOPs, predicted time, and the measured one over it."""
+    bandwidth, flop_rate = rates["copy_bytes_per_s"], rates["matmul_flops_per_s"]
+    predicted = 1e3 * cost.roofline_time(costs, bandwidth, flop_rate)
+    moved, work = cost.total_bytes(costs), cost.total_flops(costs)
+    return {
+        "ms": ms,
+        "predicted_ms": predicted,
+        "ratio": ms / predicted,
+        "bytes": moved,
+        "flops": work,
+        "bound": "bytes" if moved / bandwidth > work / flop_rate else "operations",
+        "steps": max(c.steps for c in costs),
+    }
+
+
+def measure(stage: Stage, clock: Clock, rates: dict) -> dict:
+    s = stage.shape
+    row = {"stage": stage.name, "B": s.B, "L": s.L, "H": s.H, "d": s.d_k, "chunk": s.C, "dtype": "bfloat16"}
+    with launches() as seen, poisoned():
+        found = stage.run()
+    row |= {"errors": stage.errors(found), "limit": stage.limit}
+    del found
+    if wrong := verdict(row["errors"], None, stage.limit):
+        return row | {"status": "refused", "failure": "; ".join(wrong)}
+    costs = stage.model(seen)
+    ours = [c for c in costs if c.name != PYTORCH_SUM]
+    if len(ours) != len(seen):
+        names = [launch.name for launch in seen]
+        raise ValueError(f"the model counts {len(ours)} kernels, launched were {names}")
+    row["samples_ms"] = [clock.median(stage.run) for _ in range(2)]
+    row |= prediction(costs, rates, statistics.median(row["samples_ms"]))
+    if stage.float32_flops:
+        row["float32_flops"] = stage.float32_flops
+        row["float32_ms"] = 1e3 * stage.float32_flops / rates["float32_flops_per_s"]
+    row["kernels"] = []
+    for launch, c in zip(seen, ours, strict=True):
+        ms = clock.median(launch.again) if len(seen) > 1 else row["ms"]
+        kernel = {"kernel": launch.name, "name": c.name, **prediction((c,), rates, ms), **launch.facts()}
+        row["kernels"].append(kernel)
+    return row
+
+
+def float32_rate(clock: Clock) -> dict:
+    """FLOP/s of a float32 product without TF32: what dots of full float32 operands can reach."""
+    n = 64 if clock.smoke else 4096
+    a, b = (torch.randn(n, n, device="cpu" if clock.smoke else "cuda") for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        ms = clock.median(lambda: a @ b)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return {"float32_flops_per_s": 2 * n**3 / (ms * 1e-3), "float32_size": n}
+
+
+def compile_one(job: tuple[tuple[int, int, int, int], int]) -> str | None:
+    """In a process of its own: one stage for one sequence, so that Triton's cache holds its kernels."""
+    (_, L, H, d), index = job
+    try:
+        Size(1, L, H, d, "cuda", chunk=CHUNK, decoded=1).stages()[index].run()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{job}: {first_line(error)}"
+    return None
+
+
+def precompile(jobs: list[tuple], workers: int) -> dict:
+    """Compiles on several cores; what fails here fails again, and is recorded, in its own row."""
+    begun = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        failed = [f for f in pool.imap_unordered(compile_one, jobs, chunksize=1) if f]
+    return {"workers": workers, "seconds": time.monotonic() - begun, "failed": failed}
+
+
+def summary(rows: list[dict]) -> dict:
+    done = [row for row in rows if row["status"] == "ok"]
+    return {
+        "stages": len(rows),
+        "off_by": OFF,
+        "off": [row["key"] for row in done if abs(row["ratio"] - 1) > OFF],
+        "within": [row["key"] for row in done if abs(row["ratio"] - 1) <= OFF],
+        "refused_or_failed": [row["key"] for row in rows if row["status"] != "ok"],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'stage':44} {'predicted':>9} {'measured':>9} {'ratio':>6}  bound by"]
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append(f"{row['key']:44} {row['status']}: {row['failure']}")
+            continue
+        parts = row["kernels"] if len(row["kernels"]) > 1 else []
+        for name, x in [(row["key"], row), *((f"    {part['kernel']}", part) for part in parts)]:
+            times = f"{x['predicted_ms']:9.3f} {x['ms']:9.3f} {x['ratio']:6.2f}"
+            lines.append(f"{name:44} {times}  {x['bound']}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 if a row failed or was refused; 2 if the budget ran out; 3 if the GPU was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="shorter timings")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
+    parser.add_argument(
+        "--workers", type=int, help="processes that compile first (default: as many as cores, at most 12)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter; times are stubs")
+    options = parser.parse_args(argv)
+    device = device_of(options.smoke)
+    clock = Clock(*((10, 40) if options.quick else (25, 100)), smoke=options.smoke)
+    settings = {
+        **{name: value for name, value in vars(options).items() if name != "out"},
+        "clock": f"triton.testing.do_bench medians, warm-up {clock.warmup} ms, {clock.rep} ms measured; "
+        "a stage: twice, a kernel: once",
+        "inputs": "q, k normalised in float32 then cast; beta = sigmoid(normal); v, do normal; all bfloat16",
+        "errors": "relative Frobenius norm against float64 of the same rounded inputs, first and last sequence; "
+        "one token: the first eight; uninitialised memory filled with NaN",
+        "prediction": "dn_lib.cost.roofline_time: sum over kernels of the larger of bytes / copy rate and FLOPs / "
+        "bfloat16 matmul rate, both measured in this run; every tensor is counted once for each kernel",
+        "kernels": "each alone, on the arguments of the stage's own launch; final states are asked for",
+        "float32_ms": "the FLOPs of float32 dots at the rate of a large float32 product; no part of the prediction",
+    }
+    results = Results(options.out, settings, budget=options.budget, smoke=options.smoke)
+    sizes, chunk, decoded = (((2, 32, 1, 16),), 16, 2) if options.smoke else (SIZES, CHUNK, DECODED)
+    code = 0
+    try:
+        made = [Size(*size, device, chunk=chunk, decoded=decoded) for size in sizes]
+        stages = [size.stages() for size in made]
+        jobs = [(i, n) for i, some in enumerate(stages) for n in range(len(some))]
+        if not options.smoke:
+            workers = min(12, os.cpu_count() or 1) if options.workers is None else options.workers
+            settings["multiprocessors"] = torch.cuda.get_device_properties(0).multi_processor_count
+            if workers:
+                settings["compiled"] = precompile([(sizes[i], n) for i, n in jobs], workers)
+        results.ceilings = {**ceilings(clock), **float32_rate(clock)}
+        for i, n in jobs:
+            stage = stages[i][n]
+            s = stage.shape
+            key = f"{s.B}x{s.L}x{s.H}x{s.d_k} {stage.name}"
+            results.measure(key, functools.partial(measure, stage, clock, results.ceilings))
+    except OutOfTime:
+        print("stopped at the budget; the same command goes on", flush=True)
+        code = 2
+    except DeviceLost as error:
+        print(f"GPU lost at {error}; the same command goes on after it", flush=True)
+        code = 3
+    results.summary = summary(results.rows)
+    results.write()
+    print(table(results.rows))
+    if options.smoke:
+        print("NOT MEASURED: smoke run")
+    return code or int(bool(results.summary["refused_or_failed"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
