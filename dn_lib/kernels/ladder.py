@@ -21,7 +21,7 @@ LEAST_DOT = 16
 
 def interpreted() -> bool:
     """Whether Triton kernels of this process run in the interpreter."""
-    return isinstance(scaled_add_kernel, triton.runtime.interpreter.InterpretedFunction)
+    return not isinstance(scaled_add_kernel, triton.JITFunction)
 
 
 def dot_type(x: Tensor) -> tl.dtype:
