@@ -14,10 +14,12 @@ from typing import Any
 
 
 def git_commit() -> str:
-    """The commit of the checkout this file is in; `DN_COMMIT` where there is no `.git`; else "unknown".
+    """`DN_COMMIT` if that is set (for a copy whose `.git` is missing or older); else the commit of the checkout.
 
-    A "+" at the end says that tracked files differ from that commit.
+    A "+" at the end says that tracked files differ from that commit; "unknown" that there is no checkout.
     """
+    if given := os.environ.get("DN_COMMIT"):
+        return given
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -29,7 +31,7 @@ def git_commit() -> str:
 
     commit = git("rev-parse", "HEAD")
     if not commit:
-        return os.environ.get("DN_COMMIT") or "unknown"
+        return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no")
     return commit + ("+" if changed else "")
 
