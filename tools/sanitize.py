@@ -37,7 +37,7 @@ REGIMES = (
 CASES = tuple(itertools.product(SIZES, REGIMES))
 
 
-def exercise(case: tuple) -> int:
+def exercise(case: tuple, device: str = "cuda") -> int:
     """Forward, gradients, decoding and the recurrence of one of CASES; how many calls were made."""
     import dn_lib  # first, so that nothing else imports Triton before it
 
@@ -46,10 +46,10 @@ def exercise(case: tuple) -> int:
 
     (d_k, d_v, kind), (L, parts, packed, norm, alone) = case
     dtype = getattr(torch, kind)
-    q, k = (torch.nn.functional.normalize(torch.randn(1, L, 1, d_k, device="cuda"), dim=-1) for _ in range(2))
-    v, beta = torch.randn(1, L, 1, d_v, device="cuda"), torch.rand(1, L, 1, device="cuda")
-    cu = torch.tensor([0, 0, 17, L], device="cuda") if packed else None
-    first = torch.randn(3 if packed else 1, 1, d_k, d_v, device="cuda")
+    q, k = (torch.nn.functional.normalize(torch.randn(1, L, 1, d_k, device=device), dim=-1) for _ in range(2))
+    v, beta = torch.randn(1, L, 1, d_v, device=device), torch.rand(1, L, 1, device=device)
+    cu = torch.tensor([0, 0, 17, L], device=device) if packed else None
+    first = torch.randn(3 if packed else 1, 1, d_k, d_v, device=device)
     x = [t.to(dtype).requires_grad_() for t in (q, k, v, beta)]
     rule = mock.patch("dn_lib.kernels.configs.segments", lambda *_: parts)
     with rule, mock.patch("dn_lib.kernels.configs.alone", lambda *_: alone):
@@ -61,7 +61,8 @@ def exercise(case: tuple) -> int:
             dn_lib.delta_rule(*x, cu_seqlens=cu, qk_l2norm=norm, backend="triton")
             dn_lib.fused_recurrent_delta_rule(*(t[:, :9] for t in x))
             dn_lib.decode_delta_rule(*(t[:, 0].detach() for t in x), first[:1].clone())
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return 5
 
 
