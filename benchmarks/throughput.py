@@ -1,5 +1,6 @@
 """Training and decoding speed of 340M-parameter models on one GPU, side by side in one process.
 
+    python benchmarks/throughput.py --tune-only --only fla [--budget 200]
     python benchmarks/throughput.py --out book/results/throughput.json [--only delta,attention,fla] [--profile]
 
 Training: 24 layers, width 1024, 8 heads, vocabulary 32,000, bfloat16, AdamW included, at equal tokens a step:
@@ -11,6 +12,10 @@ DeltaNetForCausalLM with its fused norm, SwiGLU and cross-entropy, where that pa
 Peak memory is that of a candidate alone: what the others hold is taken off.  Decoding: tokens a second and bytes
 of cache of one sequence after contexts of 1K to 64K.  --profile: where the time of a step at 8192 goes.
 The file is written after each row, and the same command goes on where it stopped.
+
+fla tunes every kernel at its first step, for minutes.  --tune-only does that beforehand, at one length, and says
+which kernel it is at; what it found stays in Triton's cache (TRITON_CACHE_DIR), where the measurement finds it.
+--fla-first-config does without tuning; the rows then say so in their names.
 """
 
 from __future__ import annotations
@@ -19,14 +24,16 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import re
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import DeviceLost, OutOfTime, Results, device_of, load_fla
+from measure import DeviceLost, OutOfTime, Results, device_of, first_line, load_fla
 from torch import nn
 
 from dn_lib.models import LanguageModel, ModelConfig
@@ -163,6 +170,53 @@ def timed(function, repeats: int, device: str) -> list[float]:
     return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
 
 
+# --- Tuning beforehand -------------------------------------------------------------------------------------------
+
+
+def say_what_is_tuned(elapsed, budget: float | None) -> None:
+    """From now on each Triton autotuner prints what it begins with; after `budget` seconds it raises OutOfTime."""
+    from triton.runtime.autotuner import Autotuner
+
+    plain = Autotuner.prune_configs
+
+    def prune(self, *arguments, **options):
+        configs = plain(self, *arguments, **options)
+        if budget is not None and elapsed() > budget:
+            raise OutOfTime
+        print(f"[{elapsed():6.1f} s] {self.base_fn.__name__}: {len(configs)} configurations", flush=True)
+        return configs
+
+    Autotuner.prune_configs = prune
+
+
+def tune(bench: Bench, names: list[str], length: int, batch: int) -> int:
+    """One step of each candidate, two layers deep, for what it leaves in the caches.  0; 1 failed; 2 out of time.
+
+    Two layers have the kernels of all 24, and a step has as many tokens at every length, which is all that most
+    of fla's kernels are tuned for besides their head sizes.
+    """
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return time.monotonic() - started
+
+    say_what_is_tuned(elapsed, bench.options.budget)
+    for name in names:
+        try:
+            bench.candidate(name).step(*a_batch(bench, length, batch))
+            if bench.device == "cuda":
+                torch.cuda.synchronize()
+        except OutOfTime:
+            print(f"[{elapsed():6.1f} s] {name}: stopped at the budget; the same command goes on", flush=True)
+            return 2
+        except Exception as error:
+            print(f"[{elapsed():6.1f} s] {name}: failed: {first_line(error)}", flush=True)
+            return 1
+        print(f"[{elapsed():6.1f} s] {name}: a step at {length} is tuned and compiled", flush=True)
+        bench.drop(name)
+    return 0
+
+
 # --- Rows --------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +235,11 @@ def ready(bench: Bench, name: str, length: int, batch: int, steps: int) -> tuple
     return candidate, data
 
 
+def shown(bench: Bench, name: str) -> str:
+    """What rows call a candidate: fla that was kept from tuning says so."""
+    return f"{name}, first configuration" if name == "fla" and bench.options.fla_first_config else name
+
+
 def training(bench: Bench, name: str, length: int, batch: int) -> dict:
     """Tokens a second, peak memory and model-FLOP use of a whole step."""
     try:
@@ -197,7 +256,7 @@ def training(bench: Bench, name: str, length: int, batch: int) -> dict:
     speed = batch * length / statistics.median(seconds)
     cuda = bench.device == "cuda"
     return {
-        "name": name,
+        "name": shown(bench, name),
         "length": length,
         "batch": batch,
         "parameters": sum(p.numel() for p in candidate.model.parameters()),
@@ -294,7 +353,7 @@ def profile(bench: Bench, name: str, length: int, batch: int, rows: int = 25) ->
     busy = sum(groups.values())
     listed = sorted(times.items(), key=lambda item: -item[1][1])[:rows]
     return {
-        "name": name,
+        "name": shown(bench, name),
         "length": length,
         "batch": batch,
         "step_ms": step,
@@ -365,20 +424,25 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0; 1 if a row failed; 2 if the budget ran out; 3 if the GPU was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the JSON file; needed unless --tune-only")
     parser.add_argument("--only", default="delta,attention,fla", help="which models, separated by commas")
     parser.add_argument("--lengths", help="which of the lengths, separated by commas (default: all)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each candidate at each length")
     parser.add_argument("--repeats", type=int, default=8, help="timed steps in a turn")
     parser.add_argument("--warmup", type=int, default=3, help="steps before a candidate's first turn at a length")
+    parser.add_argument("--tune-only", action="store_true", help="fill Triton's cache at the first length; no rows")
+    parser.add_argument("--fla-first-config", action="store_true", help="keep fla from tuning; its rows say so")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--profile", action="store_true", help=f"where the time goes, at {PROFILED}")
-    parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no row (no kernel's tuning) after S seconds")
     parser.add_argument("--retry", action="store_true", help="repeat rows that failed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU; times are stubs")
     options = parser.parse_args(argv)
+    if options.out is None and not options.tune_only:
+        parser.error("--out is needed")
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read where fla's kernels are defined: what it tunes stays
     device = device_of(options.smoke)
     torch.set_float32_matmul_precision("high")
     shape, lengths, contexts, profiled = SHAPE, TRAINING, CONTEXTS, PROFILED
@@ -387,12 +451,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.lengths:
         wanted = [int(length) for length in options.lengths.split(",")]
         lengths = {length: batch for length, batch in lengths.items() if length in wanted}
-    peer = load_fla(False, options.smoke).status
+    fla = load_fla(False, options.smoke)
+    peer, fla.cut = fla.status, options.fla_first_config
     names = [name for name in options.only.split(",") if name != "fla" or peer == "present"]
-    kept = {name: value for name, value in vars(options).items() if name not in ("out", "budget", "retry")}
+    torch._dynamo.config.recompile_limit = 32  # one block's code is compiled for each mixer and length
+    if options.tune_only:
+        if not names:
+            parser.error(f"nothing to tune: fla is {peer}")
+        length, batch = next(iter(lengths.items()))
+        return tune(Bench(options, device, {**shape, "layers": 2}), names, length, batch)
+    left_out = ("out", "budget", "retry", "tune_only")
+    kept = {name: value for name, value in vars(options).items() if name not in left_out}
     settings = {**kept, "shape": shape, "fairness": FAIRNESS, "fla": peer}
     results = Results(options.out, settings, budget=options.budget, smoke=options.smoke, seed=options.seed)
-    torch._dynamo.config.recompile_limit = 32  # one block's code is compiled for each mixer and length
     bench, code = Bench(options, device, shape), 0
 
     def measure(key, run):
@@ -402,11 +473,11 @@ def main(argv: list[str] | None = None) -> int:
         for length, batch in lengths.items():
             for turn in range(options.rounds):
                 for name in names:
-                    key = f"train {name} {length} round {turn}"
+                    key = f"train {shown(bench, name)} {length} round {turn}"
                     measure(key, lambda n=name, le=length, b=batch: training(bench, n, le, b))
             if options.profile and length == profiled:
                 for name in names:
-                    key = f"profile {name} {length}"
+                    key = f"profile {shown(bench, name)} {length}"
                     measure(key, lambda n=name, le=length, b=batch: profile(bench, n, le, b))
         bench.built.clear()
         gc.collect()

@@ -127,8 +127,8 @@ def recurrent_delta_rule(
     zeros; leading dimensions broadcast, L may be 0.  Any floating dtypes; the arithmetic and the final state
     are float64 if an input is, else float32.  `scale=None` means `d_k ** -0.5`.
     Returns `(o, final_state)`, o `[..., L, d_v]` in v's dtype.
-    Raises ValueError, naming the argument, for shapes that do not fit.  Values are not checked: the state
-    stays bounded if 0 <= beta |k|^2 <= 2 at every token.
+    Raises ValueError, naming the argument, for shapes that do not fit.  Values are not checked: if
+    0 <= beta |k|^2 <= 2, a token enlarges no direction of the state, and adds at most beta |k| |v|.
     Implements eq-delta-recurrence and eq-delta-output.  Source: Schlag et al. (2021); Yang et al. (2024).
 
     >>> q, k, v = torch.eye(3), torch.eye(3), torch.arange(6.0).reshape(3, 2)
