@@ -66,12 +66,18 @@ def square_plan(n, dtype=torch.float32):
 def test_a_right_kernel_has_no_findings():
     found = kc.interpret(ADD, vector_plan())
     assert torch.equal(found.outputs[0], 2 * torch.arange(100.0))
-    assert not (found.outside or found.races or found.garbled or found.rounded)
+    assert not (found.outside or found.races or found.garbled or found.rounded or found.unwritten)
 
 
 def test_outputs_are_poisoned():
     found = kc.interpret(ADD, vector_plan(programs=1))
     assert found.outputs[0][:64].isfinite().all() and found.outputs[0][64:].isnan().all()
+    assert found.unwritten == ["out[64] was never written (36 such elements)"]
+
+
+def test_a_nan_that_was_computed_is_not_called_unwritten():
+    found = kc.interpret(ADD.replace("x + y", "x + y + float('nan')"), vector_plan())
+    assert found.outputs[0].isnan().all() and found.unwritten == []
 
 
 def test_a_forgotten_mask_is_named_by_index():
@@ -110,6 +116,12 @@ def test_dots_that_differ_on_a_gpu_are_reported():
         ("x + y", "x + z", "NameError: name 'z' is not defined"),
         ("x + y", "tl.dot(x, y)", "in `"),
         ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK - 1)", "power of 2"),
+        ("x + y", "x + tl.zeros([32], tl.float32)", "(an axis such as [:, None] may be missing)"),
+        (
+            "tl.load(x_ptr + i, mask=i < n, other=0.0)",
+            "x_ptr[i]",
+            "A pointer cannot be indexed: add the offsets to it and use tl.load, in `x_ptr[i]`",
+        ),
     ],
 )
 def test_errors_come_back_in_one_line(old, new, message):
@@ -270,10 +282,22 @@ def test_an_unknown_mistake_is_an_error_of_one_line():
     assert verdict.status == "error" and "would store out[" in verdict.message and "\n" not in verdict.message
 
 
+def test_an_output_that_is_never_written_is_named():
+    lines = [line for line in ch5.RETENTION.splitlines(keepends=True) if "tl.store(state_ptr" not in line]
+    verdict = evaluate("5.3", kc.guarded("5.3", "".join(lines)))
+    assert verdict.status == "error" and verdict.message.endswith("KernelError: state was never written")
+
+
 def test_wrong_numbers_are_shown_with_their_index():
     wrong = ch5.exchange(ch5.SCALE_ROWS, ("s[:, None] * x", "2 * s[:, None] * x"))
     verdict = evaluate("5.1", kc.guarded("5.1", wrong))
-    assert verdict.status == "wrong" and "at index [0, 0]" in verdict.message
+    assert verdict.status == "wrong" and "out first differs at index [0, 0]" in verdict.message
+
+
+def test_wrong_counts_are_shown_in_full():
+    verdict = evaluate("5.2", lambda *shape: 1_900_544)
+    assert verdict.status == "wrong" and "you have 1,900,544, expected " in verdict.message
+    assert "e+" not in verdict.message
 
 
 def test_an_exercise_without_a_kernel_is_refused():

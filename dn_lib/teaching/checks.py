@@ -49,13 +49,18 @@ def _structure(value: Any) -> Any:
     return tuple(_structure(v) for v in value) if isinstance(value, (tuple, list)) else None
 
 
-def _first_difference(answer: Any, reference: Any, tolerance: float) -> str:
-    """Where `answer` first departs from `reference`, with both values."""
+def _number(value: float) -> str:
+    """Whole numbers in full, as counts are; others with six digits."""
+    return f"{int(value):,}" if value == value and abs(value) < 1e15 and value == int(value) else f"{value:.6g}"
+
+
+def _first_difference(answer: Any, reference: Any, tolerance: float, names: tuple[str, ...] = ()) -> str:
+    """Where `answer` first departs from `reference`, with both values; `names` are those of the outputs."""
     if _structure(answer) != _structure(reference):
         return f"you returned {_describe(answer)}, expected {_describe(reference)}."
     got, expected = leaves(answer), leaves(reference)
     for n, (a, b) in enumerate(zip(got, expected, strict=True)):
-        which = f"output {n}" if len(got) > 1 else "the output"
+        which = names[n] if n < len(names) else f"output {n}" if len(got) > 1 else "the output"
         if a.shape != b.shape:
             return f"{which} has shape {list(a.shape)}, expected {list(b.shape)}."
         wrong = ~((a - b).abs() <= tolerance * b.abs().max().clamp(min=1e-30))
@@ -63,7 +68,7 @@ def _first_difference(answer: Any, reference: Any, tolerance: float) -> str:
             index = wrong.nonzero()[0].tolist()
             a_i, b_i = a[tuple(index)].item(), b[tuple(index)].item()
             place = f"at index {index}" if index else "in value"
-            return f"{which} first differs {place}: you have {a_i:.6g}, expected {b_i:.6g}."
+            return f"{which} first differs {place}: you have {_number(a_i)}, expected {_number(b_i)}."
     return "the relative error is above the tolerance, though no single entry stands out."
 
 
@@ -118,7 +123,8 @@ def evaluate(number: str, fn: Callable[..., Any], seed: int = 0) -> Verdict:
         if _matches(exercise, mutant.fn, cases, answers):
             message = f"✗ {number} {mutant.message}\n  Hint: {mutant.hint}"
             return Verdict("misunderstanding", message)
-    return Verdict("wrong", f"✗ {number} {_first_difference(answer, reference, exercise.tolerance)}")
+    difference = _first_difference(answer, reference, exercise.tolerance, getattr(fn, "names", ()))
+    return Verdict("wrong", f"✗ {number} {difference}")
 
 
 def check(number: str, fn: Callable[..., Any]) -> None:

@@ -78,7 +78,7 @@ class Findings:
 
     outside: accesses outside of every argument, `outside_count` elements in all.  races: elements that two
     programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
-    would round to TF32.
+    would round to TF32.  unwritten: outputs that no program stored, or stored only in part.
     """
 
     outputs: tuple[Tensor, ...]
@@ -87,6 +87,7 @@ class Findings:
     races: list[str]
     garbled: list[str]
     rounded: list[str]
+    unwritten: list[str]
 
 
 def require_triton() -> None:
@@ -207,11 +208,19 @@ def kernel_name(kernel: Any) -> str:
     return kernel.fn.__name__
 
 
+def _definition(kernel: Any) -> ast.FunctionDef:
+    source = textwrap.dedent(kernel if isinstance(kernel, str) else inspect.getsource(kernel.fn))
+    return [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)][-1]
+
+
+def _parameters(kernel: Any) -> list[str]:
+    return [argument.arg for argument in _definition(kernel).args.args]
+
+
 def is_blank(kernel: Any) -> bool:
     """Whether the kernel's body is still `...`."""
-    source = textwrap.dedent(kernel if isinstance(kernel, str) else inspect.getsource(kernel.fn))
-    function = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)][-1]
-    return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in function.body)
+    body = _definition(kernel).body
+    return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
 
 
 # --- Child processes ------------------------------------------------------------------------------------
@@ -318,6 +327,8 @@ def _in_one_line(error: BaseException) -> str:
     where = re.match(r"at (\d+):", lines[0]) if lines else None
     culprit = f" in `{lines[-2]}`" if where and len(lines) > 2 else ""
     reason = lines[-1] if lines else "no message"
+    if "make_shape_compatible" in reason:
+        reason += " (an axis such as [:, None] may be missing)"
     return f"{type(error).__name__}: {reason}{culprit}"
 
 
@@ -374,7 +385,13 @@ def _interpret(source: str, name: str, plan: Plan) -> Findings:
 
     kernel = _load_kernel(source, name)
     with record() as trace:
-        kernel[plan.grid](*plan.arguments, **_constants(plan.constants))
+        try:
+            kernel[plan.grid](*plan.arguments, **_constants(plan.constants))
+        except Exception:
+            if indexed := _indexed_pointer(kernel, plan):
+                message = "A pointer cannot be indexed: add the offsets to it and use tl.load"
+                raise TypeError(f"{message}, in `{indexed}`") from None
+            raise
     (launch,) = trace.launches
     mixed = sorted({d.types for d in launch.dots if "bf16" in d.types})
     garbled = [f"tl.dot of {a} and {b}: the interpreter multiplies their bit patterns" for a, b in mixed]
@@ -383,7 +400,33 @@ def _interpret(source: str, name: str, plan: Plan) -> Findings:
     outputs = tuple(plan.arguments[i] for i in plan.outputs)
     outside = [str(o) for o in launch.outside[:4]]
     count = sum(o.count for o in launch.outside)
-    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded)
+    names = [inspect.getfullargspec(kernel.fn).args[i].removesuffix("_ptr") for i in plan.outputs]
+    unwritten = [line for name in names if (line := _never_written(launch, name))]
+    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded, unwritten[:4])
+
+
+def _never_written(launch: Any, name: str) -> str:
+    """A line on the elements of the tensor `name` that no program stored; empty if there are none."""
+    shape = launch.shapes[name]
+    missing = torch.ones(shape, dtype=torch.bool).flatten()
+    for access in launch.accesses:
+        if access.tensor == name and access.kind != "load":
+            missing[torch.as_tensor(access.elements, dtype=torch.long)] = False
+    count = int(missing.sum())
+    if count in (0, missing.numel()):
+        return f"{name} was never written" if count else ""
+    index = missing.view(shape).nonzero()[0].tolist()
+    return f"{name}{index} was never written ({count} such elements)"
+
+
+def _indexed_pointer(kernel: Any, plan: Plan) -> str | None:
+    """The first place in `kernel` where the parameter of a tensor is indexed, such as `x_ptr[i]`."""
+    names = inspect.getfullargspec(kernel.fn).args
+    pointers = {name for name, value in zip(names, plan.arguments, strict=False) if isinstance(value, Tensor)}
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in pointers:
+            return ast.unparse(node)
+    return None
 
 
 def _triton_type(value: Any) -> str:
@@ -490,6 +533,8 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
             return None
         exercise = all_exercises()[number]
         plan = PLANS[number](*inputs)
+        parameters = _parameters(kernel)
+        answer.names = tuple(parameters[i].removesuffix("_ptr") for i in plan.outputs)  # for `check` to say
         found = interpret(kernel, plan)
         outputs, complaint, counts = found.outputs, "", torch.zeros(4)
         if found.outside:
@@ -498,6 +543,8 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
             counts[0] = found.outside_count
         elif found.races:
             complaint, counts[1] = found.races[0], len(found.races)
+        elif found.unwritten:  # NaN, which no count need tell of
+            complaint = found.unwritten[0]
         elif found.garbled:
             complaint, counts[2] = found.garbled[0], len(found.garbled)
         elif relative_error(outputs, exercise.reference(*inputs)[:-1]) <= exercise.tolerance:

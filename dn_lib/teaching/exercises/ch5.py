@@ -231,6 +231,17 @@ EX_5_3 = Exercise(
             "How many times has a value been multiplied by gamma between token j and token i?",
         ),
         (
+            [('input_precision="ieee") * within', 'input_precision="ieee")')],
+            "Inside a chunk there is neither a mask nor a power of gamma: every token sees the whole chunk, "
+            "later tokens too.",
+            "The product of Q and K^T meets another C x C matrix before it meets V. What is its entry [i, j]?",
+        ),
+        (
+            [("tl.where(gap >= 0, tl.exp2(gap * log_gamma), 0.0)", "tl.exp2(gap * log_gamma)")],
+            "There is no causal mask: a token reads later ones, and with gamma to a negative power.",
+            "For which pairs i, j of a chunk has token j been written when token i is read?",
+        ),
+        (
             [("(i + 1) * log_gamma", "i * log_gamma")],
             "The chunk's input state is one factor of gamma too large: row 0 already sees it faded once.",
             "Write the recurrence for the first token of a chunk.",
@@ -340,6 +351,27 @@ EX_5_4 = Exercise(
                 ],
                 "beta multiplies the wrong side: rows where it should be columns.",
                 "D_1 N_11 scales the rows of N_11. And N_22 D_2?",
+            ),
+            (
+                [("beta[:, None] * n", "beta[None, :] * n")],
+                "On the right of L_21, beta multiplies the columns of N_11: D_1 stands before N_11.",
+                "What does a diagonal matrix do to a matrix from the left, and what from the right?",
+            ),
+            (
+                [("n * beta[None, :]", "n * beta[:, None]")],
+                "On the left of L_21, beta multiplies the rows of N_22: D_2 stands after N_22.",
+                "What does a diagonal matrix do to a matrix from the right, and what from the left?",
+            ),
+            (
+                [("tl.where((i[:, None] >= HALF) & (i[None, :] < HALF), l, 0.0)", "l")],
+                "l is not masked to the corner: the diagonal blocks of L enter too, but N_11 and N_22 hold "
+                "them already.",
+                "Which block of L is not yet part of N?",
+            ),
+            (
+                [("tl.store(out_ptr + at, n - left)", "tl.store(out_ptr + at, -left)")],
+                "Only the new block is written: N_11 and N_22 are part of the joined N.",
+                "What does the joined N hold in its two diagonal blocks?",
             ),
             (
                 [("left = right + tl.dot(", "left = cross + tl.dot("), (", right, input", ", cross, input")],
@@ -619,6 +651,14 @@ EX_5_8 = Exercise(
             [("k[:, None] * S, axis=0", "k[None, :] * S, axis=1")],
             "The state is read along its wrong axis: S is [d_k, d_v], and k runs along its rows.",
             "Which index of S does a key share, and which is summed?",
+        ),
+        (
+            [
+                ("k[:, None] * S, axis=0", "k[:, None] * S, axis=1"),
+                ("q[:, None] * S, axis=0", "q[:, None] * S, axis=1"),
+            ],
+            "Reading sums along axis=1, the values: what is left has one number for each component of the key.",
+            "S^T k has one number for each component of a value. Which axis of S disappears?",
         ),
         (
             [("inside = (i[:, None] < d) & (i[None, :] < d)", "inside = i[:, None] < D")],
