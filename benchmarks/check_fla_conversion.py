@@ -13,6 +13,9 @@ made of the rounding of either side, and that grows with depth; so each row also
 model in float64 (the PyTorch forms, on the CPU) with the same, rounded, weights. `bfloat16 deep` shows the four
 layers in bfloat16, without a limit.
 
+Nearly all of the time goes into compiling, so --workers processes compare side by side, each with its models; the
+file is written in the same order whatever their number.  A model at which a process ends becomes a row that failed.
+
 Exits with 1 if a bfloat16 distance between the two exceeds `--tolerance`, or a float32 one 1e-3, or if nothing
 could be compared in one of them.
 """
@@ -20,14 +23,18 @@ could be compared in one of them.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from measure import first_line, load_fla, plain
+from peer_compile import Died, default_workers, spread
 from provenance import package_version, provenance
 
 from dn_lib.convert import from_fla_state_dict
@@ -83,30 +90,45 @@ def compare(theirs, ours, exact, tokens: torch.Tensor, device: str) -> dict:
     return row
 
 
-def run(device: str, lengths: list[int], seed: int, sorts=SORTS, variants=VARIANTS, budget: float | None = None):
-    """One row for each variant, sort and length; an exception becomes a row with `failure`."""
-    begun = time.monotonic()
-    for name, options in variants.items():
-        for sort, (dtype, layers, std) in sorts.items():
-            if budget is not None and time.monotonic() - begun > budget:
-                yield {"variant": name, "sort": sort, "failure": f"not begun: {budget:g} s were over"}
-                continue
-            try:
-                theirs, config = build_fla(options, layers, std, seed)
-                theirs = theirs.to(dtype)
-                state = theirs.state_dict()
-                exact = from_fla_state_dict({n: t.double() for n, t in state.items()}, config)
-                ours, theirs = from_fla_state_dict(state, config).to(device), theirs.to(device)
-            except Exception as error:
-                yield {"variant": name, "sort": sort, "failure": first_line(error)}
-                continue
-            for length in lengths:
-                tokens = torch.randint(0, 512, (2, length), generator=torch.Generator().manual_seed(length))
-                about = {"variant": name, "sort": sort, "layers": layers}
-                try:
-                    yield about | compare(theirs, ours, exact, tokens, device)
-                except Exception as error:
-                    yield about | {"shape": [2, length], "failure": first_line(error)}
+Unit = tuple[str, str]  # the names of a variant and of a sort
+
+
+def compare_unit(unit: Unit, device: str, lengths: list[int], seed: int, until: float | None) -> list[dict]:
+    """The rows of one model, one a length; an exception becomes a row with `failure`.
+
+    until: of `time.time`, after which nothing is begun.
+    """
+    variant, sort = unit
+    about = {"variant": variant, "sort": sort}
+    if until is not None and time.time() > until:
+        return [about | {"failure": "not begun: the budget was over"}]
+    warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
+    torch.set_num_threads(1)  # for the float64 model: there are as many processes as cores
+    dtype, layers, std = SORTS[sort]
+    try:
+        load_fla(skip=False).cut = True  # its autotuners take their first configuration: no time is measured here
+        theirs, config = build_fla(VARIANTS[variant], layers, std, seed)
+        theirs = theirs.to(dtype)
+        state = theirs.state_dict()
+        exact = from_fla_state_dict({n: t.double() for n, t in state.items()}, config)
+        ours, theirs = from_fla_state_dict(state, config).to(device), theirs.to(device)
+    except Exception as error:
+        return [about | {"failure": first_line(error)}]
+    rows = []
+    for length in lengths:
+        tokens = torch.randint(0, 512, (2, length), generator=torch.Generator().manual_seed(length))
+        row = about | {"layers": layers}
+        try:
+            rows.append(row | compare(theirs, ours, exact, tokens, device))
+        except Exception as error:
+            rows.append(row | {"shape": [2, length], "failure": first_line(error)})
+    return rows
+
+
+def run(of_unit: Callable[[Unit], list[dict]], units: list[Unit], workers: int) -> Iterator[dict]:
+    """The rows of all units, in their order whatever the number of processes."""
+    for (variant, sort), rows in spread(of_unit, units, workers):
+        yield from [{"variant": variant, "sort": sort, "failure": str(rows)}] if isinstance(rows, Died) else rows
 
 
 def verdict(rows: list[dict], limits: dict[str, float]) -> tuple[dict, bool]:
@@ -127,18 +149,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, metavar="S", help="begin no model after so many seconds")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes; 0: all in this one")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device: run this on a machine with an NVIDIA GPU")
-    warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
-    peer = load_fla(skip=False)
-    if peer.status != "present":
-        parser.error(f"fla is {peer.status}: pip install flash-linear-attention==0.6.0 transformers")
-    peer.cut = True  # its autotuners take their first configuration: this is no measurement of time
+    if importlib.util.find_spec("fla") is None:
+        parser.error("fla is absent: pip install flash-linear-attention==0.6.0 transformers")
     limits = {"float32": FLOAT32_TOLERANCE, "bfloat16": options.tolerance}
     versions = {"fla": package_version("flash-linear-attention"), "transformers": package_version("transformers")}
     report = {"provenance": provenance(seed=options.seed, **versions), "limits": limits, "rows": []}
-    for row in run(options.device, options.lengths, options.seed, budget=options.budget):
+    of_unit = functools.partial(
+        compare_unit,
+        device=options.device,
+        lengths=options.lengths,
+        seed=options.seed,
+        until=None if options.budget is None else time.time() + options.budget,
+    )
+    units = [(variant, sort) for variant in VARIANTS for sort in SORTS]
+    for row in run(of_unit, units, options.workers):
         report["rows"].append(plain(row))
         report["worst"], report["passed"] = verdict(report["rows"], limits)
         print(json.dumps(plain(row)), flush=True)

@@ -15,12 +15,14 @@ The file is written after each row, and the same command goes on where it stoppe
 
 fla tunes every kernel at its first step, for minutes.  --tune-only does that beforehand, at one length, and says
 which kernel it is at; what it found stays in Triton's cache (TRITON_CACHE_DIR), where the measurement finds it.
---fla-first-config does without tuning; the rows then say so in their names.
+Most of that time is the compiler's, so --workers processes compile all configurations first, and the one that
+tunes has only to time them.  --fla-first-config does without tuning; the rows then say so in their names.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -34,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from measure import DeviceLost, OutOfTime, Results, device_of, first_line, load_fla
+from peer_compile import compile_only, default_workers, spread
 from torch import nn
 
 from dn_lib.models import LanguageModel, ModelConfig
@@ -79,10 +82,13 @@ class Candidate:
         states = [t for s in self.optimiser.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *states])
 
-    def step(self, inputs, targets) -> None:
+    def gradients(self, inputs, targets) -> None:
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
             loss = self.loss_of(inputs, targets)
         loss.backward()
+
+    def step(self, inputs, targets) -> None:
+        self.gradients(inputs, targets)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -189,6 +195,32 @@ def say_what_is_tuned(elapsed, budget: float | None) -> None:
     Autotuner.prune_configs = prune
 
 
+def compile_part(worker: int, options, length: int, batch: int) -> str:
+    """One of `options.workers` processes: compiles its part of what fla's step is tuned from; what it did, in words.
+
+    The batch is that of the step, as some kernels are compiled for the number of its tokens.  One layer, without an
+    optimiser, holds the fewest other bytes: with the logits about 6 GiB, of which there are as many as processes.
+    """
+    torch.set_num_threads(1)
+    load_fla(False).cut = options.fla_first_config
+    tally = compile_only(worker, options.workers)
+    try:
+        bench = Bench(options, "cuda", {**SHAPE, "layers": 1})
+        bench.candidate("fla").gradients(*a_batch(bench, length, batch))
+    except Exception as error:
+        return f"{tally}; then it failed: {first_line(error)}"
+    return f"{tally}; {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB at most"
+
+
+def compile_beforehand(options, length: int, batch: int, elapsed, compile_it=compile_part) -> None:
+    """All that `tune` will time, compiled side by side.  A worker that fails leaves its part to `tune`."""
+    print(f"[{elapsed():6.1f} s] fla: {options.workers} processes compile its kernels", flush=True)
+    job = functools.partial(compile_it, options=options, length=length, batch=batch)
+    deadline = None if options.budget is None else time.monotonic() - elapsed() + options.budget
+    for worker, said in spread(job, range(options.workers), options.workers, deadline):
+        print(f"[{elapsed():6.1f} s] worker {worker}: {said}", flush=True)
+
+
 def tune(bench: Bench, names: list[str], length: int, batch: int) -> int:
     """One step of each candidate, two layers deep, for what it leaves in the caches.  0; 1 failed; 2 out of time.
 
@@ -200,6 +232,11 @@ def tune(bench: Bench, names: list[str], length: int, batch: int) -> int:
     def elapsed() -> float:
         return time.monotonic() - started
 
+    if "fla" in names and bench.options.workers:
+        compile_beforehand(bench.options, length, batch, elapsed)
+        if bench.options.budget is not None and elapsed() > bench.options.budget:
+            print(f"[{elapsed():6.1f} s] fla: stopped at the budget; the same command goes on", flush=True)
+            return 2
     say_what_is_tuned(elapsed, bench.options.budget)
     for name in names:
         try:
@@ -431,6 +468,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=8, help="timed steps in a turn")
     parser.add_argument("--warmup", type=int, default=3, help="steps before a candidate's first turn at a length")
     parser.add_argument("--tune-only", action="store_true", help="fill Triton's cache at the first length; no rows")
+    workers = default_workers()
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=workers,
+        metavar="N",
+        help=f"processes that compile for --tune-only, 0 for none (default: one a core, at most 16; here {workers})",
+    )
     parser.add_argument("--fla-first-config", action="store_true", help="keep fla from tuning; its rows say so")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-decode", action="store_true")
@@ -460,7 +505,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"nothing to tune: fla is {peer}")
         length, batch = next(iter(lengths.items()))
         return tune(Bench(options, device, {**shape, "layers": 2}), names, length, batch)
-    left_out = ("out", "budget", "retry", "tune_only")
+    left_out = ("out", "budget", "retry", "tune_only", "workers")
     kept = {name: value for name, value in vars(options).items() if name not in left_out}
     settings = {**kept, "shape": shape, "fairness": FAIRNESS, "fla": peer}
     results = Results(options.out, settings, budget=options.budget, smoke=options.smoke, seed=options.seed)

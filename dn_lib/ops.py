@@ -290,7 +290,7 @@ class _DeltaRule(torch.autograd.Function):
             q, k, beta, saved, do, dstate, cu_seqlens, *ctx.options, initial_state is not None
         )
         dfirst = None if dfirst is None else dfirst.to(initial_state.dtype)
-        return dq, dk, dv, dbeta.to(beta.dtype), dfirst, *(None,) * 5
+        return dq, dk, dv, dbeta, dfirst, *(None,) * 5
 
 
 @torch.library.custom_op("dn_lib::delta_rule", mutates_args=())
@@ -340,7 +340,6 @@ def _backward_op(
     if saved.states is None and saved.state_end is None:
         saved.state_end = final_state
     *grads, dfirst = _run_backward(q, k, beta, saved, do, dstate, cu_seqlens, scale, chunk, initial_state is not None)
-    grads[3] = grads[3].to(beta.dtype)
     return [*grads, q.new_empty(0) if dfirst is None else dfirst.to(initial_state.dtype)]
 
 

@@ -476,3 +476,172 @@ def test_chapters_are_compared_by_what_they_show(modules):
     assert times.differences(notebook("1.0\n", "True", "4 ms"), stored) == []
     found = times.differences(notebook("1.1\n", "False", "4 ms"), stored)
     assert [(d["cell"], d["shown"], d["stored"]) for d in found] == [(1, "1.1", "1.0"), (2, "False", "True")]
+
+
+# --- Compiling the peer with all cores ---------------------------------------------------------------------------
+
+STUBS = '''
+import os, time
+
+def rows_of(unit):
+    """Units that are begun first are ready last; one ends its process."""
+    if unit == ("killed", "a"):
+        os._exit(7)
+    time.sleep(0.2 if unit[1] == "a" else 0)
+    return [{"variant": unit[0], "sort": unit[1], "shape": [2, length]} for length in (7, 300)]
+
+def compiling(worker, options, length, batch):
+    if options.budget is not None:
+        time.sleep(600)
+    return f"{length} x {batch}"
+'''
+
+
+@pytest.fixture
+def peer(monkeypatch, tmp_path):
+    """`peer_compile`, and a module of stubs that other processes can import as well."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "stubs_of_test_benchmarks.py").write_text(STUBS)
+    stubs = importlib.import_module("stubs_of_test_benchmarks")
+    yield importlib.import_module("peer_compile"), stubs
+    del sys.modules["stubs_of_test_benchmarks"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7, 16])
+def test_every_configuration_is_one_workers(peer, workers):
+    part = peer[0].part
+    shares = [0] * workers
+    for kernel in range(200):
+        parts = [part(f"kernel {kernel}", kernel % 9, worker, workers) for worker in range(workers)]
+        assert sorted(n for found in parts for n in found) == list(range(kernel % 9))
+        shares = [share + len(found) for share, found in zip(shares, parts, strict=True)]
+    assert max(shares) < 1.7 * min(shares)  # were all kernels begun at worker 0, the first would have all of it
+
+
+def test_autotuners_compile_their_part_and_launch_nothing(peer, monkeypatch):
+    import triton
+    from triton.runtime.autotuner import Autotuner, Heuristics
+
+    for name in ("run", "prune_configs"):
+        monkeypatch.setattr(Autotuner, name, getattr(Autotuner, name))  # put back in the end
+
+    class Compiled:
+        def __init__(self, BT):
+            self.hash = str(BT)
+
+        @property
+        def run(self):
+            if self.hash == "3":
+                raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    class Kernel:
+        """As `triton.jit` makes it: `run` compiles, and launches unless `warmup`."""
+
+        def __init__(self):
+            self.asked, self.launched = [], 0
+
+        @staticmethod
+        def fn(x, T):
+            pass
+
+        def run(self, x, *, T, BT, even, num_warps, num_ctas, num_stages, grid, warmup):
+            assert even is (T % 2 == 0) and num_warps == 8
+            self.asked.append(BT)
+            self.launched += not warmup
+            if BT == 4:
+                raise RuntimeError("no such instruction")
+            return Compiled(BT)
+
+    def no_time(call, quantiles):
+        call()
+        raise AssertionError("timed")
+
+    def tuner(kernel, **options):
+        inner = Heuristics(kernel, ["x", "T"], {"even": lambda given: given["T"] % 2 == 0})
+        configs = [triton.Config({"BT": n}, num_warps=8) for n in range(10)]
+        return Autotuner(inner, ["x", "T"], configs, ["T"], ["x"], None, do_bench=no_time, **options)
+
+    done, failed = set(), {}
+    for worker in range(3):
+        tally, kernel = peer[0].compile_only(worker, 3), Kernel()
+        pruned = {"early_config_prune": lambda configs, named, **options: configs[: options["T"]]}
+        call = tuner(kernel, prune_configs_by=pruned)[lambda meta: 1 / 0]  # the grid is asked for by a launch only
+        for _ in range(2):
+            call(torch.ones(3), T=8)
+        assert kernel.launched == 0 and kernel.asked == 2 * list(peer[0].part("fn", 8, worker, 3))
+        assert not done & tally.done
+        done, failed = done | tally.done, failed | tally.failed
+        assert str(tally).startswith(f"{len(tally.done)} configurations compiled")
+        assert ("cannot be used (such as fn BT: " in str(tally)) == bool(tally.failed)
+    assert done == {"0", "1", "2", "5", "6", "7"}
+    assert sorted(failed.values()) == ["OutOfResources", "RuntimeError"]
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="timed"):  # the stub is one that Triton's own `run` would have timed
+        tuner(Kernel())[(1,)](torch.ones(3), T=8)
+
+
+@pytest.fixture
+def conversion(peer, monkeypatch):
+    return importlib.import_module("check_fla_conversion")
+
+
+def test_the_conversions_report_is_the_same_for_any_number_of_processes(peer, conversion):
+    rows_of = peer[1].rows_of
+    units = [(variant, sort) for variant in ("x", "y", "z") for sort in ("a", "b")]
+    alone = list(conversion.run(rows_of, units, 0))
+    assert [(row["variant"], row["sort"]) for row in alone[::2]] == units and len(alone) == 12
+    for workers in (1, 4, 16):
+        assert list(conversion.run(rows_of, units, workers)) == alone
+
+
+def test_a_process_that_ends_costs_its_own_models_only(peer, conversion):
+    units = [("x", "a"), ("killed", "a"), ("x", "b"), ("y", "a")]
+    rows = list(conversion.run(peer[1].rows_of, units, 2))
+    said = "its process ended early, with exit code 7"
+    assert [row.get("failure") for row in rows] == [None, None, said, None, None, said]
+    assert [row["variant"] for row in rows] == ["x", "x", "killed", "x", "x", "y"]
+    _, passed = conversion.verdict(rows, {})
+    assert not passed
+
+
+def test_a_model_of_the_conversion_fails_as_a_row(conversion, monkeypatch):
+    def broken(*arguments):
+        raise ImportError("no fla here")
+
+    monkeypatch.setattr(conversion, "build_fla", broken)
+    threads = torch.get_num_threads()
+    unit, about = ("output gate", "bfloat16"), {"device": "cpu", "lengths": [7], "seed": 0}
+    try:
+        (row,) = conversion.compare_unit(unit, **about, until=None)
+        (late,) = conversion.compare_unit(unit, **about, until=0.0)
+    finally:
+        torch.set_num_threads(threads)
+    assert row == {"variant": "output gate", "sort": "bfloat16", "failure": "ImportError: no fla here"}
+    assert late["failure"] == "not begun: the budget was over"
+
+
+def test_tuning_beforehand_smoke_run():
+    command = [sys.executable, str(FOLDER / "throughput.py"), "--smoke", "--tune-only", "--workers", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = [line.partition("] ")[2] for line in run.stdout.splitlines()]
+    assert said == [f"{name}: a step at 32 is tuned and compiled" for name in ("delta", "attention")]
+
+
+def test_workers_that_compile_are_stopped_at_the_budget(peer, capsys):
+    import argparse
+    import time
+
+    throughput, begun = importlib.import_module("throughput"), time.monotonic()
+
+    def said(budget):
+        options = argparse.Namespace(workers=2, budget=budget)
+        throughput.compile_beforehand(options, 2048, 16, lambda: time.monotonic() - begun, peer[1].compiling)
+        return [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
+
+    first = "fla: 2 processes compile its kernels"
+    assert said(None) == [first, "worker 0: 2048 x 16", "worker 1: 2048 x 16"]
+    assert said(0.0) == [first, "worker 0: stopped at the budget", "worker 1: stopped at the budget"]
+    assert time.monotonic() - begun < 300  # the stub would have slept for 600 s

@@ -221,10 +221,10 @@ def test_recurrent_kernel_in_place(lengths, norm):
 
 
 @triton.jit
-def inverse_kernel(L, beta, n, C: tl.constexpr, HALF: tl.constexpr):
+def inverse_kernel(L, beta, n, C: tl.constexpr, PRECISION: tl.constexpr):
     rows = tl.arange(0, C)
     at = rows[:, None] * C + rows[None, :]
-    tl.store(n + at, scaled_inverse(tl.load(L + at), tl.load(beta + rows), C, "ieee", HALF))
+    tl.store(n + at, scaled_inverse(tl.load(L + at), tl.load(beta + rows), C, PRECISION))
 
 
 def keys_of_cosine(C, cosine, d=96):
@@ -245,10 +245,10 @@ WORST = {
 }
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("precision", ["ieee", "half", "halves"])
 @pytest.mark.parametrize("C", [16, 32, 64])
 @pytest.mark.parametrize("cosine, beta", WORST.values(), ids=WORST)
-def test_inverse_on_the_worst_keys(cosine, beta, C, half):
+def test_inverse_on_the_worst_keys(cosine, beta, C, precision):
     """N = -(I + L D)^{-1} L, to 84 eps of float32; with float16 operands, to little more than its rounding must cost.
 
     What it must cost is the error of the exact N of an L that was rounded to float16, and of rounding N itself.
@@ -262,9 +262,9 @@ def test_inverse_on_the_worst_keys(cosine, beta, C, half):
 
     exact = inverse(gram)
     assert exact.abs().max() < 1 + 1e-6  # what makes float16 safe
-    bound = 2 * error(inverse(gram.half().double()), exact) + 2**-11 if half else 1e-5
+    bound = 2 * error(inverse(gram.half().double()), exact) + 2**-11 if precision == "half" else 1e-5
     n = torch.full((C, C), float("nan"))
-    inverse_kernel[(1,)](gram.float(), beta, n, C=C, HALF=half)
+    inverse_kernel[(1,)](gram.float(), beta, n, C=C, PRECISION=precision)
     assert error(n, exact) < bound
     assert n.abs().max() < 1 + bound and not n.triu().any()
 

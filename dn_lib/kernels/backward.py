@@ -8,7 +8,7 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-The forward saves N, E and the state that enters each chunk (small heads: the final states alone, from which the
+The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk (small heads: the final states alone, from which the
 others are walked back); v is not needed again.
 
 With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
@@ -27,6 +27,7 @@ import triton.language as tl
 from dn_lib.kernels.common import (
     chunk_bounds,
     dot,
+    kept_factors,
     load_scalars,
     load_state,
     load_tile,
@@ -56,8 +57,8 @@ def walk_back(
 ):  # fmt: skip
     """Carries dS through a segment from right to left, for one head and BV value channels.
 
-    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`) and dS at each chunk's end (`dstates`,
-    `[chunks, H, K, V]`, in the dtype of k, per unit of the scale), from which `gradients` makes dq and dk.
+    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`, for `gradients` to sum) and dS at each chunk's end (`dstates`,
+    `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
     LOCAL: the first pass over a split sequence, without its first segment; the last starts from the true gradient.
     Writes only the gradient at the segment's beginning: the part X of the reversed affine map.
     FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes all gradients itself.
@@ -93,11 +94,11 @@ def walk_back(
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     if DSTATES:
         at_chunk = dstates + state_offsets(first_chunk + chunks - 1, head, H, keys, values, K, V)
-        tl.store(at_chunk, dS.to(dstates.dtype.element_ty), mask=inside & (chunks > 0))
-        # E is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
+        tl.store(at_chunk, (dS * scale).to(dstates.dtype.element_ty), mask=inside & (chunks > 0))
+        # Vn is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
         last = begin + (chunks - 1) * C
         left = tl.where(chunks > 0, end - last, 0).to(tl.int32)
-        next_E = load_tile(e, last, head, H, rows, left, values, V, BV)
+        next_kept = load_tile(e, last, head, H, rows, left, values, V, BV)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
         token = begin + i * C
@@ -125,16 +126,17 @@ def walk_back(
         minus_dR = (-dR * k_scale[:, None] if NORM else -dR).to(k_tile.dtype)
         if not LOCAL:
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
+            to_Vn, to_E = kept_factors(b * k_scale if NORM else b)
             if FUSED:
-                E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+                kept = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
             else:
-                E = next_E
-                next_E = load_tile(e, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
-            db = tl.sum(Z * E.to(tl.float32), axis=1) * scale
-            tl.store(dbeta + (block * tokens + token) * H + head + rows * H, db, mask=rows < left)
+                kept = next_kept
+                next_kept = load_tile(e, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
+            db = tl.sum(Z * kept.to(tl.float32), axis=1) * (scale * to_E)
+            at_row = (block * tokens + token) * H + head + rows * H
+            tl.store(dbeta + at_row, db.to(dbeta.dtype.element_ty), mask=rows < left)
         if FUSED:
-            Vn_scale = b * k_scale if NORM else b
-            Vn = (Vn_scale[:, None] * E.to(tl.float32)).to(k_tile.dtype)
+            Vn = (to_Vn[:, None] * kept.to(tl.float32)).to(k_tile.dtype)
             S += dot(tl.trans(k_tile), negative(Vn), PRECISION)
             S_low = S.to(k_tile.dtype)
             dP = dot(do_tile, tl.trans(Vn), PRECISION) * scale
@@ -152,7 +154,7 @@ def walk_back(
         dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
         if DSTATES:  # at the end of the chunk before this one
             at_chunk = dstates + state_offsets(first_chunk + i - 1, head, H, keys, values, K, V)
-            tl.store(at_chunk, dS.to(k_tile.dtype), mask=inside & (i > 0))
+            tl.store(at_chunk, (dS * scale).to(k_tile.dtype), mask=inside & (i > 0))
 
     if DSTATE_IN:
         tl.store(dstate_in + at, dS * scale, mask=inside)
@@ -186,15 +188,15 @@ def write_dk(
     store_tile(dk, dK, token, head, H, rows, left, keys, K, BK)
 
 
-@triton.jit(do_not_specialize=["n_sequences", "L", "H"])
+@triton.jit(do_not_specialize=["n_sequences", "L", "H", "tokens"])
 def gradients(
-    q, k, beta, e, q_norm, k_norm, do, dv, states, dstates, dq, dk, cu_seqlens, chunk_offsets, scale,
-    n_sequences, L, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    q, k, beta, e, q_norm, k_norm, do, dv, states, dstates, dbeta_parts, dbeta, dq, dk,
+    cu_seqlens, chunk_offsets, scale, n_sequences, L, H, tokens,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of one chunk and head, from the state at its beginning and dS at its end.
+    """dq and dk of one chunk and head, from the state at its beginning and dS at its end; sums the PARTS of dbeta.
 
     Without NORM a program may take BK of the K key channels; with NORM it needs whole rows (BK >= K).
     """
@@ -208,11 +210,19 @@ def gradients(
     if left <= 0:
         return
     rows = tl.arange(0, C)
+    if PARTS > 1:
+        if first_key == 0:
+            db = tl.zeros([C], dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                db += load_scalars(dbeta_parts, part * tokens + token, head, H, rows, left)
+            at_row = token * H + head + rows * H
+            tl.store(dbeta + at_row, db.to(dbeta.dtype.element_ty), mask=rows < left)
     b = load_scalars(beta, token, head, H, rows, left)
     if NORM:
         q_scale = load_scalars(q_norm, token, head, H, rows, left)
         k_scale = load_scalars(k_norm, token, head, H, rows, left)
         b = b * k_scale
+    to_Vn, _ = kept_factors(b)
     dQ = tl.zeros([C, BK], dtype=tl.float32)
     dK = tl.zeros([C, BK], dtype=tl.float32)
     dP = tl.zeros([C, C], dtype=tl.float32)
@@ -220,25 +230,24 @@ def gradients(
     for start in tl.range(0, V, BV, num_stages=STAGES):
         values = start + tl.arange(0, BV)
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, start)
-        E = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, start)
+        kept = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, start)
         dR = load_tile(dv, token, head, H, rows, left, values, V, BV, TMA, start)
         if NORM:
-            do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(E.dtype)
-            dR = (k_scale[:, None] * dR.to(tl.float32)).to(E.dtype)
+            do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(kept.dtype)
+            dR = (k_scale[:, None] * dR.to(tl.float32)).to(kept.dtype)
         minus_dR = negative(dR)
         S = load_state(states, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
         dS = load_state(dstates, c.to(tl.int64), head, H, keys, values, K, V, TMA, first_key, start)
-        # `dstates` is per unit of scale; with the scale in Vn, dP and dK come out whole.
-        Vn = (scale * b[:, None] * E.to(tl.float32)).to(E.dtype)
+        Vn = (to_Vn[:, None] * kept.to(tl.float32)).to(kept.dtype)
         dP += dot(do_tile, tl.trans(Vn), PRECISION)
         minus_G += dot(minus_dR, tl.trans(Vn), PRECISION)
         dQ += dot(do_tile, tl.trans(S), PRECISION)
         dK += dot(Vn, tl.trans(dS), PRECISION)
         dK += dot(minus_dR, tl.trans(S), PRECISION)
-    dP = tl.where(rows[:, None] >= rows[None, :], dP, 0.0)
+    dP = tl.where(rows[:, None] >= rows[None, :], dP * scale, 0.0)
     q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     write_dq(dq, dQ * scale, dP, q_tile, k_tile, q_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM)
     write_dk(
-        dk, dK, dP, minus_G / scale, q_tile, k_tile, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
+        dk, dK, dP, minus_G, q_tile, k_tile, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
     )

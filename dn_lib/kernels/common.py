@@ -124,6 +124,23 @@ def load_scalars(ptr, token, head, H, rows, n_rows):
 
 
 @triton.jit
+def is_strong(strength):
+    """Which rows are kept for the backward as Vn = strength E; the others as E.
+
+    E = Vn / strength is wanted for dbeta even where nothing is written.  Where the strength is below 2^-6, E is kept
+    and multiplied again: that Vn is rounded twice, which its size forgives.
+    """
+    return tl.abs(strength) >= 0.015625
+
+
+@triton.jit
+def kept_factors(strength):
+    """(a, b): Vn = a x and E = b x, where x is what the forward kept."""
+    strong = is_strong(strength)
+    return tl.where(strong, 1.0, strength), 1.0 / tl.where(strong, strength, 1.0)
+
+
+@triton.jit
 def state_offsets(index, head, H, keys, values, K: tl.constexpr, V: tl.constexpr):
     """Offsets of a tile of the state `[index, head]` in an `[n, H, K, V]` tensor."""
     return (index * H + head) * K * V + keys[:, None] * V + values[None, :]

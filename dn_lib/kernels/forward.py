@@ -19,6 +19,7 @@ import triton.language as tl
 from dn_lib.kernels.common import (
     chunk_bounds,
     dot,
+    is_strong,
     load_scalars,
     load_tile,
     segment_bounds,
@@ -47,12 +48,13 @@ def inverse_norms(
 @triton.jit(do_not_specialize=["n_sequences", "L", "H"])
 def chunk_inverse(
     k, beta, n, k_norm, cu_seqlens, chunk_offsets, n_sequences, L, H,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
     NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes N `[tokens, H, C]`: row i of a chunk's matrix at its token i.
 
     One program for each chunk and head.  Reads 2 K bytes a token and head in half precision, writes 2 C.
+    INVERSE: the precision of the recursion on N, see `inverse.py`.
     """
     pid = tl.program_id(0)
     head = pid % H
@@ -69,7 +71,7 @@ def chunk_inverse(
         k_scale = load_scalars(k_norm, token, head, H, rows, rows_left)
         gram = gram * k_scale[:, None] * k_scale[None, :]
     # L = tril(K K^T, -1);  N = -(I + L D)^{-1} L
-    N = scaled_inverse(tl.where(rows[:, None] > rows[None, :], gram, 0.0), b, C, PRECISION, HALF)
+    N = scaled_inverse(tl.where(rows[:, None] > rows[None, :], gram, 0.0), b, C, INVERSE)
     store_tile(n, N, token, head, H, rows, rows_left, rows, C, C)
 
 
@@ -85,7 +87,7 @@ def walk(
 ):  # fmt: skip
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
-    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes E for the backward.
+    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes Vn for the backward (see `is_strong`).
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
     the true state; for the others further programs carry the identity in place of a state, with values zero:
     where they end is M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
@@ -154,11 +156,12 @@ def walk(
         if NORM:
             read = read * k_scale[:, None]
         R = v_tile.to(tl.float32) - read
-        E = (R + dot(N, (b[:, None] * R).to(k_tile.dtype), PRECISION)).to(k_tile.dtype)
-        Vn_scale = b * k_scale if NORM else b
-        Vn = (Vn_scale[:, None] * E.to(tl.float32)).to(k_tile.dtype)
+        E = R + dot(N, (b[:, None] * R).to(k_tile.dtype), PRECISION)
+        strength = b * k_scale if NORM else b
+        Vn = (strength[:, None] * E).to(k_tile.dtype)
         if SAVE:
-            store_tile(e, E, token, head, H, rows, left, values, V, BV)
+            kept = tl.where(is_strong(strength)[:, None], Vn, E.to(k_tile.dtype))
+            store_tile(e, kept, token, head, H, rows, left, values, V, BV)
         if OUTPUT:
             # O = scale (Q S + tril(Q K^T) D E)
             if not EARLY:

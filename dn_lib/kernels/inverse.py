@@ -3,6 +3,9 @@
 N_ij = -k_i^T H_{i-1} ... H_{j+1} k_j.  With unit keys and beta in [0, 2] each H is a contraction, so
 |N_ij| <= 1, and so is every number that the recursion below meets: it multiplies float16 operands safely on
 inputs (identical keys, beta = 2) where doubling, (I - A)(I + A^2)(I + A^4)..., overflows.
+
+How finely the operands are rounded is PRECISION: "half" (float16, for bfloat16 inputs, which are coarser than that),
+"halves" (each operand as the sum of two float16, for float16 inputs), "ieee" or "tf32" (for float32 inputs).
 """
 
 from __future__ import annotations
@@ -24,10 +27,23 @@ def _quarters(x, G: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _product(l21, n11, n22, beta1, beta2, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b of float32 matrices, rounded as PRECISION says; two halves hold 22 bits, and lo lo' is below them."""
+    if PRECISION == "half":
+        return dot(a.to(tl.float16), b.to(tl.float16), "ieee")
+    elif PRECISION == "halves":
+        a_hi, b_hi = a.to(tl.float16), b.to(tl.float16)
+        a_lo, b_lo = (a - a_hi.to(tl.float32)).to(tl.float16), (b - b_hi.to(tl.float32)).to(tl.float16)
+        return dot(a_lo, b_hi, "ieee") + dot(a_hi, b_lo, "ieee") + dot(a_hi, b_hi, "ieee")
+    else:
+        return dot(a, b, PRECISION)
+
+
+@triton.jit
+def _product(l21, n11, n22, beta1, beta2, PRECISION: tl.constexpr):
     """-N_21 = (I + N_22 D_2) L_21 (I + D_1 N_11), matrix by matrix."""
-    right = l21 + dot(l21.to(DTYPE), (beta1 * n11).to(DTYPE), PRECISION)
-    return right + dot((n22 * beta2).to(DTYPE), right.to(DTYPE), PRECISION)
+    right = l21 + _dot(l21, beta1 * n11, PRECISION)
+    return right + _dot(n22 * beta2, right, PRECISION)
 
 
 @triton.jit
@@ -37,7 +53,7 @@ def _below(i, j, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _inside(x, beta, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _inside(x, beta, PRECISION: tl.constexpr):
     """N of each of the 16 x 16 blocks of L, from blocks of 2, 4 and 8; x: `[G, 16, 16]`, beta: `[G, 16]`.
 
     A dot takes no less than 16 x 16, so the small blocks stay where they are, the rest of the matrix being zero.
@@ -47,28 +63,27 @@ def _inside(x, beta, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     n = tl.where(i // 2 == j // 2, -x, 0.0)
     for level in tl.static_range(1, 4):
         below = tl.where(_below(i, j, 2**level), x, 0.0)
-        n -= _product(below, n, n, beta[:, :, None], beta[:, None, :], DTYPE, PRECISION)
+        n -= _product(below, n, n, beta[:, :, None], beta[:, None, :], PRECISION)
     return n
 
 
 @triton.jit
-def _joined(n, l21, beta, G: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _joined(n, l21, beta, G: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
     """N of G blocks of 2S from those of 2 G blocks of S, `[2 G, S, S]`, and L between them, `[G, S, S]`."""
     n11, n22 = tl.split(tl.permute(tl.reshape(n, [G, 2, S, S]), (0, 2, 3, 1)))
     beta1, beta2 = tl.split(tl.permute(tl.reshape(beta, [G, 2, S]), (0, 2, 1)))
-    n21 = -_product(l21, n11, n22, beta1[:, :, None], beta2[:, None, :], DTYPE, PRECISION)
+    n21 = -_product(l21, n11, n22, beta1[:, :, None], beta2[:, None, :], PRECISION)
     rows = tl.join(tl.join(n11, tl.zeros_like(n11)), tl.join(n21, n22))
     return tl.reshape(tl.permute(rows, (0, 4, 1, 3, 2)), [G, 2 * S, 2 * S])
 
 
 @triton.jit
-def scaled_inverse(L, beta, C: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr):
+def scaled_inverse(L, beta, C: tl.constexpr, PRECISION: tl.constexpr):
     """N from L = tril(K K^T, -1) and beta: blocks of 2, 4, ..., C, each from two of the size before.
 
-    L: [C, C] float32, strictly lower, C one of 16, 32, 64.  beta: [C] float32.  Operands are float16 if HALF, else
-    float32.  Half of all entries are zero by their place and never multiplied.
+    L: [C, C] float32, strictly lower, C one of 16, 32, 64.  beta: [C] float32.  Half of all entries are zero by
+    their place and never multiplied.
     """
-    DTYPE: tl.constexpr = tl.float16 if HALF else tl.float32
     if C == 64:
         x, below32 = _quarters(tl.reshape(L, [1, 64, 64]), 1, 32)
         x, below16 = _quarters(x, 2, 16)
@@ -76,9 +91,9 @@ def scaled_inverse(L, beta, C: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.c
         x, below16 = _quarters(tl.reshape(L, [1, 32, 32]), 1, 16)
     else:
         x = tl.reshape(L, [1, 16, 16])
-    n = _inside(x, tl.reshape(beta, [C // 16, 16]), DTYPE, PRECISION)
+    n = _inside(x, tl.reshape(beta, [C // 16, 16]), PRECISION)
     if C >= 32:
-        n = _joined(n, below16, beta, C // 32, 16, DTYPE, PRECISION)
+        n = _joined(n, below16, beta, C // 32, 16, PRECISION)
     if C == 64:
-        n = _joined(n, below32, beta, 1, 32, DTYPE, PRECISION)
+        n = _joined(n, below32, beta, 1, 32, PRECISION)
     return tl.reshape(n, [C, C])

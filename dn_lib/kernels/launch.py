@@ -5,6 +5,9 @@ Nothing here reads a value from the device, so a call can be captured in a CUDA 
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,7 @@ from dn_lib.kernels.common import INTERPRETED
 
 NORM_EPS = 1e-6
 TMA_MIN_LENGTH = 1024
+_INVERSE = {torch.bfloat16: "half", torch.float16: "halves"}  # how the recursion on N rounds; float32: as all dots
 _INTERPRETED = bool(INTERPRETED.value)
 
 
@@ -89,11 +93,28 @@ def _descriptors(s: Shape, t: configs.Tiles, *tensors: tuple[Tensor | None, int]
     aligned = all(x is None or (x.shape[-1] % columns == 0 and x.data_ptr() % 16 == 0) for x, columns in tensors)
     if not (t.tma and aligned and not s.varlen and s.L % s.plan.chunk == 0 and s.L >= TMA_MIN_LENGTH):
         return False, given
-    C = s.plan.chunk
-    return True, [
-        None if x is None else TensorDescriptor.from_tensor(x.view(s.tokens, -1), [C, columns])
-        for x, columns in tensors
-    ]
+    _bind_context(given[0].device)
+    return True, [None if x is None else _descriptor(x, s.tokens, s.plan.chunk, columns) for x, columns in tensors]
+
+
+def _descriptor(x: Tensor, rows: int, tile_rows: int, tile_columns: int) -> TensorDescriptor:
+    """Of the contiguous x as a matrix of so many rows, in tiles."""
+    columns = x.numel() // rows
+    return TensorDescriptor(x, [rows, columns], [columns, 1], [tile_rows, tile_columns])
+
+
+_bound = threading.local()
+
+
+def _bind_context(device: torch.device) -> None:
+    """Once a thread: the driver encodes descriptors only in a thread that has a CUDA context, as a launch would make.
+
+    Autograd's own thread may come here before it has launched anything.  Asking for free memory binds the context,
+    and can be done while a CUDA graph is captured.
+    """
+    if not _INTERPRETED and device.type == "cuda" and not getattr(_bound, "done", False):
+        torch.cuda.mem_get_info(device)
+        _bound.done = True
 
 
 def _walk(
@@ -103,7 +124,8 @@ def _walk(
     first_pass, norm = transition is not None, norms[0] is not None
     programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments, first_pass)
     t = _tiles("walk", s, k, norm, "transition" if first_pass else "", programs)
-    tma, (q, k, v, n) = _descriptors(s, t, (q, t.BK), (k, t.BK), (v, t.BV), (n, s.plan.chunk))
+    pairs = (k, t.BK), (v, t.BV), (n, s.plan.chunk), (None if first_pass else q, t.BK)
+    tma, (k, v, n, q) = _descriptors(s, t, *pairs)
     blocks, parts = triton.cdiv(s.V, t.BV), s.total_segments
     if first_pass:
         blocks, parts = blocks + triton.cdiv(s.K, t.BV), parts - s.sequences
@@ -148,6 +170,20 @@ class Saved:
     transition: Tensor | None
 
 
+def _on_its_device(run: Callable) -> Callable:
+    """Makes the GPU of the first argument the current one, as Triton expects, for the time of the call."""
+
+    @functools.wraps(run)
+    def launch(q: Tensor, *arguments, **options):
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return run(q, *arguments, **options)
+        return run(q, *arguments, **options)
+
+    return launch
+
+
+@_on_its_device
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, norm: bool, chunk: int, precision: str, save: bool, final_state: bool,
@@ -172,7 +208,7 @@ def forward(
         t = _tiles("chunk_inverse", s, k, norm)
         fwd.chunk_inverse[(s.chunks * s.H,)](
             k, beta, n, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
-            K=s.K, BK=t.BK, C=C, PRECISION=precision, HALF=k.dtype != torch.float32, NORM=norm,
+            K=s.K, BK=t.BK, C=C, PRECISION=precision, INVERSE=_INVERSE.get(k.dtype, precision), NORM=norm,
             VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
     if s.total_segments * s.H > 0:
@@ -214,24 +250,27 @@ def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates
     )  # fmt: skip
 
 
+@_on_its_device
 def backward(
     q: Tensor, k: Tensor, v_like: Tensor, beta: Tensor, saved: Saved, do: Tensor, dstate: Tensor | None, *,
     scale: float, cu_seqlens: Tensor | None, chunk: int, precision: str, initial_state: bool,
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dq, dk, dv, dbeta and, if `initial_state`, the gradient of the initial state (float32)."""
+    """dq, dk, dv, dbeta, each in its input's dtype, and, if `initial_state`, its gradient (float32)."""
     s = shape_of(k, v_like, cu_seqlens, chunk, segments)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
     blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("walk_back", s, k, norm).BV)
-    dbeta = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
+    dbeta = parts = torch.empty_like(beta)
+    if blocks > 1:
+        parts = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
     offsets = offsets_of(cu_seqlens, s.plan.chunk)
     d_in = d_first = None
     if initial_state:
         d_first = torch.empty(s.sequences, s.H, s.K, s.V, dtype=torch.float32, device=device)
         d_in = d_first
     if s.total_segments * s.H == 0:
-        return dq, dk, dv, dbeta.sum(0), d_first
+        return dq, dk, dv, dbeta, d_first
     d_out = dstate
     if split:
         local = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=device)
@@ -240,34 +279,36 @@ def backward(
         d_out = _merge(s, saved.transition, local, dstate, True, k.dtype == torch.float32)
         d_in = torch.empty_like(local) if initial_state else None
     if s.plan.fused:
-        _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, None, cu_seqlens, offsets, scale,
+        _walk_back(s, q, k, beta, saved, do, dv, parts, dq, dk, d_out, d_in, None, cu_seqlens, offsets, scale,
                    precision)  # fmt: skip
     else:
         dstates = torch.empty_like(saved.states)
-        _walk_back(s, q, k, beta, saved, do, dv, dbeta, None, None, d_out, d_in, dstates, cu_seqlens, offsets, scale,
+        _walk_back(s, q, k, beta, saved, do, dv, parts, None, None, d_out, d_in, dstates, cu_seqlens, offsets, scale,
                    precision)  # fmt: skip
-        _gradients(s, q, k, beta, saved, do, dv, dstates, dq, dk, cu_seqlens, offsets, scale, precision)
+        _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu_seqlens, offsets, scale, precision)
     if split and initial_state:
         d_first = d_in[:: s.plan.segments].contiguous()
-    return dq, dk, dv, dbeta[0] if blocks == 1 else dbeta.sum(0), d_first
+    return dq, dk, dv, dbeta, d_first
 
 
-def _gradients(s, q, k, beta, saved, do, dv, dstates, dq, dk, cu, offsets, scale, precision):
+def _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu, offsets, scale, precision):
     norm, states = saved.q_norm is not None, saved.states
     t = _tiles("gradients", s, k, norm)
     pairs = (q, t.BK), (k, t.BK), (saved.e, t.BV), (do, t.BV), (dv, t.BV)
     tma, (q, k, e, do, dv) = _descriptors(s, t, *pairs)
     if tma:
-        states, dstates = (TensorDescriptor.from_tensor(x.view(-1, s.V), [t.BK, t.BV]) for x in (states, dstates))
+        states, dstates = (_descriptor(x, s.chunks * s.H * s.K, t.BK, t.BV) for x in (states, dstates))
     if s.chunks > 0:
         bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
-            q, k, beta, e, saved.q_norm, saved.k_norm, do, dv, states, dstates, dq, dk,
-            cu, offsets, scale, s.sequences, s.L, s.H,
-            K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
+            q, k, beta, e, saved.q_norm, saved.k_norm, do, dv, states, dstates, parts, dbeta, dq, dk,
+            cu, offsets, scale, s.sequences, s.L, s.H, s.tokens,
+            K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PARTS=1 if parts is dbeta else parts.shape[0],
+            PRECISION=precision, NORM=norm,
             VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
         )  # fmt: skip
 
 
+@_on_its_device
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, scale: float, initial_state: Tensor | None,
     final_state: Tensor | None, cu_seqlens: Tensor | None, norm: bool,
