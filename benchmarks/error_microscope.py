@@ -160,7 +160,7 @@ def of_operator(c: dict, source: Source) -> dict:
 
 @triton.jit
 def recursion_kernel(
-    k_ptr, beta_ptr, n_ptr, D: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr
+    k_ptr, beta_ptr, n_ptr, D: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr
 ):
     """N of a chunk by the function that the operator's kernels call, kept in float32.  k `[chunks, C, D]`."""
     m = tl.program_id(0)
@@ -169,7 +169,7 @@ def recursion_kernel(
     beta = tl.load(beta_ptr + m * C + i).to(tl.float32)
     gram = dot(k, tl.trans(k), PRECISION)
     L = tl.where(i[:, None] > i[None, :], gram, 0.0)
-    N = inverse.scaled_inverse(L, beta, C, PRECISION, HALF)
+    N = inverse.scaled_inverse(L, beta, C, INVERSE)
     tl.store(n_ptr + (m * C + i[:, None]) * C + i[None, :], N)
 
 
@@ -177,8 +177,10 @@ def by_recursion(k: Tensor, beta: Tensor, half: bool) -> Tensor:
     """N `[seeds, n, C, C]` of k `[seeds, n, C, d]` and beta `[seeds, n, C]`; products in float16 if half, else TF32."""
     *chunks, C, d = k.shape
     N = torch.full((*chunks, C, C), float("nan"), device=k.device)
-    k, beta, precision = (k if half else k.float()).contiguous(), beta.contiguous(), "ieee" if half else "tf32"
-    recursion_kernel[(math.prod(chunks),)](k, beta, N, D=d, C=C, PRECISION=precision, HALF=half)
+    k, beta = (k if half else k.float()).contiguous(), beta.contiguous()
+    recursion_kernel[(math.prod(chunks),)](
+        k, beta, N, D=d, C=C, PRECISION="ieee" if half else "tf32", INVERSE="half" if half else "tf32"
+    )
     return N
 
 

@@ -36,6 +36,7 @@ from measure import (
     first_line,
     forward_backward,
     load_fla,
+    long_calls,
     operator,
     split,
 )
@@ -108,8 +109,11 @@ def problem(c: dict, device: str) -> Problem:
 
 @contextlib.contextmanager
 def regime(alone: bool) -> Iterator[None]:
-    """Within it the tiles are those of programs that do, or do not, have a multiprocessor to themselves."""
-    with mock.patch("dn_lib.kernels.configs.alone", lambda programs, device_index: alone):
+    """Within it the tiles are those of programs that do, or do not, have a multiprocessor to themselves.
+
+    Whole chunks are fetched by the copy engine, as they are in calls of many more tokens.
+    """
+    with mock.patch("dn_lib.kernels.configs.alone", lambda programs, device_index: alone), long_calls():
         yield
 
 

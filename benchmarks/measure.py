@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from provenance import package_version, provenance
@@ -152,6 +153,11 @@ def forward_backward(form: Form, p: Problem, leaves: list[Tensor] | None = None)
     )
     found = dict(zip(("o", "dq", "dk", "dv", "dbeta", "dinitial"), (o, *grads), strict=False))
     return found if p.dstate is None else found | {"state": state}
+
+
+def long_calls() -> contextlib.AbstractContextManager:
+    """Within it short calls of whole chunks fetch their tiles as long ones do, by the copy engine."""
+    return mock.patch.object(launch, "TMA_MIN_VALUES", 0)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from measure import (
     interleaved,
     limit_of,
     load_fla,
+    long_calls,
     mixed_lengths,
     operator,
     peak_extra_bytes,
@@ -100,7 +101,7 @@ class Bench:
         """Errors of ours and of fla on `p`, and what is wrong with ours; made once for each `key`."""
         if key not in self.checked:
             exact = exact_results(p)
-            with split(segments):
+            with split(segments), long_calls():
                 found = {"ours": errors_of(forward_backward(operator, p), exact)}
                 found["ours"] |= {"o (no gradient)": relative(forward(operator, p), exact["o"])}
             if theirs is not None:

@@ -231,7 +231,7 @@ def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk
 # --- Triton: the forward and the backward as they are launched, then as PyTorch sees them -----------------------
 
 # What `launch.Saved` holds, in the order in which the operator returns it.
-_SAVED = ("n", "e", "q_norm", "k_norm", "states", "state_end", "transition")
+_SAVED = ("n", "vn", "q_norm", "k_norm", "states", "state_end", "transition")
 
 
 def _precision() -> str:
@@ -285,7 +285,7 @@ class _DeltaRule(torch.autograd.Function):
         q, k, beta, initial_state, cu_seqlens, *saved = ctx.saved_tensors
         saved = Saved(*saved)
         if do is None:
-            do = torch.zeros_like(saved.e)
+            do = torch.zeros_like(saved.vn)
         dq, dk, dv, dbeta, dfirst = _run_backward(
             q, k, beta, saved, do, dstate, cu_seqlens, *ctx.options, initial_state is not None
         )
@@ -298,7 +298,7 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, norm: bool, chunk: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[o, final_state, n, e, q_norm, k_norm, states, state_end, transition]; empty where there is nothing."""
+    """[o, final_state, n, vn, q_norm, k_norm, states, state_end, transition]; empty where there is nothing."""
     o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save, True)
     if saved.state_end is state:
         saved.state_end = None
@@ -316,7 +316,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
     o, state = torch.empty_like(v), q.new_empty(s.sequences, s.H, s.K, s.V, **single)
     if not save:
         return [o, state, *none]
-    n, e = q.new_empty(s.B, s.L, s.H, chunk), torch.empty_like(v)
+    n, vn = q.new_empty(s.B, s.L, s.H, chunk), torch.empty_like(v)
     norms = [q.new_empty(s.B, s.L, s.H, **single) for _ in range(2)] if norm else none[2:4]
     states, end, transition = none[4:7]
     if not s.plan.fused:
@@ -325,7 +325,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
         end = q.new_empty(s.total_segments, s.H, s.K, s.V, **single)
     if split:
         transition = q.new_empty(s.total_segments, s.H, s.K, s.K, **single)
-    return [o, state, n, e, *norms, states, end, transition]
+    return [o, state, n, vn, *norms, states, end, transition]
 
 
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())

@@ -33,8 +33,9 @@ BOUND = {BF16: 8e-3, F16: 1.2e-3, F32: 1e-5, "tf32": 3 * 2**-10}
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    """TF32 off and nothing of the last test in memory."""
+def clean(monkeypatch):
+    """TF32 off, the copy engine used in short calls too, and nothing of the last test in memory."""
+    monkeypatch.setattr("dn_lib.kernels.launch.TMA_MIN_VALUES", 0)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield

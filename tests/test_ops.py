@@ -613,7 +613,9 @@ def test_opcheck_where_sequences_are_split_or_packed_or_empty(monkeypatch):
 
     shape_of = launch.shape_of
     tests = ("test_schema", "test_faketensor")
-    monkeypatch.setattr(launch, "shape_of", lambda k, v, cu, chunk, _=None: shape_of(k, v, cu, chunk, 2))
+    monkeypatch.setattr(
+        launch, "shape_of", lambda k, v, cu, chunk, _=None, **kind: shape_of(k, v, cu, chunk, 2, **kind)
+    )
     *x, S = make(1, 40, 1, 5, 16, state=1)  # a batch of one: the last of its segments is a view of all of them
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
     monkeypatch.undo()

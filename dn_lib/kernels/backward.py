@@ -8,8 +8,8 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk (small heads: the final states alone, from which the
-others are walked back); v is not needed again.
+The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk (small heads:
+the final states alone, from which the others are walked back); v is not needed again.
 
 With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
 carry the r of their token; the same formulas on the raw tiles then give r times the gradient of r x, and `tangent`
@@ -48,7 +48,7 @@ def tangent(dx, x, r):
 
 @triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS", "tokens"])
 def walk_back(
-    q, k, beta, n, e, q_norm, k_norm, do, dv, dbeta, dq, dk, dstate_out, dstate_in, dstates, state_end,
+    q, k, beta, n, vn, q_norm, k_norm, do, dv, dbeta, dq, dk, dstate_out, dstate_in, dstates, state_end,
     cu_seqlens, chunk_offsets, scale, L, H, SEGMENT, SEGMENTS, tokens,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, LOCAL: tl.constexpr,
@@ -57,8 +57,8 @@ def walk_back(
 ):  # fmt: skip
     """Carries dS through a segment from right to left, for one head and BV value channels.
 
-    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`, for `gradients` to sum) and dS at each chunk's end (`dstates`,
-    `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
+    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`, for `gradients` to sum) and dS at each
+    chunk's end (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
     LOCAL: the first pass over a split sequence, without its first segment; the last starts from the true gradient.
     Writes only the gradient at the segment's beginning: the part X of the reversed affine map.
     FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes all gradients itself.
@@ -98,7 +98,7 @@ def walk_back(
         # Vn is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
         last = begin + (chunks - 1) * C
         left = tl.where(chunks > 0, end - last, 0).to(tl.int32)
-        next_kept = load_tile(e, last, head, H, rows, left, values, V, BV)
+        next_kept = load_tile(vn, last, head, H, rows, left, values, V, BV)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
         token = begin + i * C
@@ -128,10 +128,10 @@ def walk_back(
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
             to_Vn, to_E = kept_factors(b * k_scale if NORM else b)
             if FUSED:
-                kept = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+                kept = load_tile(vn, token, head, H, rows, left, values, V, BV, TMA, block * BV)
             else:
                 kept = next_kept
-                next_kept = load_tile(e, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
+                next_kept = load_tile(vn, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
             db = tl.sum(Z * kept.to(tl.float32), axis=1) * (scale * to_E)
             at_row = (block * tokens + token) * H + head + rows * H
             tl.store(dbeta + at_row, db.to(dbeta.dtype.element_ty), mask=rows < left)
@@ -190,7 +190,7 @@ def write_dk(
 
 @triton.jit(do_not_specialize=["n_sequences", "L", "H", "tokens"])
 def gradients(
-    q, k, beta, e, q_norm, k_norm, do, dv, states, dstates, dbeta_parts, dbeta, dq, dk,
+    q, k, beta, vn, q_norm, k_norm, do, dv, states, dstates, dbeta_parts, dbeta, dq, dk,
     cu_seqlens, chunk_offsets, scale, n_sequences, L, H, tokens,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
@@ -230,7 +230,7 @@ def gradients(
     for start in tl.range(0, V, BV, num_stages=STAGES):
         values = start + tl.arange(0, BV)
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, start)
-        kept = load_tile(e, token, head, H, rows, left, values, V, BV, TMA, start)
+        kept = load_tile(vn, token, head, H, rows, left, values, V, BV, TMA, start)
         dR = load_tile(dv, token, head, H, rows, left, values, V, BV, TMA, start)
         if NORM:
             do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(kept.dtype)
@@ -248,6 +248,4 @@ def gradients(
     q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA, first_key)
     write_dq(dq, dQ * scale, dP, q_tile, k_tile, q_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM)
-    write_dk(
-        dk, dK, dP, minus_G, q_tile, k_tile, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM
-    )
+    write_dk(dk, dK, dP, minus_G, q_tile, k_tile, k_norm, token, head, H, rows, left, keys, K, BK, PRECISION, NORM)

@@ -81,10 +81,10 @@ def segments(sequences: int, L: int, H: int, K: int, V: int, chunk: int, device_
     A split costs a first walk, for the affine maps of the parts, and their merge.  The choice is the least of a
     count of steps, each a chunk of one program that has a multiprocessor to itself, in hundredths.  Two programs that
     share one take longer by a factor that grows with the head size; a step of the first walk counts 0.4, a merged
-    part 1, a split 8 (fitted to times on an H200, see README.md).  Integers alone, since torch.compile may hand over
+    part 3, a split 8 (fitted to times on an H200, see README.md).  Integers alone, since torch.compile may hand over
     symbolic sizes.
     """
-    shared = {64: 125, 128: 160, 256: 190}[max(64, padded(K), padded(V))]
+    shared = {64: 120, 128: 150, 256: 180}[max(64, padded(K), padded(V))]
 
     def time(programs: int) -> int:
         return 100 if alone(programs, device_index) else shared * -(-programs // (2 * multiprocessors(device_index)))
@@ -95,7 +95,7 @@ def segments(sequences: int, L: int, H: int, K: int, V: int, chunk: int, device_
             break
         steps = -(-L // (chunk * parts))
         cost = steps * time(walk_programs(sequences, H, K, V, parts, False))
-        cost += steps * 2 * time(walk_programs(sequences, H, K, V, parts, True)) // 5 + 100 * (parts + 8)
+        cost += steps * 2 * time(walk_programs(sequences, H, K, V, parts, True)) // 5 + 100 * (3 * parts + 8)
         if cost < least:
             best, least = parts, cost
     return best
@@ -152,5 +152,6 @@ def tiles(
     if kernel == "walk_back":
         return Tiles(BK, 64, 4, {64: 2, 128: 2, 256: 1}[BK] + alone, tma=True)
     if kernel == "gradients":
-        return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(64, 64, 4, 2, tma=True)
+        # Rows of 128 keys or more: the fewer programs share a row, the less of do, E and dR is read again.
+        return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(min(BK, 128), 64, 4, 2, tma=True)
     raise KeyError(f"kernel must be one that configs.tiles knows, got {kernel!r}")

@@ -77,7 +77,7 @@ def chunk_inverse(
 
 @triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
 def walk(
-    q, k, v, beta, n, q_norm, k_norm, o, e, states, state_in, state_out, transition, cu_seqlens, chunk_offsets,
+    q, k, v, beta, n, q_norm, k_norm, o, vn, states, state_in, state_out, transition, cu_seqlens, chunk_offsets,
     scale, L, H, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr,
@@ -87,7 +87,8 @@ def walk(
 ):  # fmt: skip
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
-    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes Vn for the backward (see `is_strong`).
+    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes Vn for the backward, or
+    E in the rows that `is_strong` leaves out.
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
     the true state; for the others further programs carry the identity in place of a state, with values zero:
     where they end is M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
@@ -161,7 +162,7 @@ def walk(
         Vn = (strength[:, None] * E).to(k_tile.dtype)
         if SAVE:
             kept = tl.where(is_strong(strength)[:, None], Vn, E.to(k_tile.dtype))
-            store_tile(e, kept, token, head, H, rows, left, values, V, BV)
+            store_tile(vn, kept, token, head, H, rows, left, values, V, BV)
         if OUTPUT:
             # O = scale (Q S + tril(Q K^T) D E)
             if not EARLY:

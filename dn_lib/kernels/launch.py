@@ -23,6 +23,7 @@ from dn_lib.kernels.common import INTERPRETED
 
 NORM_EPS = 1e-6
 TMA_MIN_LENGTH = 1024
+TMA_MIN_VALUES = 2**25  # of q or v, in training: below, the GPU is faster than the host that makes the descriptors
 _INVERSE = {torch.bfloat16: "half", torch.float16: "halves"}  # how the recursion on N rounds; float32: as all dots
 _INTERPRETED = bool(INTERPRETED.value)
 
@@ -39,6 +40,7 @@ class Shape:
     sequences: int
     plan: configs.Plan
     varlen: bool
+    training: bool = False
 
     @property
     def tokens(self) -> int:
@@ -55,8 +57,17 @@ class Shape:
             return self.L // self.plan.chunk + self.sequences
         return self.B * -(-self.L // self.plan.chunk)
 
+    @property
+    def copies(self) -> bool:
+        """Whether the copy engine may fetch tiles: of whole chunks, in calls long enough to repay the descriptors."""
+        whole = not self.varlen and self.L % self.plan.chunk == 0 and self.L >= TMA_MIN_LENGTH
+        values = self.tokens * self.H * max(self.K, self.V)
+        return whole and (not self.training or values >= TMA_MIN_VALUES)
 
-def shape_of(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, segments: int | None = None) -> Shape:
+
+def shape_of(
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, segments: int | None = None, training: bool = False
+) -> Shape:
     """The layout of a call; `segments` overrides the rule's choice (the tests use it)."""
     B, L, H, K = k.shape
     varlen = cu_seqlens is not None
@@ -65,7 +76,7 @@ def shape_of(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, segmen
         can_split = k.is_cuda and not varlen
         segments = configs.segments(sequences, L, H, K, v.shape[-1], chunk, k.device.index or 0) if can_split else 1
     plan = configs.plan(L, K, v.shape[-1], k.dtype, chunk, segments)
-    return Shape(B, L, H, K, v.shape[-1], sequences, plan, varlen)
+    return Shape(B, L, H, K, v.shape[-1], sequences, plan, varlen, training)
 
 
 def offsets_of(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
@@ -86,12 +97,11 @@ def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "", prog
 def _descriptors(s: Shape, t: configs.Tiles, *tensors: tuple[Tensor | None, int]) -> tuple[bool, list]:
     """Whether the copy engine can fetch the tiles of these `[B, L, H, d]` tensors, and what the kernel is given.
 
-    Each tensor comes with the columns of its tile.  The tiles have to divide the heads and the sequences.
-    Making the descriptors costs the host some microseconds, which only a long walk repays.
+    Each tensor comes with the columns of its tile, which have to divide the heads.
     """
     given = [x for x, _ in tensors]
     aligned = all(x is None or (x.shape[-1] % columns == 0 and x.data_ptr() % 16 == 0) for x, columns in tensors)
-    if not (t.tma and aligned and not s.varlen and s.L % s.plan.chunk == 0 and s.L >= TMA_MIN_LENGTH):
+    if not (t.tma and aligned and s.copies):
         return False, given
     _bind_context(given[0].device)
     return True, [None if x is None else _descriptor(x, s.tokens, s.plan.chunk, columns) for x, columns in tensors]
@@ -118,7 +128,7 @@ def _bind_context(device: torch.device) -> None:
 
 
 def _walk(
-    s, q, k, v, beta, n, norms, scale, precision, *, o=None, e=None, states=None, state_in=None, state_out=None,
+    s, q, k, v, beta, n, norms, scale, precision, *, o=None, vn=None, states=None, state_in=None, state_out=None,
     transition=None, cu=None, offsets=None,
 ):  # fmt: skip
     first_pass, norm = transition is not None, norms[0] is not None
@@ -130,10 +140,10 @@ def _walk(
     if first_pass:
         blocks, parts = blocks + triton.cdiv(s.K, t.BV), parts - s.sequences
     fwd.walk[(blocks * s.H * parts,)](
-        q, k, v, beta, n, *norms, o, e, states, state_in, state_out, transition, cu, offsets,
+        q, k, v, beta, n, *norms, o, vn, states, state_in, state_out, transition, cu, offsets,
         scale, s.L, s.H, s.plan.segment, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-        OUTPUT=o is not None, SAVE=e is not None, STATES=states is not None, TRANSITION=first_pass,
+        OUTPUT=o is not None, SAVE=vn is not None, STATES=states is not None, TRANSITION=first_pass,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma,
         num_warps=t.warps,
     )  # fmt: skip
@@ -156,13 +166,13 @@ def _merge(s, transition, local, first, reverse, exact):
 class Saved:
     """What the forward leaves for the backward, besides its inputs.
 
-    n: `[B, L, H, C]`.  e: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
+    n: `[B, L, H, C]`.  vn: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
     `[chunks, H, K, V]`, or, where the backward walks the state back, state_end: where each segment ends.
     transition: each segment's M, if a sequence has several.
     """
 
     n: Tensor
-    e: Tensor
+    vn: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
     states: Tensor | None
@@ -190,9 +200,9 @@ def forward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
     """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and what the backward needs."""
-    s = shape_of(k, v, cu_seqlens, chunk, segments)
+    s = shape_of(k, v, cu_seqlens, chunk, segments, training=save)
     C, split = s.plan.chunk, s.plan.segments > 1
-    o, e = torch.empty_like(v), torch.empty_like(v) if save else None
+    o, vn = torch.empty_like(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
     q_norm = k_norm = transition = states = None
     n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device)
@@ -221,7 +231,7 @@ def forward(
         if save and not s.plan.fused:
             states = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=k.device)
         out = state if final_state or (save and s.plan.fused) else None
-        _walk(*inputs, o=o, e=e, states=states, state_in=state_in, state_out=out, cu=cu_seqlens, offsets=offsets)
+        _walk(*inputs, o=o, vn=vn, states=states, state_in=state_in, state_out=out, cu=cu_seqlens, offsets=offsets)
     last = state if final_state else None
     if final_state and split:
         # A copy even of one row: the outputs of an operator must not share memory.
@@ -229,7 +239,7 @@ def forward(
     return (
         o,
         last,
-        Saved(n, e, q_norm, k_norm, states, state if save and s.plan.fused else None, transition if save else None),
+        Saved(n, vn, q_norm, k_norm, states, state if save and s.plan.fused else None, transition if save else None),
     )
 
 
@@ -238,11 +248,11 @@ def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates
     fused, local = dq is not None, dv is None
     programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments - local, False)
     t = _tiles("walk_back", s, k, norm, "fused" if fused else "", programs)
-    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (do, t.BV), (saved.e if fused else None, t.BV)
-    tma, (q_given, k_given, n, do, e) = _descriptors(s, t, *pairs)
+    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (do, t.BV), (saved.vn if fused else None, t.BV)
+    tma, (q_given, k_given, n, do, vn) = _descriptors(s, t, *pairs)
     parts = s.total_segments - s.sequences if local else s.total_segments
     bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * parts,)](
-        q_given, k_given, beta, n, e if fused else saved.e, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk,
+        q_given, k_given, beta, n, vn if fused else saved.vn, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk,
         d_out, d_in, dstates, saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
         FUSED=fused, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
@@ -257,7 +267,7 @@ def backward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dbeta, each in its input's dtype, and, if `initial_state`, its gradient (float32)."""
-    s = shape_of(k, v_like, cu_seqlens, chunk, segments)
+    s = shape_of(k, v_like, cu_seqlens, chunk, segments, training=True)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
     blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("walk_back", s, k, norm).BV)
@@ -294,13 +304,13 @@ def backward(
 def _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu, offsets, scale, precision):
     norm, states = saved.q_norm is not None, saved.states
     t = _tiles("gradients", s, k, norm)
-    pairs = (q, t.BK), (k, t.BK), (saved.e, t.BV), (do, t.BV), (dv, t.BV)
-    tma, (q, k, e, do, dv) = _descriptors(s, t, *pairs)
+    pairs = (q, t.BK), (k, t.BK), (saved.vn, t.BV), (do, t.BV), (dv, t.BV)
+    tma, (q, k, vn, do, dv) = _descriptors(s, t, *pairs)
     if tma:
         states, dstates = (_descriptor(x, s.chunks * s.H * s.K, t.BK, t.BV) for x in (states, dstates))
     if s.chunks > 0:
         bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
-            q, k, beta, e, saved.q_norm, saved.k_norm, do, dv, states, dstates, parts, dbeta, dq, dk,
+            q, k, beta, vn, saved.q_norm, saved.k_norm, do, dv, states, dstates, parts, dbeta, dq, dk,
             cu, offsets, scale, s.sequences, s.L, s.H, s.tokens,
             K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PARTS=1 if parts is dbeta else parts.shape[0],
             PRECISION=precision, NORM=norm,
