@@ -4,8 +4,13 @@
     python benchmarks/errors.py --out one.json --start 1234 --calls 1      # repeats call 1234 alone
 
 A call is fixed by --seed, --variants and its number.  fla sees the same inputs where it takes them (bfloat16 and
-float16, head sizes 64 and 128), its autotuning cut to one configuration.  Exits with 1 if a result is not
-finite, if an error in float32 with ieee dots is above 1e-5, or if a call raises; with 3 if the GPU is lost.
+float16, head sizes 64 and 128), its autotuning cut to one configuration.  Single calls scatter, the more so the more
+alike the keys are: so the ratio of errors, ours over fla's, is judged by its geometric mean over the random calls of
+a configuration.  `scatter` tells how far fla is from itself: its error with other random numbers over its error with
+these, shape and options the same.
+
+Exits with 1 if a result is not finite, if an error in float32 with ieee dots is above 1e-5, if a call raises, or if
+the ratio of a configuration is above 1.1 for any output; with 3 if the GPU is lost.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (40, 24), (128, 64), (64, 1
 DTYPES = ("bfloat16", "float16", "float32")
 FLA_SIZES, FLA_HEADS = ((64, 64), (128, 128)), 2  # fla compiles anew for each number of heads
 FLOAT32_LIMIT = 1e-5
+RATIO_LIMIT, RATIO_CALLS = 1.1, 10  # of a configuration with so many calls of fla
 
 
 def configurations(variants: int, seed: int, smoke: bool = False) -> list[dict]:
@@ -164,6 +170,8 @@ def measure(c: dict, device: str, peer) -> dict:
     if peer is not None:
         try:
             row["fla"] = errors_of(forward_backward(peer.form, p), exact)
+            again = problem(c | {"seed": c["seed"] + 1}, device)
+            row["fla again"] = errors_of(forward_backward(peer.form, again), exact_results(again))
         except Exception as error:
             row["fla_failure"] = first_line(error)
     return row
@@ -183,11 +191,33 @@ def percentile(x: list[float], share: float) -> float:
     return x[min(len(x) - 1, math.ceil(share * len(x)) - 1)] if x else math.nan
 
 
+def ratio_of(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    """By output, where both are finite and neither is zero."""
+    both = {name: (e, theirs.get(name, math.nan)) for name, e in ours.items()}
+    return {name: a / b for name, (a, b) in both.items() if math.isfinite(a) and math.isfinite(b) and a > 0 and b > 0}
+
+
+def spread_of(ratios: list[float]) -> dict:
+    return {
+        "calls": len(ratios),
+        "geometric_mean": math.exp(statistics.mean(math.log(x) for x in ratios)),
+        "median": statistics.median(ratios),
+        "p99": percentile(ratios, 0.99),
+        "max": max(ratios),
+        "above_1.1": sum(x > 1.1 for x in ratios),
+    }
+
+
+OPTIONS = ("d_k", "d_v", "dtype", "norm", "state", "dstate", "varlen", "chunk", "segments", "alone", "whole")
+
+
 class Tally:
     """Errors by dtype and output, ratios to fla, and the calls that have something wrong."""
 
     def __init__(self):
         self.calls = self.fla_calls = self.fla_not_finite = 0
+        self.grouped = defaultdict(lambda: defaultdict(list))  # (what, its value) -> output -> ratios
+        self.scatter = defaultdict(list)  # keys -> fla again over fla, of o
         self.errors = defaultdict(list)  # (dtype, output) -> [(error, number)]
         self.ratios = defaultdict(list)  # (dtype, output) -> [(ours / fla, number)]
         self.failures, self.fla_failures, self.worst = [], [], {}
@@ -200,9 +230,13 @@ class Tally:
             if at not in self.worst or not e <= self.worst[at]["error"]:
                 norm = row["norms"][name]
                 self.worst[at] = {"dtype": c["dtype"], "output": name, "error": e, "reference_norm": norm, "call": c}
-            theirs = row.get("fla", {}).get(name)
-            if theirs is not None and math.isfinite(theirs) and theirs > 0:
-                self.ratios[at].append((e / theirs, c["number"]))
+        for name, ratio in ratio_of(row["ours"], row.get("fla", {})).items():
+            self.ratios[c["dtype"], name].append((ratio, c["number"]))
+            self.grouped["configuration", tuple(c[o] for o in OPTIONS)][name].append(ratio)
+            self.grouped["keys", (c["dtype"], c["bias"], c["beta_range"])][name].append(ratio)
+        if "fla again" in row:
+            scatter = ratio_of(row["fla again"], row["fla"])
+            self.scatter[c["dtype"], c["bias"], c["beta_range"]] += [scatter["o"]] if "o" in scatter else []
         if "fla" in row:
             self.fla_calls += 1
             self.fla_not_finite += any(not math.isfinite(e) for e in row["fla"].values())
@@ -210,6 +244,28 @@ class Tally:
             self.fla_failures.append({"call": c["number"], "failure": row["fla_failure"]})
         if wrong := faults(c, row):
             self.failures.append({"wrong": wrong, "call": c, "errors": row["ours"]})
+
+    def by_configuration(self) -> list[dict]:
+        """The geometric means of each configuration's ratios to fla, and those outputs for which they are too large."""
+        rows = []
+        for (what, options), outputs in self.grouped.items():
+            if what == "configuration" and len(outputs["o"]) >= RATIO_CALLS:
+                means = {name: spread_of(r)["geometric_mean"] for name, r in outputs.items()}
+                above = [name for name, mean in means.items() if mean > RATIO_LIMIT]
+                row = {"options": dict(zip(OPTIONS, options, strict=True)), "calls": len(outputs["o"])}
+                rows.append(row | {"ratios": means, "above": above})
+        return rows
+
+    def by_keys(self) -> list[dict]:
+        """Ratios of o and the worst output by how alike the keys are, with fla's own scatter beside them."""
+        rows = []
+        for (what, keys), outputs in self.grouped.items():
+            if what == "keys":
+                means = {name: spread_of(r)["geometric_mean"] for name, r in outputs.items()}
+                row = dict(zip(("dtype", "bias", "beta_range"), keys, strict=True)) | {"o": spread_of(outputs["o"])}
+                row |= {"geometric_means": means}
+                rows.append(row | ({"scatter": spread_of(self.scatter[keys])} if self.scatter[keys] else {}))
+        return sorted(rows, key=lambda r: (r["dtype"], str(r["bias"]), r["beta_range"]))
 
     def summary(self) -> dict:
         """In chapters' order of outputs: worst, 99th percentile and median of each dtype; ratios ours / fla."""
@@ -228,20 +284,17 @@ class Tally:
             }
             if r := self.ratios[dtype, name]:
                 largest, number = max(r)
-                ratios.setdefault(dtype, {})[name] = {
-                    "calls": len(r),
-                    "median": statistics.median(x for x, _ in r),
-                    "p99": percentile([x for x, _ in r], 0.99),
-                    "max": largest,
-                    "max_call": number,
-                    "above_1.1": sorted(n for x, n in r if x > 1.1)[:50],
-                }
+                found = spread_of([x for x, _ in r]) | {"max": largest, "max_call": number}
+                ratios.setdefault(dtype, {})[name] = found | {"above_1.1": sorted(n for x, n in r if x > 1.1)[:50]}
         return {
             "calls": self.calls,
             "fla_calls": self.fla_calls,
             "fla_calls_not_finite": self.fla_not_finite,
             "errors": errors,
             "ratio_to_fla": ratios,
+            "ratio_limit": RATIO_LIMIT,
+            "ratio_by_configuration": self.by_configuration(),
+            "ratio_by_keys": self.by_keys(),
             "failures": len(self.failures),
             "fla_failures": self.fla_failures[:20],
         }
@@ -256,6 +309,17 @@ def table(s: dict) -> str:
             lines.append(
                 f"{dtype:9} {name:9} {e['calls']:6d} {e['median']:9.2e} {e['p99']:9.2e} {e['worst']:9.2e} | {last}"
             )
+    for row in s["ratio_by_keys"]:
+        scatter = row.get("scatter", {})
+        lines.append(
+            f"{row['dtype']:9} keys {row['bias']!s:9} beta to {row['beta_range']:g}: o {row['o']['geometric_mean']:.2f}"
+            f" (most {row['o']['max']:.2f}), worst output {max(row['geometric_means'].values()):.2f}; fla again over"
+            f" fla most {scatter.get('max', math.nan):.2f}, above 1.1 in {scatter.get('above_1.1')}"
+        )
+    for row in s["ratio_by_configuration"]:
+        over = f"  ABOVE {s['ratio_limit']} {row['above']}" if row["above"] else ""
+        means = " ".join(f"{name} {mean:.2f}" for name, mean in row["ratios"].items())
+        lines.append(f"{row['options']} of {row['calls']}: {means}{over}")
     return "\n".join(lines)
 
 
@@ -330,7 +394,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{tally.calls} calls, {tally.fla_calls} of fla, {len(tally.failures)} failures")
     if options.smoke:
         print("NOT MEASURED: smoke run")
-    return code or int(bool(tally.failures))
+    worse = [row for row in results.summary["ratio_by_configuration"] if row["above"]]
+    return code or int(bool(tally.failures or worse))
 
 
 if __name__ == "__main__":

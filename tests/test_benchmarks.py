@@ -645,3 +645,23 @@ def test_workers_that_compile_are_stopped_at_the_budget(peer, capsys):
     assert said(None) == [first, "worker 0: 2048 x 16", "worker 1: 2048 x 16"]
     assert said(0.0) == [first, "worker 0: stopped at the budget", "worker 1: stopped at the budget"]
     assert time.monotonic() - begun < 300  # the stub would have slept for 600 s
+
+
+def test_errors_are_judged_by_the_mean_ratio_of_each_configuration(modules):
+    _, _, errors = modules
+    tally, configs = errors.Tally(), errors.configurations(2, 0)
+    one = {name: 1e-3 for name in ("o", "dq", "dk", "dv", "dbeta")}
+    calls = [errors.a_call(n, configs, 0) for n in range(1500)]
+    first, *_ = chosen = [c for c in calls if errors.fla_takes(c)]
+    same = [c for c in chosen if all(c[o] == first[o] for o in errors.OPTIONS)]
+    for c in chosen:
+        worse = c in same
+        ours = {**one, "dk": 1e-3 * (1.3 if worse else 0.9)}
+        tally.add(c, {"ours": ours, "fla": one, "fla again": {**one, "o": 2e-3}, "norms": one})
+    rows = tally.by_configuration()
+    assert [row["above"] for row in rows if row["above"]] == [["dk"]] and len(rows) > 5
+    judged = next(row for row in rows if row["above"])
+    assert judged["calls"] == len(same) and judged["ratios"]["dk"] == pytest.approx(1.3)
+    keys = tally.by_keys()
+    assert all(row["scatter"]["max"] == pytest.approx(2.0) for row in keys) and len(keys) > 10
+    assert "ABOVE 1.1 ['dk']" in errors.table(tally.summary())

@@ -295,3 +295,11 @@ def test_interpreter_multiplies_bfloat16_as_numbers():
         chunk=16, precision="ieee", save=True, final_state=False,
     )  # fmt: skip
     assert torch.equal(o, torch.full_like(o, 3.0))
+
+
+def test_gradient_of_a_strength_that_is_nearly_zero():
+    """dbeta where beta is 0, and on both sides of the bound below which the forward keeps E in place of Vn."""
+    q, k, v, _, S = make(1, 40, 1, 20, 12, state=1)
+    beta = torch.tensor([0.0, 1e-30, 1e-3, 0.0156, 0.015625, 0.02, 1.0, 2.0]).repeat(5)[None, :, None]
+    for norm in (False, True):
+        compare((q, k, v, beta, S), 1e-5, qk_l2norm=norm)
