@@ -52,7 +52,6 @@ CHUNK, BLOCK_V = 64, 64
 OFF = 0.4
 # Four intermediates are rounded to bfloat16, one after the other; the tests of these kernels have the same bound.
 LADDER_LIMIT = 2e-2
-PYTORCH_SUM = "sum"  # of dbeta's parts: the one kernel of a stage that is not Triton's, timed with the whole only
 
 
 # --- What is launched --------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ class Size:
             self.shape, block_v=first.get("BV"), block_k=options.get("gradients", {}).get("BK"), C=first.get("C", 1)
         )
         if names == ("chunk_inverse", "walk"):
-            save = "E states" if first.get("STATES") else "E" if first["SAVE"] else ""
+            save = "Vn states" if first.get("STATES") else "Vn" if first["SAVE"] else ""
             return cost.two_kernels(shape, save=save)
         forms = {("walk_back",): cost.fused_backward, ("walk_back", "gradients"): cost.backward}
         if names not in forms:
@@ -329,17 +328,16 @@ def measure(stage: Stage, clock: Clock, rates: dict) -> dict:
     if wrong := verdict(row["errors"], None, stage.limit):
         return row | {"status": "refused", "failure": "; ".join(wrong)}
     costs = stage.model(seen)
-    ours = [c for c in costs if c.name != PYTORCH_SUM]
-    if len(ours) != len(seen):
+    if len(costs) != len(seen):
         names = [launch.name for launch in seen]
-        raise ValueError(f"the model counts {len(ours)} kernels, launched were {names}")
+        raise ValueError(f"the model counts {len(costs)} kernels, launched were {names}")
     row["samples_ms"] = [clock.median(stage.run) for _ in range(2)]
     row |= prediction(costs, rates, statistics.median(row["samples_ms"]))
     if stage.float32_flops:
         row["float32_flops"] = stage.float32_flops
         row["float32_ms"] = 1e3 * stage.float32_flops / rates["float32_flops_per_s"]
     row["kernels"] = []
-    for launch, c in zip(seen, ours, strict=True):
+    for launch, c in zip(seen, costs, strict=True):
         ms = clock.median(launch.again) if len(seen) > 1 else row["ms"]
         kernel = {"kernel": launch.name, "name": c.name, **prediction((c,), rates, ms), **launch.facts()}
         row["kernels"].append(kernel)

@@ -60,9 +60,8 @@ class Shape:
         state = self.d_k * self.d_v * 4
         return {
             **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
-            **dict.fromkeys(("v", "o", "U", "new", "E", "do", "dv"), rows * self.d_v * e),
-            "beta": rows * e,
-            "dbeta": rows * 4,
+            **dict.fromkeys(("v", "o", "U", "new", "Vn", "do", "dv"), rows * self.d_v * e),
+            **dict.fromkeys(("beta", "dbeta"), rows * e),
             "dbeta_parts": rows * 4 * self.value_blocks,
             "T": rows * self.C * e,
             "N": rows * self.C * e,
@@ -177,22 +176,24 @@ def linear_attention(shape: Shape) -> tuple[Cost, ...]:
 
 def inverse_flops(C: int, method: str) -> int:
     """FLOPs in the dots of one C x C inverse (eq-inverse-flops): a method of
-    `dn_lib.kernels.ladder.INVERSES`, or "scaled", the operator's own N.
+    `dn_lib.kernels.ladder.INVERSES`, or "scaled", the operator's own N, or "halves", which is that for float16.
 
     "substitution" takes none: its C - 1 dependent steps are sums.  "scaled" joins blocks up to 16 as C / 16
-    small matrices and wider ones as what they are, two dots for each pair.  Raises KeyError for another method.
+    small matrices and wider ones as what they are, two dots for each pair.  "halves" has three dots for each of
+    those, since an operand is the sum of two float16.  Raises KeyError for another method.
 
     >>> [round(inverse_flops(64, m) / (2 * 64**3), 2) for m in ("doubling", "merging", "scaled")]
     [10.0, 12.0, 0.69]
     """
     levels = int(log2(C))
     small = 3 * 2 * 2 * (C // 16) * 16**3
-    pairs = sum(2 * 2 * (C // (2 * size)) * size**3 for size in (16, 32) if size < C)
+    scaled = small + sum(2 * 2 * (C // (2 * size)) * size**3 for size in (16, 32) if size < C)
     return {
         "substitution": 0,
         "doubling": 2 * (levels - 1) * 2 * C**3,
         "merging": 2 * levels * 2 * C**3,
-        "scaled": small + pairs,
+        "scaled": scaled,
+        "halves": 3 * scaled,
     }[method]
 
 
@@ -217,7 +218,8 @@ def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost,
 def two_kernels(shape: Shape, *, method: str = "scaled", save: str = "") -> tuple[Cost, ...]:
     """The operator's forward: one kernel writes N, the second walks the chunks and writes o (eq-walk-bytes).
 
-    save: names of what the walk also writes for the backward: "E" for small heads, "E states" for wide ones.
+    save: names of what the walk also writes for the backward: "Vn" for small heads, "Vn states" for wide ones.
+    method: "halves" where the inputs are float16.
     """
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     inverse = shape.heads * shape.chunks * inverse_flops(C, method)
@@ -241,30 +243,34 @@ def backward(shape: Shape) -> tuple[Cost, ...]:
     """The operator's backward for wide heads: a walk back writes dv and dS at every chunk; dq and dk are made of
     these and of the states that the forward saved, all chunks at once.
 
-    Several blocks of values each leave a part of dbeta, which a last kernel (PyTorch's) adds up.
+    One block of values is all of dbeta; of several each leaves a part in float32, and `gradients` adds them up.
 
-    >>> [kernel.name for kernel in backward(Shape(B=1, L=64, H=1, d_k=128, d_v=128, block_v=64))]
-    ['walk back', 'gradients', 'sum']
+    >>> walk, last = backward(Shape(B=1, L=64, H=1, d_k=128, d_v=128, block_v=64))
+    >>> list(walk.writes), list(last.writes)
+    (['dv', 'dbeta_parts', 'dstates'], ['dq', 'dk', 'dbeta'])
     """
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
     last = t * (6 * d_k * d_v + 4 * C * d_v * shape.key_blocks + 6 * C * d_k)
-    reads, writes = "q k beta N E do", "dv dbeta_parts dstates"
-    costs = (
-        _cost(shape, "walk back", reads, writes, walk, again="q k beta N", steps=shape.chunks),
+    whole = shape.value_blocks == 1
+    strengths = "dbeta" if whole else "dbeta_parts"
+    reads, writes = "q k beta Vn do dv states dstates", "dq dk"
+    if not whole:
+        reads, writes = f"{reads} dbeta_parts", f"{writes} dbeta"
+    return (
         _cost(
-            shape, "gradients", "q k beta E do dv states dstates", "dq dk", last, again="beta E do dv",
-            blocks=shape.key_blocks,
+            shape, "walk back", "q k beta N Vn do", f"dv {strengths} dstates", walk, again="q k beta N",
+            steps=shape.chunks,
         ),
+        _cost(shape, "gradients", reads, writes, last, again="beta Vn do dv", blocks=shape.key_blocks),
     )  # fmt: skip
-    return costs if shape.value_blocks == 1 else (*costs, _cost(shape, "sum", "dbeta_parts", "dbeta", 0))
 
 
 def fused_backward(shape: Shape) -> tuple[Cost, ...]:
     """The operator's backward for small heads: one walk from the right carries dS and, beside it, the state."""
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     flops = t * (14 * d_k * d_v + 8 * C * d_v + 8 * C * d_k)
-    reads, writes = "q k beta N E do final", "dv dbeta dq dk"
+    reads, writes = "q k beta N Vn do final", "dv dbeta dq dk"
     return (_cost(shape, "walk back", reads, writes, flops, steps=shape.chunks),)
 
 
