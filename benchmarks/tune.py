@@ -95,7 +95,7 @@ def candidates(d: int, norm: bool) -> Iterator[Candidate]:
         if d <= 64:
             yield from each("walk_back", "fused", (d,), (BV,), (warps,), stages, both)
     if d > 64:
-        for BK, warps in ((64, 4), (128, 8), (256, 8)):
+        for BK, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             if not norm or d == BK:
                 yield from each("gradients", "", (BK,), (64, 128), (warps,), stages[:3], both)
     for BK, warps, deep in itertools.product((64, 128), (1, 2, 4), (2, 3)):

@@ -183,6 +183,8 @@ def _rename(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
                 continue
             if mixers[int(index)] != "delta" and part in ("attn.k_proj.weight", "attn.v_proj.weight"):
                 tensor = _own_heads(tensor, config)
+            if part.endswith("_conv1d.weight"):
+                tensor = tensor.permute(2, 1, 0).contiguous()  # [channels, 1, size] as PyTorch's Conv1d has it
             ours[prefix + BLOCK[part]] = tensor
         else:
             raise ValueError(f"state_dict has {name}, which has no counterpart here")

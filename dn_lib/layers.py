@@ -112,10 +112,11 @@ class ShortConvolution(nn.Module):
 
     `[B, L, channels]` -> the same. The last tap multiplies the present token; positions before the first
     count as zero. `cache[name]` keeps the last `size - 1` inputs, `[B, size - 1, channels]`. Sums are taken
-    in float32 at least and returned in x's dtype.
+    in float32 at least and returned in x's dtype. `weight` is `[size, 1, channels]`, the transpose of PyTorch's
+    Conv1d: the channels of one tap lie side by side, as those of x do.
 
         >>> conv, x = ShortConvolution(4, 3), torch.randn(1, 5, 4)
-        >>> torch.allclose(conv(x)[:, 0], conv.weight[:, 0, -1] * x[:, 0])
+        >>> torch.allclose(conv(x)[:, 0], conv.weight[-1] * x[:, 0])
         True
     """
 
@@ -124,11 +125,12 @@ class ShortConvolution(nn.Module):
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         bound = size**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, 1, size).uniform_(-bound, bound))
+        weight = torch.empty(channels, 1, size).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight.permute(2, 1, 0).contiguous())
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor, cache: dict | None = None, name: str = "conv") -> Tensor:
-        length, size = x.shape[1], self.weight.shape[-1]
+        length, size = x.shape[1], self.weight.shape[0]
         past = None if cache is None else cache.get(name)
         past = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.to(x.dtype)
         padded = torch.cat([past, x], dim=1)
@@ -137,7 +139,7 @@ class ShortConvolution(nn.Module):
         dtype = working_dtype(x)
         wide, weight = padded.to(dtype), self.weight.to(dtype)
         # A sum of shifted products needs no transpose to [B, channels, L], and a compiler fuses it.
-        y = sum(wide[:, j : j + length] * weight[:, 0, j] for j in range(size))
+        y = sum(wide[:, j : j + length] * weight[j] for j in range(size))
         return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
 
 
@@ -150,14 +152,29 @@ def rotary_embedding(x: Tensor, start: int = 0, base: float = 10000.0) -> Tensor
         >>> torch.allclose(rotary_embedding(x)[:, 1:], rotary_embedding(x[:, 1:], start=1), atol=1e-6)
         True
     """
-    length, d = x.shape[1], x.shape[-1]
     dtype = working_dtype(x)
-    frequency = base ** (-torch.arange(0, d, 2, device=x.device, dtype=dtype) / d)
-    position = torch.arange(start, start + length, device=x.device, dtype=dtype)
-    angle = (position[:, None] * frequency)[:, None, :]  # [L, 1, d/2], the same for every head
+    cos, sin = _rotations(start, x.shape[1], x.shape[-1], base, dtype, x.device)
     a, b = x.to(dtype).chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@torch.library.custom_op("dn_lib::rotations", mutates_args=())
+def _rotations(
+    start: int, length: int, d: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, `[length, 1, d/2]`, the same for every head.
+
+    An operator of its own, since a compiler would compute them anew for every sequence and head, where they are used.
+    """
+    frequency = base ** (-torch.arange(0, d, 2, device=device, dtype=dtype) / d)
+    position = torch.arange(start, start + length, device=device, dtype=dtype)
+    angle = (position[:, None] * frequency)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+@_rotations.register_fake
+def _(start, length, d, base, dtype, device):
+    return tuple(torch.empty(length, 1, (d + 1) // 2, dtype=dtype, device=device) for _ in range(2))
 
 
 # ------------------------------------------------------------------------------- recurrences with decay

@@ -187,7 +187,7 @@ def test_deltanet_layer_is_what_the_chapter_writes():
 
     def convolved(name):
         y = F.pad(getattr(layer, name)(x).mT, (3, 0))
-        return F.silu(F.conv1d(y, getattr(layer, f"{name}_conv").weight, groups=12)).mT
+        return F.silu(F.conv1d(y, getattr(layer, f"{name}_conv").weight.permute(2, 1, 0), groups=12)).mT
 
     q, k, v = (convolved(n).view(1, 9, 2, 6).transpose(1, 2) for n in ("query", "key", "value"))
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
@@ -273,7 +273,7 @@ def test_short_convolution_equals_torch_and_its_cache_handles_short_pieces():
     torch.manual_seed(10)
     conv, x = ShortConvolution(6, 4, bias=True), torch.randn(2, 10, 6)
     torch.nn.init.normal_(conv.bias)
-    reference = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight, conv.bias, groups=6).mT
+    reference = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight.permute(2, 1, 0), conv.bias, groups=6).mT
     assert relative(conv(x), reference) < SINGLE
     cache = {}
     pieces = [conv(x[:, a:b], cache) for a, b in ((0, 1), (1, 3), (3, 10))]
