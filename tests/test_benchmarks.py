@@ -21,6 +21,7 @@ SCRIPTS = {
     "paper_figure": [],
     "error_microscope": [],
     "tune": [],
+    "segments": [],
 }
 
 

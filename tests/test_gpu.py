@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import threading
 import warnings
 
 import pytest
@@ -403,6 +404,39 @@ def test_a_call_does_not_wait_for_the_gpu(packed):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_backward_that_begins_in_a_new_thread():
+    """Descriptors need a CUDA context in the thread that makes them, which nothing before the first one binds."""
+    from dn_lib.kernels import launch
+
+    q, k, v, beta, _ = cuda_inputs(1, 1024, 2, 64, 64, dtype=BF16)
+    options = {"scale": 0.1, "cu_seqlens": None, "chunk": 64, "precision": "ieee"}
+    *_, saved = launch.forward(q, k, v, beta, initial_state=None, norm=False, save=True, final_state=False, **options)
+
+    def backward():
+        return launch.backward(q, k, v, beta, saved, v, None, initial_state=False, **options)
+
+    expected, found = backward(), []  # and what it allotted is in the cache: the thread need not ask the driver
+    thread = threading.Thread(target=lambda: found.extend(backward()))
+    thread.start()
+    thread.join()
+    assert found and all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_gpu_that_is_not_the_current_one(d):
+    x = cuda_inputs(2, 1024, 2, d, d, dtype=BF16, state=2)
+    do, dS = upstream(x[0], x[2], 2)
+    here = forward_and_gradients(triton_rule, leaves(*x), do, dS)
+    other = [y.to("cuda:1") for y in (*x, do, dS)]
+    assert torch.cuda.current_device() == 0
+    there = forward_and_gradients(triton_rule, leaves(*other[:5]), *other[5:])
+    assert all(b.device.index == 1 and torch.equal(a, b.to(a.device)) for a, b in zip(here, there, strict=True))
+    state = torch.zeros(2, 2, d, d, device="cuda:1")
+    decode_delta_rule(*(y[:, 0].detach() for y in other[:4]), state)
+    assert state.isfinite().all() and state.any() and torch.cuda.current_device() == 0
 
 
 def test_batch_length_and_heads_compile_at_most_once_more():
