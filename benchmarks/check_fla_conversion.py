@@ -16,8 +16,18 @@ layers in bfloat16, without a limit.
 Nearly all of the time goes into compiling, so --workers processes compare side by side, each with its models; the
 file is written in the same order whatever their number.  A model at which a process ends becomes a row that failed.
 
-Exits with 1 if a bfloat16 distance between the two exceeds `--tolerance`, or a float32 one 1e-3, or if nothing
-could be compared in one of them.
+The verdict, `passed`, and with it the exit code: between the two at most 1e-3 in float32, for every variant, and at
+most `--tolerance` in bfloat16, for the form of the authors' released checkpoints (SiLU, L2 norm, with each option)
+and for `relu, sum norm`; every variant compared in both; nothing failed.
+
+`1 + elu` is judged in bfloat16 by another measure and shown under `beyond`: fla's logits and ours must each lie within
+the same limit of our model in float64, and no limit is set between the two.  Its keys are nearly one: at fla's
+initial weights two keys have a mean cosine of 0.9998 (SiLU 0.00, relu 0.33), each component being 1 with a spread
+of 0.013, where bfloat16's numbers stand 0.004 and 0.008 apart.  On such keys chunkwise kernels in bfloat16 lose
+more than a recurrence: fla itself goes from 0.0067 at 64 tokens to 0.0140 at 65, and the error of our operator
+from 0.004 for unrelated keys to 0.018 for identical ones (error_microscope.json).  Either is then 0.017 to 0.020
+from float64, and as they round apart the two are further from each other.  A wrong conversion would still be told:
+fla's logits would be far from those of our model in float64.
 """
 
 from __future__ import annotations
@@ -48,6 +58,7 @@ VARIANTS = {
     "1 + elu": {"qk_activation": "elu"},
     "tied embeddings": {"tie_word_embeddings": True},
 }
+BEYOND = ("1 + elu",)  # judged in bfloat16 by either side's distance from float64: the reason is in the docstring
 FLOAT32_TOLERANCE = 1e-3  # TF32 in some of the products of either side: a relative rounding of 2^-11
 
 
@@ -131,14 +142,34 @@ def run(of_unit: Callable[[Unit], list[dict]], units: list[Unit], workers: int) 
         yield from [{"variant": variant, "sort": sort, "failure": str(rows)}] if isinstance(rows, Died) else rows
 
 
-def verdict(rows: list[dict], limits: dict[str, float]) -> tuple[dict, bool]:
-    """(the worst distance of each sort, whether all is within its limit and nothing failed)."""
-    worst = {
-        sort: max((r["ours_to_fla"] for r in rows if r["sort"] == sort and "ours_to_fla" in r), default=None)
-        for sort in SORTS
+def worst(rows: list[dict], distance: str) -> float | None:
+    return max((row[distance] for row in rows if distance in row), default=None)
+
+
+def within(rows: list[dict], distance: str, limit: float) -> bool:
+    """Whether there is such a distance, and none above the limit; not a number is above it."""
+    found = [row[distance] for row in rows if distance in row]
+    return bool(found) and all(x <= limit for x in found)
+
+
+def verdict(rows: list[dict], limits: dict[str, float]) -> dict:
+    """`worst` distance between the two in each sort, the distances `beyond` in bfloat16, and whether all `passed`."""
+    of_sort = {sort: [r for r in rows if r["sort"] == sort] for sort in SORTS}
+    apart = {v: [r for r in of_sort["bfloat16"] if r["variant"] == v] for v in BEYOND}
+    of_sort["bfloat16"] = [r for r in of_sort["bfloat16"] if r["variant"] not in BEYOND]
+    passed = not any("failure" in row for row in rows)
+    for sort, limit in limits.items():
+        for variant in VARIANTS:
+            if sort == "bfloat16" and variant in BEYOND:
+                passed &= all(within(apart[variant], f"{side}_to_float64", limit) for side in ("ours", "fla"))
+            else:
+                passed &= within([r for r in of_sort[sort] if r["variant"] == variant], "ours_to_fla", limit)
+    distances = ("ours_to_fla", "ours_to_float64", "fla_to_float64")
+    return {
+        "worst": {sort: worst(found, "ours_to_fla") for sort, found in of_sort.items()},
+        "beyond": {variant: {d: worst(found, d) for d in distances} for variant, found in apart.items()},
+        "passed": passed,
     }
-    within = all(worst[sort] is not None and worst[sort] <= limit for sort, limit in limits.items())
-    return worst, within and not any("failure" in row for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,12 +199,12 @@ def main(argv: list[str] | None = None) -> int:
     units = [(variant, sort) for variant in VARIANTS for sort in SORTS]
     for row in run(of_unit, units, options.workers):
         report["rows"].append(plain(row))
-        report["worst"], report["passed"] = verdict(report["rows"], limits)
+        report |= verdict(report["rows"], limits)
         print(json.dumps(plain(row)), flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({"worst": report["worst"], "limits": limits, "passed": report["passed"]}))
+    print(json.dumps({key: report[key] for key in ("worst", "beyond", "limits", "passed")}))
     return 0 if report["passed"] else 1
 
 

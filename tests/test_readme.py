@@ -40,5 +40,24 @@ def test_errors_are_below_those_of_fla_as_the_text_says():
         assert all(errors["ours"][name] < errors["fla"][name] for name in errors["fla"])
 
 
+def test_ratios_on_random_calls_are_the_measured_ones():
+    rows = result("errors")["summary"]["ratio_by_configuration"]
+    ratios = [ratio for row in rows for ratio in row["ratios"].values()]
+    assert f"geometric means of {min(ratios):.2f} to {max(ratios):.2f} of fla's" in README
+    assert len(rows) == 8 and "each of the eight configurations" in README
+
+
+def test_training_speeds_are_the_measured_ones():
+    found = result("throughput")
+    ratios = found["summary"]["ratios"]
+    assert list(ratios) == ["2048", "8192", "16384"]
+    for name, key in (("fla's DeltaNet", "delta over fla"), ("our Transformer", "delta over attention")):
+        shown = re.search(rf"^\| {name} \|(.*)\|$", README, re.M)[1].split("|")
+        assert [float(x) for x in shown] == [round(row[key], 2) for row in ratios.values()]
+    rounds = {name: row["rounds"] for name, row in found["summary"]["training"]["2048"].items()}
+    assert f"the second rounds alone give {rounds['delta'][1] / rounds['fla'][1]:.2f} there" in README
+    assert found["rows"][0]["parameters"] // 10**6 == 374
+
+
 def test_picture_is_the_notebooks():
     assert (ROOT / "book" / PICTURE[2]).read_bytes() == picture(ROOT / "book" / "notebooks")
