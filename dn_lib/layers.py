@@ -1,22 +1,32 @@
 """Chapter 6: the layers of a language model around the operator.
 
-Every mixer here has one signature, `mixer(x, cache=None) -> y`, with x and y of shape `[B, L, width]`, and
-mixes information between positions without looking ahead. A cache is a plain dict that starts empty; a call
-reads what earlier calls left there and replaces it, so that a prompt can be given whole, in pieces or a token
-at a time, and the outputs are those of the whole sequence. What a cache holds is detached: no gradient flows
-into an earlier call.
+Every mixer here has one signature, `mixer(x, cache=None, *, cu_seqlens=None) -> y`, with x and y of shape
+`[B, L, width]`, and mixes information between positions without looking ahead.
+
+A `LayerCache` starts empty. A call reads what earlier calls left there and replaces it, so that a prompt can be
+given whole, in pieces or a token at a time, and the outputs are those of the whole sequence. What a cache holds
+is detached: no gradient flows into an earlier call.
 
     >>> import dn_lib, torch
-    >>> from dn_lib.layers import DeltaNet
-    >>> layer, x, cache = DeltaNet(width=32, heads=2), torch.randn(1, 10, 32), {}
+    >>> from dn_lib.layers import DeltaNet, LayerCache
+    >>> layer, x, cache = DeltaNet(width=32, heads=2), torch.randn(1, 10, 32), LayerCache()
     >>> pieces = torch.cat([layer(x[:, :7], cache), layer(x[:, 7:], cache)], dim=1)
     >>> torch.allclose(pieces, layer(x), atol=1e-4)
+    True
+
+`cu_seqlens`, N + 1 offsets that rise from 0 to L, says that x `[1, L, width]` holds N documents one after the
+other. Each is then computed as if it were alone. With an empty cache, the documents become its N sequences: the
+next call continues them, and takes x `[N, L, width]`.
+
+    >>> packed = layer(x, cu_seqlens=torch.tensor([0, 7, 10]))
+    >>> torch.allclose(packed[:, 7:], layer(x[:, 7:]), atol=1e-4)
     True
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -29,7 +39,7 @@ from dn_lib.linear_attention import (
     initial_state_or_zeros,
     working_dtype,
 )
-from dn_lib.ops import delta_rule, l2_normalise
+from dn_lib.ops import BACKENDS, delta_rule, l2_normalise
 
 RMSNorm = nn.RMSNorm
 
@@ -85,6 +95,172 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
+# ------------------------------------------------------------------------- caches and packed documents
+
+
+class LayerCache:
+    """What one layer keeps between calls: tensors by name, and how far the sequences have come.
+
+    Neither a dict nor a dataclass, on purpose. Wrappers that move or cast a module's arguments (DDP, FSDP2 with
+    mixed precision) rebuild both kinds, and what a layer wrote into the copy would be lost. They pass an object
+    that they don't know as it is.
+
+        >>> cache = LayerCache()
+        >>> _ = DeltaNet(width=32, heads=2, conv_size=0)(torch.randn(3, 5, 32), cache)
+        >>> cache.batch_size, cache["state"].shape, cache.bytes()
+        (3, torch.Size([3, 2, 16, 16]), 6144)
+    """
+
+    def __init__(self):
+        self.batch_size: int | None = None  # of the first call, which all later ones must have
+        self.position = 0  # of the next token, for the layers that rotate
+        self._tensors: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self.get(name)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.detach()
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor called `name`, or None."""
+        tensor = self._tensors.get(name)
+        # A tensor made in inference mode could neither be saved for a backward pass nor written to outside of it.
+        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            tensor = self._tensors[name] = tensor.clone()
+        return tensor
+
+    def bytes(self) -> int:
+        """The memory held by its tensors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors.values())
+
+
+class Documents:
+    """N documents packed one after the other along a row of L tokens, made once from `cu_seqlens` for all layers.
+
+    `offsets` `[N + 1]` is `cu_seqlens`. Of every token, `numbers` `[L]` says in which document it is, counted from
+    0, and `positions` `[L]` its position there. On a CPU the offsets' values are always checked; on
+    a GPU where they are read anyway (`bounds`), since reading them waits for the GPU.
+
+        >>> documents = Documents(torch.tensor([0, 3, 5]), torch.zeros(1, 5))
+        >>> documents.positions
+        tensor([0, 1, 2, 0, 1])
+        >>> documents.last_rows(torch.arange(1, 6)[None, :, None], size=3).squeeze(-1)
+        tensor([[1, 2, 3],
+                [0, 4, 5]])
+    """
+
+    def __init__(self, cu_seqlens: Tensor, x: Tensor):
+        _check_cu_seqlens(cu_seqlens, x)
+        self.offsets, self.length = cu_seqlens, x.shape[1]
+        self._bounds: list[tuple[int, int]] | None = None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.bounds()
+        self.numbers = document_numbers(cu_seqlens, self.length)
+        self.positions = torch.arange(self.length, device=x.device) - cu_seqlens[self.numbers]
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """Begin and end of each document. Raises ValueError unless they rise from 0 to L."""
+        if self._bounds is None:
+            offsets = self.offsets.tolist()
+            self._bounds = list(itertools.pairwise(offsets))
+            if offsets[0] != 0 or offsets[-1] != self.length or any(end < begin for begin, end in self._bounds):
+                shown = f"{offsets}" if len(offsets) <= 8 else f"{offsets[:4]} ... {offsets[-1]}"
+                raise ValueError(f"cu_seqlens must rise from 0 to L = {self.length}, got {shown}")
+        return self._bounds
+
+    def longest(self) -> int:
+        """The tokens of the longest document."""
+        return max(end - begin for begin, end in self.bounds())
+
+    def padding(self) -> Tensor:
+        """`[N]`: by how many tokens each document is shorter than the longest."""
+        return self.longest() - self.offsets.diff()
+
+    def aligned_positions(self) -> Tensor:
+        """`[L]`: positions counted so that all documents end at the same one, that of the longest."""
+        return self.positions + self.padding()[self.numbers]
+
+    def last_rows(self, x: Tensor, size: int) -> Tensor:
+        """The last `size` rows of each document: `[1, L, ...]` -> `[N, size, ...]`, zeros before its first."""
+        rows = self.offsets[1:, None] - size + torch.arange(size, device=x.device)
+        missing = (rows < self.offsets[:-1, None]).reshape(len(self), size, *[1] * (x.dim() - 2))
+        padded = torch.cat([x.new_zeros(size, *x.shape[2:]), x[0]])
+        return padded[rows + size].masked_fill(missing, 0)
+
+
+def document_numbers(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Which document each of `length` packed tokens belongs to, counted from 0: `[N + 1]` offsets -> `[length]`.
+
+    >>> document_numbers(torch.tensor([0, 2, 5]), 5)
+    tensor([0, 0, 1, 1, 1])
+    """
+    offsets = cu_seqlens[1:].contiguous()
+    return torch.searchsorted(offsets, torch.arange(length, device=offsets.device, dtype=offsets.dtype), right=True)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device} like the tokens, got {cu_seqlens.device}")
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch size of 1 (documents packed along L), got {x.shape[0]}")
+
+
+def _check_rows(name: str, x: Tensor, width: int, axes: str = "B, L, width") -> None:
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]} = {width}, got {got}")
+
+
+def _open(x: Tensor, width: int, cache: LayerCache | None, cu_seqlens: Tensor | Documents | None) -> Documents | None:
+    """Check a mixer's arguments; returns the documents that x holds, None if its rows are one each."""
+    _check_rows("x", x, width)
+    documents = cu_seqlens
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
+        documents = Documents(cu_seqlens, x)
+    if cache is None:
+        return documents
+    if not isinstance(cache, LayerCache):
+        raise TypeError(f"cache must be a LayerCache, got {type(cache).__name__}")
+    if documents is not None and cache.batch_size is not None:
+        raise ValueError("cache must be empty with cu_seqlens, got one that holds tokens")
+    sequences = x.shape[0] if documents is None else len(documents)
+    if cache.batch_size not in (None, sequences):
+        raise ValueError(f"x must have the cache's batch size {cache.batch_size}, got {list(x.shape)}")
+    cache.batch_size = sequences
+    return documents
+
+
+def _positions(x: Tensor, cache: LayerCache | None, documents: Documents | None) -> Tensor:
+    """The position of each row of x, `[L]`; the cache then stands after them.
+
+    Scores of rotated vectors depend on distances alone. With a cache, documents of different lengths are therefore
+    counted so that they all end at one position, and one number serves all sequences of the later calls.
+    """
+    if documents is not None:
+        if cache is None:
+            return documents.positions
+        cache.position = documents.longest()
+        return documents.aligned_positions()
+    start = 0 if cache is None else cache.position
+    if cache is not None:
+        cache.position = start + x.shape[1]
+    return torch.arange(start, start + x.shape[1], device=x.device)
+
+
 # --------------------------------------------------------------------------------------- small parts
 
 
@@ -111,9 +287,10 @@ class ShortConvolution(nn.Module):
     """Depthwise causal convolution: y_t = sum_j w_j * x_{t - size + 1 + j}, one filter of `size` a channel.
 
     `[B, L, channels]` -> the same. The last tap multiplies the present token; positions before the first
-    count as zero. `cache[name]` keeps the last `size - 1` inputs, `[B, size - 1, channels]`. Sums are taken
-    in float32 at least and returned in x's dtype. `weight` is `[size, 1, channels]`, the transpose of PyTorch's
-    Conv1d: the channels of one tap lie side by side, as those of x do.
+    count as zero. `cache[name]` keeps the last `size - 1` inputs, `[B, size - 1, channels]`. With `cu_seqlens`
+    no sum reaches into the document before. Sums are taken in float32 at least and returned in x's dtype. `weight`
+    is `[size, 1, channels]`, the transpose of PyTorch's Conv1d: the channels of one tap lie side by side, as those
+    of x do.
 
         >>> conv, x = ShortConvolution(4, 3), torch.randn(1, 5, 4)
         >>> torch.allclose(conv(x)[:, 0], conv.weight[-1] * x[:, 0])
@@ -129,52 +306,78 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(weight.permute(2, 1, 0).contiguous())
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
-    def forward(self, x: Tensor, cache: dict | None = None, name: str = "conv") -> Tensor:
-        length, size = x.shape[1], self.weight.shape[0]
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        name: str = "conv",
+        *,
+        cu_seqlens: Tensor | Documents | None = None,
+    ) -> Tensor:
+        size, channels = self.weight.shape[0], self.weight.shape[2]
+        _check_rows("x", x, channels, "B, L, channels")
+        documents = cu_seqlens
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
+            documents = Documents(cu_seqlens, x)
         past = None if cache is None else cache.get(name)
-        past = x.new_zeros(x.shape[0], size - 1, x.shape[2]) if past is None else past.to(x.dtype)
+        past = x.new_zeros(x.shape[0], size - 1, channels) if past is None else past.to(x.dtype)
         padded = torch.cat([past, x], dim=1)
         if cache is not None:
-            cache[name] = padded[:, length:].detach().clone()
-        dtype = working_dtype(x)
-        wide, weight = padded.to(dtype), self.weight.to(dtype)
-        # A sum of shifted products needs no transpose to [B, channels, L], and a compiler fuses it.
-        y = sum(wide[:, j : j + length] * weight[j] for j in range(size))
-        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+            last = padded[:, x.shape[1] :] if documents is None else documents.last_rows(x, size - 1)
+            cache[name] = last.clone()
+        return self._sum_of_taps(padded, x.shape[1], documents).to(x.dtype)
+
+    def _sum_of_taps(self, padded: Tensor, length: int, documents: Documents | None) -> Tensor:
+        """`[B, size - 1 + L, channels]` -> `[B, L, channels]` in float32 at least.
+
+        A sum of shifted products needs no transpose to [B, channels, L], and a compiler fuses it.
+        """
+        dtype, size = working_dtype(padded), self.weight.shape[0]
+        wide, weight, y = padded.to(dtype), self.weight.to(dtype), None
+        for tap in range(size):
+            shifted = wide[:, tap : tap + length]
+            if documents is not None:
+                shifted = shifted.masked_fill(documents.positions[:, None] < size - 1 - tap, 0)
+            y = shifted * weight[tap] if y is None else y + shifted * weight[tap]
+        return y if self.bias is None else y + self.bias.to(dtype)
 
 
-def rotary_embedding(x: Tensor, start: int = 0, base: float = 10000.0) -> Tensor:
+def rotary_embedding(x: Tensor, start: int | Tensor = 0, base: float = 10000.0) -> Tensor:
     """Rotate pairs (x_i, x_{i + d/2}) of `[B, L, H, d]` by the angle position * base^(-2i/d), d even.
 
-    The first row has position `start`, so that q_i . k_j depends on i - j alone. Source: Su et al. 2024.
+    The first row has position `start`, or row t has `start[t]` where it is a tensor `[L]`, so that q_i . k_j
+    depends on i - j alone. Raises ValueError for other shapes and for an odd d. Source: Su et al. 2024.
 
         >>> x = torch.randn(1, 4, 1, 8)
         >>> torch.allclose(rotary_embedding(x)[:, 1:], rotary_embedding(x[:, 1:], start=1), atol=1e-6)
         True
     """
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x must be [B, L, H, d] with d even, got {list(x.shape)}")
+    if not isinstance(start, Tensor):
+        start = torch.arange(start, start + x.shape[1], device=x.device)
+    elif start.shape != (x.shape[1],):
+        raise ValueError(f"start must be a number or [L] = [{x.shape[1]}], got {list(start.shape)}")
     dtype = working_dtype(x)
-    cos, sin = _rotations(start, x.shape[1], x.shape[-1], base, dtype, x.device)
+    cos, sin = _rotations(start, x.shape[-1], base, dtype)
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 @torch.library.custom_op("dn_lib::rotations", mutates_args=())
-def _rotations(
-    start: int, length: int, d: int, base: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, `[length, 1, d/2]`, the same for every head.
+def _rotations(positions: Tensor, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of the positions `[L]`: `[L, 1, d/2]` each, the same for every head.
 
     An operator of its own, since a compiler would compute them anew for every sequence and head, where they are used.
     """
-    frequency = base ** (-torch.arange(0, d, 2, device=device, dtype=dtype) / d)
-    position = torch.arange(start, start + length, device=device, dtype=dtype)
-    angle = (position[:, None] * frequency)[:, None, :]
+    frequency = base ** (-torch.arange(0, d, 2, device=positions.device, dtype=dtype) / d)
+    angle = (positions.to(dtype)[:, None] * frequency)[:, None, :]
     return angle.cos(), angle.sin()
 
 
 @_rotations.register_fake
-def _(start, length, d, base, dtype, device):
-    return tuple(torch.empty(length, 1, (d + 1) // 2, dtype=dtype, device=device) for _ in range(2))
+def _(positions, d, base, dtype):
+    return tuple(positions.new_empty(positions.shape[0], 1, (d + 1) // 2, dtype=dtype) for _ in range(2))
 
 
 # ------------------------------------------------------------------------------- recurrences with decay
@@ -343,7 +546,8 @@ class _RecurrentMixer(nn.Module):
 
     def __init__(self, width, heads, key_dim, value_dim, *, conv_size, output_gate, norm_eps, steps=1):
         super().__init__()
-        self.heads, self.steps, self.key_dim, self.value_dim = heads, steps, key_dim, value_dim
+        self.width, self.heads, self.steps = width, heads, steps
+        self.key_dim, self.value_dim = key_dim, value_dim
         sizes = {"query": heads * key_dim, "key": steps * heads * key_dim, "value": steps * heads * value_dim}
         for name, size in sizes.items():
             setattr(self, name, nn.Linear(width, size, bias=False))
@@ -352,9 +556,14 @@ class _RecurrentMixer(nn.Module):
         self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.output = nn.Linear(heads * value_dim, width, bias=False)
 
-    def _project(self, name: str, x: Tensor, cache: dict | None) -> Tensor:
+    def _project(self, name: str, x: Tensor, cache: LayerCache | None, documents: Documents | None) -> Tensor:
         y, convolution = getattr(self, name)(x), getattr(self, f"{name}_conv")
-        return y if convolution is None else convolution(y, cache, f"{name}_conv")
+        return y if convolution is None else convolution(y, cache, f"{name}_conv", cu_seqlens=documents)
+
+    def _heads_of(self, x: Tensor, cache: LayerCache | None, documents: Documents | None) -> list[Tensor]:
+        """q, k, v `[B, L, H, d]`."""
+        names = ("query", "key", "value")
+        return [_split_heads(self._project(name, x, cache, documents), self.heads) for name in names]
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
         """o `[B, L, H, d_v]` -> `[B, L, width]`."""
@@ -368,13 +577,22 @@ class _RecurrentMixer(nn.Module):
         return 4 * self.steps * self.heads * self.key_dim * self.value_dim
 
 
-def _read_state(cache: dict | None) -> Tensor | None:
-    return None if cache is None else cache.get("state")
+def _run(recurrence, sequences, cache: LayerCache | None, documents: Documents | None, steps: int = 1) -> Tensor:
+    """The outputs of `recurrence(*sequences, state) -> (o, state)`, between reading the cache and writing it.
 
-
-def _keep_state(cache: dict | None, state: Tensor | None) -> None:
+    Time is axis 1 of all sequences and of o. Packed documents go through one by one, each from an empty state.
+    """
+    if documents is None:
+        o, state = recurrence(*sequences, None if cache is None else cache.get("state"))
+    else:
+        parts = [
+            recurrence(*(t[:, begin * steps : end * steps] for t in sequences), None)
+            for begin, end in documents.bounds()
+        ]
+        o, state = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
     if cache is not None:
-        cache["state"] = state.detach()
+        cache["state"] = state
+    return o
 
 
 class LinearAttention(_RecurrentMixer):
@@ -406,10 +624,10 @@ class LinearAttention(_RecurrentMixer):
         self.activation = _choice("activation", activation, ACTIVATIONS)
         self.qk_norm = _choice("qk_norm", qk_norm, QK_NORMS)
 
-    def _query_key_value(self, x: Tensor, cache: dict | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, x: Tensor, cache: LayerCache | None, documents: Documents | None) -> tuple[Tensor, ...]:
         """q, k, v `[B, steps L, H, d]`, a token's steps one after the other; q, k not normalised."""
         activation = ACTIVATIONS[self.activation]
-        q, k, v = (self._project(name, x, cache) for name in ("query", "key", "value"))
+        q, k, v = (self._project(name, x, cache, documents) for name in ("query", "key", "value"))
         # Only a token's last step is read, so what the earlier ones are asked does not matter.
         q = activation(_split_heads(q, self.heads)).repeat_interleave(self.steps, dim=1)
         return q, self._split_steps(activation(k)), self._split_steps(F.silu(v))
@@ -418,11 +636,11 @@ class LinearAttention(_RecurrentMixer):
         """`[B, L, steps H d]` -> `[B, steps L, H, d]`."""
         return x.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        q, k, v = self._query_key_value(x, cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
+        q, k, v = self._query_key_value(x, cache, documents)
         q, k = QK_NORMS[self.qk_norm](q), QK_NORMS[self.qk_norm](k)
-        o, state = _linear_attention(q, k, v, _read_state(cache))
-        _keep_state(cache, state)
+        o = _run(_linear_attention, (q, k, v), cache, documents, self.steps)
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
 
@@ -443,29 +661,51 @@ class DeltaNet(LinearAttention):
     `steps` > 1 takes that many delta steps a token, each with its own k, v and beta: the operator runs on a
     sequence `steps` times as long and every `steps`-th output is kept (DeltaProduct, Siems et al. 2025).
     With "none" nothing bounds beta |k|^2, and the state can grow without limit.
+    `backend` is `dn_lib.delta_rule`'s; "chunkwise" has second derivatives, which "triton" lacks.
     Raises ValueError for a head count that does not divide width and for unknown options.
 
         >>> DeltaNet(width=32, heads=2, beta_range=2.0, steps=2)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int | None = None, *, beta_range: float = 1.0, **options):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        beta_range: float = 1.0,
+        backend: str = "auto",
+        **options,
+    ):
         super().__init__(width, heads, head_dim, **options)
         if not 0 < beta_range <= 2:
             raise ValueError(f"beta_range must be in (0, 2], got {beta_range}")
         self.beta_range = beta_range
+        self.backend = _choice("backend", backend, BACKENDS)
         self.beta = nn.Linear(width, self.steps * heads, bias=False)
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        q, k, v = self._query_key_value(x, cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
+        q, k, v = self._query_key_value(x, cache, documents)
         beta = self._split_steps(self.beta(x)).squeeze(-1)
         beta = self.beta_range * beta.to(working_dtype(beta)).sigmoid()
         if self.qk_norm == "l1":
             q, k = l1_norm(q), l1_norm(k)
-        options = {"initial_state": _read_state(cache), "output_final_state": cache is not None}
         # For a single token the operator takes one step of the recurrence, whatever the backend.
-        o, state = _delta_rule(q, k, v, beta, qk_l2norm=self.qk_norm == "l2", **options)
-        _keep_state(cache, state)
+        o, state = _delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            qk_l2norm=self.qk_norm == "l2",
+            initial_state=None if cache is None else cache.get("state"),
+            output_final_state=cache is not None,
+            cu_seqlens=None if documents is None else documents.offsets * self.steps,
+            backend=self.backend,
+        )
+        if cache is not None:
+            cache["state"] = state
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
     def state_flops(self, length: int) -> float:
@@ -474,6 +714,20 @@ class DeltaNet(LinearAttention):
 
 
 _delta_rule = without_autocast(delta_rule)
+
+
+def _heads_first(function):
+    """`function(q, k, v, log_decay)`, which takes `[B, H, L, ...]`, for tensors `[B, L, H, ...]` and a state."""
+
+    def wrapped(*sequences_and_state):
+        *sequences, state = sequences_and_state
+        o, state = function(*(t.transpose(1, 2) for t in sequences), initial_state=state)
+        return o.transpose(1, 2), state
+
+    return wrapped
+
+
+_retention, _gated_linear_attention = _heads_first(retention), _heads_first(gated_linear_attention)
 
 
 class RetNet(_RecurrentMixer):
@@ -499,16 +753,14 @@ class RetNet(_RecurrentMixer):
         super().__init__(width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps)
         self.rope_base = rope_base
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        q, k, v = (_split_heads(self._project(n, x, cache), self.heads) for n in ("query", "key", "value"))
-        start = _advance(cache, x.shape[1])
-        q, k = (rotary_embedding(t, start, self.rope_base) for t in (q, k))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
+        q, k, v = self._heads_of(x, cache, documents)
+        positions = _positions(x, cache, documents)
+        q, k = (rotary_embedding(t, positions, self.rope_base) for t in (q, k))
         head = torch.arange(self.heads, device=x.device, dtype=working_dtype(x))
-        log_decay = torch.log1p(-(2.0 ** (-5 - head)))[:, None].expand(x.shape[0], -1, x.shape[1])
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        o, state = retention(q, k, v, log_decay, initial_state=_read_state(cache))
-        _keep_state(cache, state)
-        return self._finish(o.transpose(1, 2), x)
+        log_decay = torch.log1p(-(2.0 ** (-5 - head))).expand(x.shape[0], x.shape[1], -1)
+        return self._finish(_run(_retention, (q, k, v, log_decay), cache, documents), x)
 
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
@@ -544,14 +796,12 @@ class GatedLinearAttention(_RecurrentMixer):
         )
         nn.init.zeros_(self.decay[1].bias)
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        q, k, v = (_split_heads(self._project(n, x, cache), self.heads) for n in ("query", "key", "value"))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
+        q, k, v = self._heads_of(x, cache, documents)
         z = _split_heads(self.decay(x), self.heads)
         log_decay = F.logsigmoid(z.to(working_dtype(z))) / 16
-        q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
-        o, state = gated_linear_attention(q, k, v, log_decay, initial_state=_read_state(cache))
-        _keep_state(cache, state)
-        return self._finish(o.transpose(1, 2), x)
+        return self._finish(_run(_gated_linear_attention, (q, k, v, log_decay), cache, documents), x)
 
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
@@ -561,7 +811,7 @@ class GatedLinearAttention(_RecurrentMixer):
 class Mamba(nn.Module):
     """The selective state space of Gu and Dao 2024: `expand` * width channels of `state_size` states each.
 
-    `[B, L, width]` -> `[B, L, width]`. x, z = linear(u); x = silu(conv(x)); delta, B, C are linear in x;
+    `[B, L, width]` -> `[B, L, width]`. x, z = linear(x); x = silu(conv(x)); delta, B, C are linear in x;
     y = (scan(x) + D x) * silu(z); out = linear(y). There are no heads.
 
         >>> Mamba(width=16)(torch.randn(1, 5, 16)).shape
@@ -570,7 +820,8 @@ class Mamba(nn.Module):
 
     def __init__(self, width: int, *, expand: int = 2, state_size: int = 16, conv_size: int = 4):
         super().__init__()
-        self.channels, self.state_size, self.rank = expand * width, state_size, math.ceil(width / 16)
+        self.width, self.channels = width, expand * width
+        self.state_size, self.rank = state_size, math.ceil(width / 16)
         self.input = nn.Linear(width, 2 * self.channels, bias=False)
         self.conv = ShortConvolution(self.channels, conv_size, bias=True) if conv_size else None
         self.select = nn.Linear(self.channels, self.rank + 2 * state_size, bias=False)
@@ -587,15 +838,19 @@ class Mamba(nn.Module):
         delta = torch.empty_like(self.delta.bias).uniform_(math.log(low), math.log(high)).exp()
         self.delta.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
-    def forward(self, u: Tensor, cache: dict | None = None) -> Tensor:
-        x, z = self.input(u).chunk(2, dim=-1)
-        x = F.silu(x if self.conv is None else self.conv(x, cache))
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
+        x, z = self.input(x).chunk(2, dim=-1)
+        x = F.silu(x if self.conv is None else self.conv(x, cache, cu_seqlens=documents))
         delta, B, C = self.select(x).split([self.rank, self.state_size, self.state_size], dim=-1)
         delta = self.delta(delta)
         delta = F.softplus(delta.to(working_dtype(delta)))
         A = -self.log_A.to(delta.dtype).exp()
-        y, state = selective_scan(x, delta, A, B, C, initial_state=_read_state(cache))
-        _keep_state(cache, state)
+
+        def scan(x, delta, B, C, state):
+            return selective_scan(x, delta, A, B, C, initial_state=state)
+
+        y = _run(scan, (x, delta, B, C), cache, documents)
         return self.output((y + self.D.to(x.dtype) * x) * F.silu(z))
 
     def state_flops(self, length: int) -> float:
@@ -612,97 +867,94 @@ def _even(head_dim: int) -> int:
     return head_dim
 
 
-def _advance(cache: dict | None, length: int) -> int:
-    """The position of the first of `length` new tokens; the cache then stands after them."""
-    if cache is None:
-        return 0
-    start = cache.get("position", 0)
-    cache["position"] = start + length
-    return start
+def full_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Causal attention; q's last row belongs to k's last. q `[B, H, L, d]`, k and v `[B, H, L + past, d]`.
 
-
-def window_block_mask(length: int, window: int, device) -> object:
-    """FlexAttention's block mask for 0 <= i - j < window, made without a `[L, L]` tensor.
-
-    A block of 128 queries needs the key blocks from the one that holds its first query's oldest key up to its
-    own; every one of them is listed as partial, so that the mask function decides inside it.
+    `documents` `[B, L + past]` (or `[1, L + past]`, the same for all) numbers the document of each key: a row then
+    sees the keys of its own alone, through a mask of L (L + past) entries.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size = 128
-    block = torch.arange(-(-length // size), device=device)
-    first_query, last_key = block[:, None] * size, block * size + size - 1
-    # Compared rather than divided: torch 2.13's compiler cannot lower FlexAttention with an integer division here.
-    needed = ((block <= block[:, None]) & (last_key > first_query - window)).to(torch.int32)[None, None]
-    indices = needed.argsort(dim=-1, descending=True, stable=True)  # of the needed blocks, in order, first
-    return BlockMask.from_kv_blocks(
-        needed.sum(-1, dtype=torch.int32),
-        indices.to(torch.int32),
-        BLOCK_SIZE=size,
-        mask_mod=lambda b, h, i, j: (i >= j) & (i - j < window),
-        seq_lengths=(length, length),
-    )
+    return _masked_attention(q, k, v, documents=documents)
 
 
-@functools.lru_cache(maxsize=32)
-def _cached_block_mask(length: int, window: int, device: str):
-    return window_block_mask(length, window, device)
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None) -> Tensor:
+    """Every row against every key, through torch's SDPA; what a row may not see is masked."""
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    everything = window is None or past + length <= window
+    if everything and documents is None:
+        # Asked in an `if`, so that a compiler with symbolic lengths decides it: SDPA wants a Python bool.
+        if past == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if length == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+    rows = torch.arange(past, past + length, device=q.device)[:, None]
+    columns = torch.arange(past + length, device=q.device)
+    mask = columns <= rows
+    if not everything:
+        mask = mask & (columns > rows - window)
+    if documents is not None:
+        mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _window_attention_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Sliding-window attention of a whole sequence on a GPU, `[B, H, L, d]`."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, block_mask=window_block_mask(q.shape[2], window, q.device))
-    return _compiled_flex_attention()(q, k, v, block_mask=_cached_block_mask(q.shape[2], window, str(q.device)))
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None = None) -> Tensor:
     """Row i of q attends to the `window` newest keys up to its own; q's last row belongs to k's last.
 
-    q `[B, H, L, d]`, k and v `[B, H, L + past, d]`. A block of `window` queries sees at most 2 window - 1
-    keys, so we go block by block through torch's SDPA with a small mask: work and memory O(L window).
+    q `[B, H, L, d]`, k and v `[B, H, L + past, d]`; `documents` as in `full_attention`. The rows are cut into blocks
+    of `window`: a block sees no key outside itself and the block before, and which of these 2 `window` keys a row
+    sees is the same in every block. So all blocks after the first go through torch's SDPA as one batch with one small
+    mask: work and memory O(L window).
 
         >>> q, k, v = (torch.randn(1, 1, 5, 2) for _ in range(3))
         >>> torch.allclose(window_attention(q, k, v, window=1), v)
         True
     """
-    length, past, outputs = q.shape[2], k.shape[2] - q.shape[2], []
-    for start in range(0, length, window):
-        stop = min(start + window, length)
-        rows = torch.arange(start, stop, device=q.device)[:, None] + past
-        oldest = max(0, start + past - window + 1)
-        columns = torch.arange(oldest, stop + past, device=q.device)
-        mask = (columns <= rows) & (columns > rows - window)
-        keys, values = k[:, :, oldest : stop + past], v[:, :, oldest : stop + past]
-        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask))
-    return torch.cat(outputs, dim=2) if outputs else v[:, :, :0]
-
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention; q's last row belongs to k's last. q `[B, H, L, d]`, k and v `[B, H, L + past, d]`."""
     length, past = q.shape[2], k.shape[2] - q.shape[2]
-    if past == 0 or length == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)
-    rows = torch.arange(past, past + length, device=q.device)[:, None]
-    mask = torch.arange(past + length, device=q.device) <= rows
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    oldest = max(0, past - window + 1)
+    if oldest:
+        k, v, past = k[:, :, oldest:], v[:, :, oldest:], past - oldest
+        documents = None if documents is None else documents[:, oldest:]
+    if length <= window:
+        return _masked_attention(q, k, v, window, documents)
+    # The first block's older keys, if there are any, come from a cache.
+    stop = past + window
+    seen = None if documents is None else documents[:, :stop]
+    first = _masked_attention(q[:, :, :window], k[:, :, :stop], v[:, :, :stop], window, seen)
+    own = None if documents is None else documents[:, past:]
+    return torch.cat([first, _later_blocks(q[:, :, window:], k[:, :, past:], v[:, :, past:], window, own)], dim=2)
+
+
+def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    """Row i of q is the row of key i + `window`: its block and the one before are all that it may see."""
+    batch, length = q.shape[0], q.shape[2]
+    n = (length + window - 1) // window
+    q = _to_blocks(q.transpose(1, 2), n, window)  # [B, n, window, H, d]
+    k, v = (_to_blocks(t.transpose(1, 2), n + 1, window) for t in (k, v))
+    k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=2) for t in (k, v))
+    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))  # [B n, H, window or 2 window, d]
+    row = torch.arange(window, device=q.device)[:, None]
+    column = torch.arange(2 * window, device=q.device)
+    mask = (column > row) & (column <= row + window)
+    if documents is not None:
+        blocks = _to_blocks(documents[..., None], n + 1, window).flatten(2)  # [B or 1, n + 1, window]
+        pairs = torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2)
+        same = blocks[:, 1:, :, None] == pairs[:, :, None, :]
+        mask = (mask & same).expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return o.transpose(1, 2).unflatten(0, (batch, n)).flatten(1, 2)[:, :length].transpose(1, 2)
+
+
+def _to_blocks(x: Tensor, n: int, size: int) -> Tensor:
+    """`[B, L, ...]` of four or three dimensions -> `[B, n, size, ...]`; zeros fill the last block."""
+    pad = [0, 0] * (x.dim() - 2) + [0, n * size - x.shape[1]]
+    # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
+    return F.pad(x.contiguous(), pad).unflatten(1, (n, size))
 
 
 class Attention(nn.Module):
     """Causal softmax attention with rotary positions, to all earlier tokens or to the newest `window`.
 
-    `[B, L, width]` -> `[B, L, width]`. With window w, token t attends to t - w + 1 ... t. Through torch's
-    SDPA; a window over a whole sequence on a GPU goes through FlexAttention. The cache of full attention
-    grows with the context, that of a window stops at w - 1 tokens.
+    `[B, L, width]` -> `[B, L, width]`. With window w, token t attends to t - w + 1 ... t. All through torch's
+    SDPA. The cache of full attention grows with the context, that of a window stops at w - 1 tokens.
 
         >>> Attention(width=32, heads=2, window=3)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
@@ -722,35 +974,41 @@ class Attention(nn.Module):
         super().__init__()
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.heads, self.window, self.rope_base = heads, window, rope_base
+        self.width, self.heads, self.window, self.rope_base = width, heads, window, rope_base
         self.head_dim = _even(_head_dim(width, heads, head_dim))
         for name in ("query", "key", "value"):
             setattr(self, name, nn.Linear(width, heads * self.head_dim, bias=False))
         self.output = nn.Linear(heads * self.head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = _open(x, self.width, cache, cu_seqlens)
         q, k, v = (_split_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
-        start = _advance(cache, x.shape[1])
-        q, k = (rotary_embedding(t, start, self.rope_base) for t in (q, k))
+        positions = _positions(x, cache, documents)
+        q, k = (rotary_embedding(t, positions, self.rope_base) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = (self._remember(cache, name, t, start) for name, t in (("k", k), ("v", v)))
-        o = self._attend(q, k, v)
+        numbers = None
+        if documents is not None:
+            numbers = documents.numbers[None]
+            if cache is not None:
+                self._remember_documents(cache, k, v, documents)
+        elif cache is not None:
+            k, v = (self._remember(cache, name, t) for name, t in (("k", k), ("v", v)))
+            numbers = self._padding_as_document(cache, k)
+        o = self._attend(q, k, v, numbers)
         return self.output(o.transpose(1, 2).flatten(-2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.window is None or k.shape[2] <= self.window:
-            return full_attention(q, k, v)
-        if q.is_cuda and q.shape[2] == k.shape[2]:
-            return _window_attention_flex(q, k, v, self.window)
-        return window_attention(q, k, v, self.window)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        if self.window is None:
+            return full_attention(q, k, v, documents)
+        return window_attention(q, k, v, self.window, documents)
 
-    def _remember(self, cache: dict, name: str, new: Tensor, start: int) -> Tensor:
-        """Add `new` `[B, H, L, d]` to the cache; returns all that the new rows may attend to."""
-        past, stop = cache.get(name), start + new.shape[2]
+    def _remember(self, cache: LayerCache, name: str, new: Tensor) -> Tensor:
+        """Add `new` `[B, H, L, d]`, the last rows up to the cache's position; returns all that they may attend to."""
+        past, stop = cache.get(name), cache.position
+        start = stop - new.shape[2]
         if self.window is not None:
             both = new if past is None else torch.cat([past.to(new.dtype), new], dim=2)
-            cache[name] = both[:, :, max(0, both.shape[2] - self.window + 1) :].detach().clone()
+            cache[name] = both[:, :, max(0, both.shape[2] - self.window + 1) :].clone()
             return both
         if past is None or past.shape[2] < stop:
             grown = new.new_empty(*new.shape[:2], -(-stop // self.block) * self.block, new.shape[3])
@@ -758,7 +1016,27 @@ class Attention(nn.Module):
                 grown[:, :, :start] = past[:, :, :start]
             cache[name] = past = grown
         past[:, :, start:stop] = new.detach()
-        return new if start == 0 else past[:, :, :stop].to(new.dtype)
+        if start == 0:
+            return new
+        if torch.is_grad_enabled():
+            # What the buffer holds has no gradient, and the next call overwrites it: not so what is returned here.
+            return torch.cat([past[:, :, :start].to(new.dtype), new], dim=2)
+        return past[:, :, :stop].to(new.dtype)
+
+    def _remember_documents(self, cache: LayerCache, k: Tensor, v: Tensor, documents: Documents) -> None:
+        """Make the empty cache that of N sequences which end together; the shorter ones begin with padding."""
+        size = documents.longest() if self.window is None else min(documents.longest(), self.window - 1)
+        for name, rows in (("k", k), ("v", v)):
+            cache[name] = documents.last_rows(rows.transpose(1, 2), size).transpose(1, 2).contiguous()
+        cache["padding"] = documents.padding()
+
+    def _padding_as_document(self, cache: LayerCache, k: Tensor) -> Tensor | None:
+        """1 for each key `[N, keys]`, 0 for padding: two documents, of which no token is in the padding's."""
+        padding = cache.get("padding")
+        if padding is None:
+            return None
+        positions = torch.arange(cache.position - k.shape[2], cache.position, device=k.device)
+        return (positions >= padding[:, None]).int()
 
     def state_flops(self, length: int) -> float:
         """A multiply and an add for q . k and for the sum over v, times the mean number of keys seen."""

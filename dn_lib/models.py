@@ -30,7 +30,9 @@ from dn_lib.layers import (
     QK_NORMS,
     Attention,
     DeltaNet,
+    Documents,
     GatedLinearAttention,
+    LayerCache,
     LinearAttention,
     Mamba,
     RetNet,
@@ -38,6 +40,7 @@ from dn_lib.layers import (
     ShortConvolution,
     SwiGLU,
 )
+from dn_lib.ops import BACKENDS
 
 MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
 HYBRIDS = ("none", "window", "global")
@@ -59,6 +62,8 @@ class ModelConfig:
     - `activation`, `qk_norm` (delta, linear): "silu", "relu", "elu1", "identity"; "l2", "l1", "none".
     - `conv_size` (all but attention): taps of the short convolution, 0 for none.
     - `beta_range` (delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
+    - `backend` (delta): `dn_lib.delta_rule`'s, "auto" for the fastest that there is; "chunkwise" where second
+      derivatives or `torch.func` are wanted on a GPU.
     - `output_gate` (delta, linear); RetNet, GLA and Mamba always have one.
     - `mlp_ratio`: inner size of SwiGLU over width, rounded up to a multiple of 64; 0 for no feed-forward
       part. `hidden` gives that size itself.
@@ -92,6 +97,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    backend: str = "auto"
 
     def __post_init__(self):
         if self.pattern is not None:
@@ -129,6 +135,7 @@ class ModelConfig:
 
     def _check_choices(self) -> None:
         options = {"mixer": MIXERS, "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
+        options["backend"] = BACKENDS
         for name, allowed in options.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -184,7 +191,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """The reverse of `to_dict`. Raises ValueError for a field that does not exist."""
+        """The reverse of `to_dict`; a field that is missing has its default. Raises ValueError for an unknown one."""
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -207,7 +214,7 @@ def build_mixer(name: str, config: ModelConfig) -> nn.Module:
         window = c.window if name == "window" else None
         return Attention(c.width, heads, head_dim, window=window, rope_base=c.rope_base)
     if name == "delta":
-        return DeltaNet(c.width, c.heads, c.head_dim, beta_range=c.beta_range, **linear)
+        return DeltaNet(c.width, c.heads, c.head_dim, beta_range=c.beta_range, backend=c.backend, **linear)
     if name == "linear":
         return LinearAttention(c.width, c.heads, c.head_dim, **linear)
     if name == "retnet":
@@ -230,13 +237,16 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps) if hidden else None
         self.mlp = SwiGLU(config.width, hidden) if hidden else None
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), cache)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), cache, cu_seqlens=cu_seqlens)
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class Cache:
-    """What a model keeps between calls: `layers`, one dict a layer, and `length`, the tokens seen so far.
+    """What a model keeps between calls: `layers`, a `LayerCache` each, and `length`, the tokens seen so far (of the
+    longest sequence, if they differ).
 
     >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1, conv_size=0))
     >>> cache = model.new_cache(batch_size=1)
@@ -248,12 +258,11 @@ class Cache:
     def __init__(self, batch_size: int, layers: int):
         self.batch_size = batch_size
         self.length = 0
-        self.layers: list[dict] = [{} for _ in range(layers)]
+        self.layers = [LayerCache() for _ in range(layers)]
 
     def bytes(self) -> int:
         """The memory held by all its tensors."""
-        tensors = [t for layer in self.layers for t in layer.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(layer.bytes() for layer in self.layers)
 
 
 class LanguageModel(nn.Module):
@@ -288,31 +297,56 @@ class LanguageModel(nn.Module):
             if isinstance(module, Mamba):
                 module.reset_time_scale()
 
-    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """`[B, L]` -> what the head reads, `[B, L, width]`; `cache` is updated in place."""
+    def features(self, tokens: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `forward`, without the head: what it reads, `[B, L, width]`."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be [B, L], got shape {tuple(tokens.shape)}")
-        if cache is not None and tokens.shape[0] != cache.batch_size:
+        documents = None if cu_seqlens is None else Documents(cu_seqlens, tokens)
+        if cache is not None:
+            self._check_cache(tokens, cache, documents)
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[i], cu_seqlens=documents)
+        if cache is not None:
+            cache.length += tokens.shape[1] if documents is None else documents.longest()
+        return self.norm(x)
+
+    def _check_cache(self, tokens: Tensor, cache: Cache, documents: Documents | None) -> None:
+        if not isinstance(cache, Cache) or len(cache.layers) != len(self.blocks):
+            got = f"one of {len(cache.layers)} layers" if isinstance(cache, Cache) else type(cache).__name__
+            raise ValueError(f"cache must come from this model's new_cache ({len(self.blocks)} layers), got {got}")
+        if documents is None and tokens.shape[0] != cache.batch_size:
             raise ValueError(
                 f"tokens must have the cache's batch size {cache.batch_size}, got shape {tuple(tokens.shape)}"
             )
-        x = self.embedding(tokens)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x)
+        if documents is not None and cache.length:
+            raise ValueError(f"cache must be empty with cu_seqlens, got one that holds {cache.length} tokens")
+        if documents is not None and len(documents) != cache.batch_size:
+            raise ValueError(
+                f"cu_seqlens must have {cache.batch_size} + 1 offsets to match the cache's batch size, "
+                f"got {len(documents)} + 1"
+            )
 
     def logits(self, features: Tensor) -> Tensor:
         """`[..., width]` -> `[..., vocab_size]`."""
         return F.linear(features, self.embedding.weight if self.head is None else self.head.weight)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Tokens `[B, L]` (integers) -> logits `[B, L, vocab_size]` of the token after each.
 
-        With a `cache` (from `new_cache`) the tokens continue those of earlier calls.
+        With a `cache` (from `new_cache`, updated in place) the tokens continue those of earlier calls.
+
+        `cu_seqlens`, int32 or int64 `[N + 1]`, rises from 0 to L: B is 1, and the row holds N documents of which
+        none sees another. With an empty cache for N sequences, the documents become those sequences, and later
+        calls, with tokens `[N, L]`, continue them. Raises ValueError, naming the argument, for what does not fit.
+
+            >>> model = LanguageModel(ModelConfig(width=32, layers=2, heads=2))
+            >>> a, b = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+            >>> packed = model(torch.cat([a, b], dim=1), cu_seqlens=torch.tensor([0, 3, 7]))
+            >>> torch.allclose(packed[:, 3:], model(b), atol=1e-5)
+            True
         """
-        return self.logits(self.features(tokens, cache))
+        return self.logits(self.features(tokens, cache, cu_seqlens=cu_seqlens))
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` sequences."""
@@ -355,22 +389,30 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    lengths: Tensor | list[int] | None = None,
 ) -> Tensor:
     """Continue `prompt` `[B, L]`, L >= 1, by `new_tokens`: returns `[B, L + new_tokens]`.
 
-    The prompt goes through the model once, then each new token alone, through one cache. temperature 0 takes
-    the most likely token; `top_k` draws among the k most likely. `generator` (on the model's device) makes
+    The prompt goes through the model once, then each new token alone, through one cache. Prompts of different
+    lengths are padded on the left, with whatever tokens: the last `lengths[b]` of row b are its prompt. temperature 0
+    takes the most likely token; `top_k` draws among the k most likely. `generator` (on the model's device) makes
     the draw repeatable. Raises ValueError for arguments out of range.
 
         >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
         >>> a, b = (generate(model, torch.zeros(1, 1, dtype=torch.long), 8, temperature=0) for _ in range(2))
         >>> torch.equal(a, b)
         True
+        >>> padded = torch.tensor([[0, 0, 5], [7, 8, 9]])
+        >>> both = generate(model, padded, 8, temperature=0, lengths=[1, 3])
+        >>> torch.equal(both[:1, 2:], generate(model, torch.tensor([[5]]), 8, temperature=0))
+        True
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be [B, L] with L at least 1, got shape {tuple(prompt.shape)}")
-    if not 0 <= prompt.min() <= prompt.max() < model.config.vocab_size:
-        low, high, size = prompt.min().item(), prompt.max().item(), model.config.vocab_size
+    lengths = _prompt_lengths(prompt, lengths)
+    read = prompt if lengths is None else prompt[_is_prompt(prompt, lengths)]  # padding may be any number
+    if not 0 <= read.min() <= read.max() < model.config.vocab_size:
+        low, high, size = read.min().item(), read.max().item(), model.config.vocab_size
         raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {low} to {high}")
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
@@ -378,12 +420,39 @@ def generate(
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    cache, tokens, new = model.new_cache(prompt.shape[0]), [prompt], prompt
-    for _ in range(new_tokens):
-        logits = model.logits(model.features(new, cache)[:, -1]).float()
-        new = _sample(logits, temperature, top_k, generator)
-        tokens.append(new)
+    cache, tokens = model.new_cache(prompt.shape[0]), [prompt]
+    for step in range(new_tokens):
+        last = _read_prompt(model, prompt, lengths, cache) if step == 0 else model.features(tokens[-1], cache)[:, -1]
+        tokens.append(_sample(model.logits(last).float(), temperature, top_k, generator))
     return torch.cat(tokens, dim=1)
+
+
+def _prompt_lengths(prompt: Tensor, lengths: Tensor | list[int] | None) -> Tensor | None:
+    """`lengths` as a tensor on the prompt's device; raises ValueError unless it is `[B]`, from 1 to L."""
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths, device=prompt.device)
+    if lengths.shape != prompt.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"lengths must be {prompt.shape[0]} whole numbers, one a prompt, got {lengths.dtype} {list(lengths.shape)}"
+        )
+    if not 1 <= lengths.min() <= lengths.max() <= prompt.shape[1]:
+        raise ValueError(f"lengths must be from 1 to L = {prompt.shape[1]}, got {lengths.tolist()}")
+    return lengths.long()
+
+
+def _is_prompt(prompt: Tensor, lengths: Tensor) -> Tensor:
+    """Which tokens of `[B, L]` are not padding."""
+    return torch.arange(prompt.shape[1], device=prompt.device) >= prompt.shape[1] - lengths[:, None]
+
+
+def _read_prompt(model: LanguageModel, prompt: Tensor, lengths: Tensor | None, cache: Cache) -> Tensor:
+    """The features of each prompt's last token, `[B, width]`. Prompts of different lengths are packed into one row."""
+    if lengths is None:
+        return model.features(prompt, cache)[:, -1]
+    packed = prompt[_is_prompt(prompt, lengths)][None]
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+    return model.features(packed, cache, cu_seqlens=cu_seqlens)[0, cu_seqlens[1:] - 1]
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:

@@ -13,6 +13,7 @@ from dn_lib.layers import (
     Attention,
     DeltaNet,
     GatedLinearAttention,
+    LayerCache,
     LinearAttention,
     Mamba,
     RetNet,
@@ -23,7 +24,6 @@ from dn_lib.layers import (
     rotary_embedding,
     selective_scan,
     window_attention,
-    window_block_mask,
 )
 
 # Sums of a few hundred terms: 1e-12 leaves float64 (eps 2e-16) three digits to lose, 1e-5 float32 two.
@@ -141,7 +141,7 @@ def test_pieces_equal_the_whole(name):
         whole = layer(x)
         assert whole.shape == x.shape
         for cuts in ([1], [2, 3], [7], [20], [0, 5, 6, 13], list(range(1, 21))):
-            cache, edges = {}, [0, *cuts, 21]
+            cache, edges = LayerCache(), [0, *cuts, 21]
             pieces = [layer(x[:, a:b], cache) for a, b in itertools.pairwise(edges)]
             assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-4), cuts
 
@@ -171,12 +171,12 @@ def test_every_parameter_has_a_gradient(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_autocast_keeps_the_state_in_float32(name):
     torch.manual_seed(4)
-    layer, x, cache = MIXERS[name](), torch.randn(1, 9, 24), {}
+    layer, x, cache = MIXERS[name](), torch.randn(1, 9, 24), LayerCache()
     reference = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x, cache)
         layer(x[:, :1], cache)
-    assert cache.get("state", torch.zeros(1)).dtype == torch.float32
+    assert "state" not in cache or cache["state"].dtype == torch.float32
     assert relative(y.float(), reference) < 0.05  # a dozen roundings of 2^-9 each, some of them amplified
 
 
@@ -215,7 +215,7 @@ def test_delta_steps_are_steps_of_the_operator():
 def test_ablation_options_run(activation, qk_norm):
     torch.manual_seed(7)
     layer = DeltaNet(16, 2, activation=activation, qk_norm=qk_norm)
-    x, cache = 0.1 * torch.randn(1, 12, 16), {}
+    x, cache = 0.1 * torch.randn(1, 12, 16), LayerCache()
     with torch.no_grad():
         pieces = torch.cat([layer(x[:, :5], cache), *(layer(x[:, t : t + 1], cache) for t in range(5, 12))], 1)
         assert torch.allclose(pieces, layer(x), atol=1e-4)
@@ -238,26 +238,6 @@ def test_window_attention_equals_a_masked_softmax(length, window):
     assert relative(window_attention(q[:, :, -last:], k, v, window), reference[:, :, -last:]) < EXACT
 
 
-@pytest.mark.parametrize("length, window", [(128, 128), (300, 1), (300, 128), (513, 129), (640, 200), (64, 5)])
-def test_block_mask_covers_the_window_and_no_block_more(length, window):
-    """What FlexAttention is told to visit, against the mask written out."""
-    i, j = torch.arange(length)[:, None], torch.arange(length)
-    mask = (j <= i) & (j > i - window)
-    pad = -length % 128
-    blocks = F.pad(mask, (0, pad, 0, pad)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(3).any(1)
-    made = window_block_mask(length, window, "cpu")
-    assert torch.equal(made.to_dense()[0, 0].bool(), blocks)
-    assert torch.equal(made.mask_mod(0, 0, i, j), mask)
-
-
-def test_the_flex_attention_path_traces_whole_and_agrees():
-    """What a compiled model does on a GPU, here with FlexAttention's own reference arithmetic."""
-    torch.manual_seed(8)
-    q, k, v = (torch.randn(1, 2, 300, 16) for _ in range(3))
-    compiled = torch.compile(layers._window_attention_flex, fullgraph=True, backend="aot_eager")
-    assert relative(compiled(q, k, v, 140), window_attention(q, k, v, 140)) < SINGLE
-
-
 def test_rotary_scores_depend_on_distance_alone():
     torch.manual_seed(9)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
@@ -275,7 +255,7 @@ def test_short_convolution_equals_torch_and_its_cache_handles_short_pieces():
     torch.nn.init.normal_(conv.bias)
     reference = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight.permute(2, 1, 0), conv.bias, groups=6).mT
     assert relative(conv(x), reference) < SINGLE
-    cache = {}
+    cache = LayerCache()
     pieces = [conv(x[:, a:b], cache) for a, b in ((0, 1), (1, 3), (3, 10))]
     assert torch.equal(torch.cat(pieces, 1), conv(x))
     assert torch.equal(cache["conv"], x[:, -3:])
@@ -291,14 +271,14 @@ def test_swiglu():
 def test_caches_grow_as_they_should():
     """A recurrent state stays; a window stops at w - 1 tokens; full attention holds every token."""
     x = torch.randn(1, 300, 24)
-    delta, window, full = {}, {}, {}
+    delta, window, full = (LayerCache() for _ in range(3))
     for part in (x[:, :100], x[:, 100:]):
         DeltaNet(24, 2)(part, delta)
         Attention(24, 2, window=50)(part, window)
         Attention(24, 2)(part, full)
     assert delta["state"].shape == (1, 2, 12, 12)
     assert window["k"].shape == (1, 2, 49, 12)
-    assert full["k"].shape[2] >= 300 and full["position"] == 300
+    assert full["k"].shape[2] >= 300 and full.position == 300
 
 
 @pytest.mark.parametrize(
