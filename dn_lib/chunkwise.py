@@ -22,33 +22,53 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dn_lib.householder import scaled_inverse, ut_transform
-from dn_lib.linear_attention import (
+from dn_lib.common import (
+    check_channels,
     check_chunk_size,
+    check_function,
+    check_is_tensor,
+    check_one_dtype,
     check_sequence,
     check_shape,
+    check_tensors,
+    differentiable_once,
+    fresh,
     initial_state_or_zeros,
+    refuse_transforms,
+    scale_or_default,
     working_dtype,
 )
+from dn_lib.householder import scaled_inverse, ut_transform
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None = None, chunk_size: int = 1
 ) -> None:
-    """Raise a ValueError that names the argument whose shape (or value) is wrong."""
+    """Raise an error that names the argument whose type, shape, device or value is wrong."""
     check_sequence(q, k, v, initial_state)
+    check_tensors(q=q, beta=beta)
     check_shape("beta", beta, "..., L", k.shape[:-1], "k")
     check_chunk_size(chunk_size)
 
 
-def _dtype(*tensors: Tensor | None) -> torch.dtype:
-    return working_dtype(*(x for x in tensors if x is not None))
+def _check_chunks(k: Tensor, v: Tensor, beta: Tensor) -> None:
+    """As `_check`, for tokens that are cut into chunks already, and without queries."""
+    check_tensors(k=k, v=v, beta=beta)
+    if k.ndim < 2:
+        raise ValueError(f"k must be [..., C, d_k], got {list(k.shape)}")
+    check_shape("v", v, "..., C, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
+    check_channels(k=k, v=v)
+    check_shape("beta", beta, "..., C", k.shape[:-1], "k")
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+def _check_state(name: str, state: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless `state` is `[..., d_k, d_v]`, with leading dimensions that broadcast to those of k."""
+    check_tensors(k=k, **{name: state})
+    if tuple(state.shape[-2:]) != (k.shape[-1], v.shape[-1]):
+        raise ValueError(
+            f"{name} must be [..., d_k, d_v] = [..., {k.shape[-1]}, {v.shape[-1]}], got {list(state.shape)}"
+        )
 
 
 # One chunk, and all chunks -----------------------------------------------------------------------------
@@ -60,6 +80,10 @@ def to_chunks(x: Tensor, chunk_size: int) -> Tensor:
     >>> to_chunks(torch.ones(5, 3), 2).shape
     torch.Size([3, 2, 3])
     """
+    check_tensors(x=x)
+    if x.ndim < 2:
+        raise ValueError(f"x must be [..., L, d], got {list(x.shape)}")
+    check_chunk_size(chunk_size)
     count = math.ceil(x.shape[-2] / chunk_size)
     x = F.pad(x, (0, 0, 0, count * chunk_size - x.shape[-2]))
     return x.unflatten(-2, (count, chunk_size))
@@ -74,6 +98,9 @@ def chunk_wy(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     >>> u[:, 0].tolist()
     [0.5, 1.0]
     """
+    _check_chunks(k, v, beta)
+    dtype = working_dtype(k, v, beta)
+    k, v = k.to(dtype), v.to(dtype)
     T = ut_transform(k, beta)
     return T @ k, T @ v
 
@@ -90,6 +117,12 @@ def chunk_states(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Ten
     >>> chunk_states(k, v, torch.ones(1, 2), torch.zeros(2, 2))[2].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
+    _check_chunks(k, v, beta)
+    if k.ndim < 3:
+        raise ValueError(f"k must be [..., n, C, d_k], got {list(k.shape)}")
+    _check_state("state", state, k, v)
+    dtype = working_dtype(k, v, beta, state)
+    k, v, state = k.to(dtype), v.to(dtype), state.to(dtype)
     w, u = chunk_wy(k, v, beta)  # every chunk at once: nothing here needs a state
     states, pseudo = [], []
     for w_i, u_i, k_i in zip(w.unbind(-3), u.unbind(-3), k.unbind(-3), strict=True):
@@ -97,7 +130,7 @@ def chunk_states(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Ten
         pseudo.append(u_i - w_i @ state)
         state = state + k_i.mT @ pseudo[-1]
     if not states:  # an empty sequence
-        return state.new_zeros(*k.shape[:-2], *state.shape[-2:]), u, state
+        return state.new_zeros(*k.shape[:-2], *state.shape[-2:]), u, fresh(state)
     return torch.stack(states, dim=-3), torch.stack(pseudo, dim=-3), state
 
 
@@ -125,11 +158,11 @@ def chunkwise_delta_rule(
     [(100, 8), (8, 8)]
     """
     _check(q, k, v, beta, initial_state, chunk_size)
-    dtype, length = _dtype(q, k, v, beta, initial_state), q.shape[-2]
+    dtype, length = working_dtype(q, k, v, beta, initial_state), q.shape[-2]
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     C = min(chunk_size, max(length, 1))
     qc, kc, vc, bc = (to_chunks(x.to(dtype), C) for x in (q, k, v, beta[..., None]))
-    qc = qc * _scale(scale, q)
+    qc = qc * scale_or_default(scale, q)
     states, pseudo, state = chunk_states(kc, vc, bc[..., 0], state)
     o = qc @ states + (qc @ kc.mT).tril() @ pseudo
     return o.flatten(-3, -2)[..., :length, :].to(v.dtype), state
@@ -148,8 +181,8 @@ def delta_attention_matrix(q: Tensor, k: Tensor, beta: Tensor, *, scale: float |
     [[1.0, 0.0], [0.0, 1.0]]
     """
     _check(q, k, k, beta)
-    dtype = _dtype(q, k, beta)
-    qs, ks = q.to(dtype) * _scale(scale, q), k.to(dtype)
+    dtype = working_dtype(q, k, beta)
+    qs, ks = q.to(dtype) * scale_or_default(scale, q), k.to(dtype)
     return (qs @ ks.mT).tril() @ ut_transform(ks, beta.to(dtype))
 
 
@@ -171,10 +204,10 @@ def parallel_delta_rule(
     torch.Size([6, 4])
     """
     _check(q, k, v, beta, initial_state)
-    dtype = _dtype(q, k, v, beta, initial_state)
+    dtype = working_dtype(q, k, v, beta, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     qs, ks, vs, bs = (x.to(dtype) for x in (q, k, v, beta))
-    qs = qs * _scale(scale, q)
+    qs = qs * scale_or_default(scale, q)
     T = ut_transform(ks, bs)
     A = (qs @ ks.mT).tril() @ T
     o = A @ vs + (qs - A @ ks) @ state
@@ -205,14 +238,22 @@ def varlen_delta_rule(
     >>> varlen_delta_rule(q, k / 2, v, torch.rand(5), torch.tensor([0, 2, 5]))[1].shape
     torch.Size([2, 4, 4])
     """
+    _check(q, k, v, beta)
+    check_function("form", form)
+    check_is_tensor("cu_seqlens", cu_seqlens, "of N + 1 offsets")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.is_meta:
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 [N + 1] with values, got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != q.shape[-2] or min(lengths) < 0:
         raise ValueError(f"cu_seqlens must run from 0 to L = {q.shape[-2]} without going back, got {offsets[:8]}")
-    if initial_state is not None and initial_state.shape[-3] != len(lengths):
-        raise ValueError(
-            f"initial_state must hold {len(lengths)} states, one a sequence, got {initial_state.shape[-3]}"
-        )
+    if initial_state is not None:
+        check_tensors(q=q, initial_state=initial_state)
+        expected = (*k.shape[:-2], len(lengths), k.shape[-1], v.shape[-1])
+        check_shape("initial_state", initial_state, "..., N, d_k, d_v", expected, "k, v and cu_seqlens")
     parts = zip(*(x.split(lengths, dim=-2) for x in (q, k, v)), beta.split(lengths, dim=-1), strict=True)
     starts = [None] * len(lengths) if initial_state is None else initial_state.unbind(-3)
     results = [form(*part, initial_state=start, **options) for part, start in zip(parts, starts, strict=True)]
@@ -236,6 +277,7 @@ def multiply_adds(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     >>> multiply_adds(torch.matmul, torch.ones(2, 3), torch.ones(3, 5))
     30
     """
+    check_function("fn", fn)
     from torch.utils.flop_counter import FlopCounterMode  # here, since it takes half a second to import
 
     mapping = {torch.ops.aten.linalg_solve_triangular: _triangular_solve_flops}
@@ -253,6 +295,7 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     >>> saved_bytes(torch.exp, x), saved_bytes(torch.neg, x)
     (40, 0)
     """
+    check_function("fn", fn)
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -275,8 +318,27 @@ def chunk_errors(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     >>> chunk_errors(torch.eye(2), torch.ones(2, 2), torch.ones(2), torch.eye(2)).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
+    _check_chunks(k, v, beta)
+    _check_state("state", state, k, v)
+    dtype = working_dtype(k, v, beta, state)
+    k, v, beta, state = (x.to(dtype) for x in (k, v, beta, state))
     R = v - k @ state
     return R + scaled_inverse(k, beta, method="solve") @ (beta[..., None] * R)
+
+
+def _check_backward(q: Tensor, k: Tensor, beta: Tensor, errors: Tensor, do: Tensor, **states: Tensor) -> None:
+    """Check the arguments of a backward pass by hand, which computes in one dtype."""
+    check_tensors(q=q, k=k, beta=beta, errors=errors, do=do)
+    for name, x in (("q", q), ("k", k), ("errors", errors), ("do", do)):
+        if x.ndim < 2:
+            raise ValueError(f"{name} must be [..., L, d], got {list(x.shape)}")
+    check_shape("k", k, "..., L, d_k", q.shape, "q")
+    check_shape("beta", beta, "..., L", k.shape[:-1], "k")
+    check_shape("errors", errors, "..., L, d_v", (*k.shape[:-1], errors.shape[-1]), "k")
+    check_shape("do", do, "..., L, d_v", errors.shape, "errors")
+    for name, state in states.items():
+        _check_state(name, state, k, do)
+    check_one_dtype(q=q, k=k, beta=beta, errors=errors, do=do, **states)
 
 
 def chunk_backward(
@@ -292,6 +354,7 @@ def chunk_backward(
     >>> chunk_backward(x, x, torch.ones(2), x, s, x, s)[3].tolist()
     [1.0, 1.0]
     """
+    _check_backward(q, k, beta, errors, do, state=state, dstate=dstate)
     N, b = scaled_inverse(k, beta, method="solve"), beta[..., None]
     pseudo = b * errors
     P, dP = (q @ k.mT).tril(), (do @ pseudo.mT).tril()
@@ -320,6 +383,9 @@ def chunkwise_forward_with_errors(
     >>> chunkwise_forward_with_errors(x, x, x, torch.ones(2), torch.zeros(2, 2))[2].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    _check(q, k, v, beta, None, chunk_size)
+    _check_state("state", state, k, v)
+    check_one_dtype(q=q, k=k, v=v, beta=beta, state=state)
     o, errors = torch.empty_like(v), torch.empty_like(v)
     for c in _chunks(q.shape[-2], chunk_size):
         qc, kc, vc, bc = q[..., c, :], k[..., c, :], v[..., c, :], beta[..., c]
@@ -328,7 +394,7 @@ def chunkwise_forward_with_errors(
         o[..., c, :] = qc @ state + (qc @ kc.mT).tril() @ pseudo
         errors[..., c, :] = E
         state = state + kc.mT @ pseudo
-    return o, errors, state
+    return o, errors, state if q.shape[-2] else fresh(state)
 
 
 def chunkwise_delta_rule_backward(
@@ -355,8 +421,9 @@ def chunkwise_delta_rule_backward(
     >>> chunkwise_delta_rule_backward(x, x, torch.ones(2), errors, state, x, z, scale=1.0)[2].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check(q, k, errors, beta, final_state, chunk_size)
-    scale, state = _scale(scale, q), final_state
+    _check_backward(q, k, beta, errors, do, final_state=final_state, dstate=dstate)
+    check_chunk_size(chunk_size)
+    scale, state = scale_or_default(scale, q), final_state
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv, dbeta = torch.empty_like(errors), torch.empty_like(beta)
     for c in reversed(list(_chunks(q.shape[-2], chunk_size))):
@@ -372,12 +439,10 @@ class ReversibleDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, beta, initial_state, scale, chunk_size):
-        dtype = _dtype(q, k, v, beta, initial_state)
+        dtype = working_dtype(q, k, v, beta, initial_state)
         state = initial_state_or_zeros(k, v, initial_state, dtype)
         qs, *kvbeta = (x.to(dtype) for x in (q, k, v, beta))
         o, errors, final_state = chunkwise_forward_with_errors(qs * scale, *kvbeta, state, chunk_size=chunk_size)
-        if final_state is initial_state:  # an empty sequence: an output must not be an input
-            final_state = final_state.clone()
         ctx.save_for_backward(q, k, beta, errors, final_state)
         ctx.options = {"scale": scale, "chunk_size": chunk_size}
         ctx.dtypes = [
@@ -390,13 +455,19 @@ class ReversibleDeltaRule(torch.autograd.Function):
         return o.to(v.dtype), final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dstate):
+        refuse_transforms("reversible_chunkwise_delta_rule", "use chunkwise_delta_rule", do, dstate)
         *qkbeta, errors, final_state = ctx.saved_tensors
-        wide = (x.to(errors.dtype) for x in qkbeta)
-        grads = chunkwise_delta_rule_backward(*wide, errors, final_state, do.to(errors.dtype), dstate, **ctx.options)
-        typed = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
-        return *typed, None, None
+        with torch.no_grad():
+            wide = (x.to(errors.dtype) for x in qkbeta)
+            do_wide = do.to(errors.dtype)
+            grads = chunkwise_delta_rule_backward(*wide, errors, final_state, do_wide, dstate, **ctx.options)
+            typed = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
+        message = (
+            "reversible_chunkwise_delta_rule can be differentiated once (once_differentiable), not twice: "
+            "use chunkwise_delta_rule"
+        )
+        return *differentiable_once(message, typed, (*qkbeta, do, dstate)), None, None
 
 
 def reversible_chunkwise_delta_rule(
@@ -419,7 +490,9 @@ def reversible_chunkwise_delta_rule(
     torch.Size([100, 8])
     """
     _check(q, k, v, beta, initial_state, chunk_size)
-    return ReversibleDeltaRule.apply(q, k, v, beta, initial_state, _scale(scale, q), chunk_size)
+    remedy = "use chunkwise_delta_rule, which PyTorch differentiates"
+    refuse_transforms("reversible_chunkwise_delta_rule", remedy, q, k, v, beta, initial_state)
+    return ReversibleDeltaRule.apply(q, k, v, beta, initial_state, scale_or_default(scale, q), chunk_size)
 
 
 # Chunks as affine maps ---------------------------------------------------------------------------------
@@ -432,8 +505,28 @@ def chunk_affine(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     >>> M.tolist(), X.tolist()
     ([[0.0, 0.0], [0.0, 1.0]], [[3.0], [0.0]])
     """
+    _check_chunks(k, v, beta)
+    k = k.to(working_dtype(k, v, beta))
     w, u = chunk_wy(k, v, beta)
     return torch.eye(k.shape[-1], dtype=w.dtype, device=w.device) - k.mT @ w, k.mT @ u
+
+
+def check_affine(name: str, pair: tuple[Tensor, Tensor]) -> None:
+    """Raise unless `pair` is the map S -> M S + X of a state: M `[..., d_k, d_k]`, X `[..., d_k, d_v]`.
+
+    >>> check_affine("first", (torch.zeros(2, 2), torch.zeros(3, 1)))
+    Traceback (most recent call last):
+    ValueError: first must be a pair M [..., d_k, d_k], X [..., d_k, d_v], got [2, 2] and [3, 1]
+    """
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair (M, X) of tensors, got {type(pair).__name__}")
+    M, X = pair
+    check_tensors(**{f"{name}[0]": M, f"{name}[1]": X})
+    if M.ndim < 2 or X.ndim < 2 or M.shape[-1] != M.shape[-2] or X.shape[-2] != M.shape[-1]:
+        raise ValueError(
+            f"{name} must be a pair M [..., d_k, d_k], X [..., d_k, d_v], got {list(M.shape)} and {list(X.shape)}"
+        )
+    check_one_dtype(**{f"{name}[0]": M, f"{name}[1]": X})
 
 
 def compose_affine(second: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -443,7 +536,15 @@ def compose_affine(second: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) 
     >>> compose_affine(b, a)
     (tensor([[6.]]), tensor([[8.]]))
     """
+    check_affine("second", second)
+    check_affine("first", first)
     (M2, X2), (M1, X1) = second, first
+    if M1.shape[-1] != M2.shape[-1] or X1.shape[-1] != X2.shape[-1]:
+        raise ValueError(
+            f"first must be a map of states [{M2.shape[-1]}, {X2.shape[-1]}] like second, "
+            f"got one of [{M1.shape[-1]}, {X1.shape[-1]}]"
+        )
+    check_one_dtype(second=M2, first=M1)
     return M2 @ M1, M2 @ X1 + X2
 
 
@@ -465,7 +566,7 @@ def segment_affine(
     (0.0, [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
     """
     _check(k, k, v, beta, initial_state, chunk_size)
-    dtype, d_k = _dtype(k, v, beta, initial_state), k.shape[-1]
+    dtype, d_k = working_dtype(k, v, beta, initial_state), k.shape[-1]
     X = initial_state_or_zeros(k, v, initial_state, dtype)
     eye = torch.eye(d_k, dtype=dtype, device=k.device).expand(*k.shape[:-2], d_k, d_k)
     values = torch.cat([torch.zeros_like(k, dtype=dtype), v.to(dtype)], dim=-1)
@@ -487,6 +588,8 @@ def segment_state_gradient(
     >>> segment_state_gradient(x, x, torch.ones(2), x, z).tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
+    _check_backward(q, k, beta, do, do, dstate=dstate)
+    check_chunk_size(chunk_size)
     for c in reversed(list(_chunks(q.shape[-2], chunk_size))):
         qc, kc, dc = q[..., c, :], k[..., c, :], do[..., c, :]
         dpseudo = (qc @ kc.mT).tril().mT @ dc + kc @ dstate

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dn_lib.linear_attention import initial_state_or_zeros, working_dtype
+from dn_lib.common import (
+    check_channels,
+    check_one_dtype,
+    check_tensors,
+    fresh,
+    initial_state_or_zeros,
+    scale_or_default,
+    working_dtype,
+)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> None:
@@ -20,12 +28,15 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> N
 
 
 def _check(time: bool, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: Tensor | None) -> None:
-    """Check shapes with (`time`) or without a dimension of length L before the features."""
+    """Check tensors and their shapes, with (`time`) or without a dimension of length L before the features."""
     rank = 2 if time else 1
+    given = {"initial_state": state} if time else {"state": state}
+    check_tensors(q=q, k=k, v=v, **gates, **given)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim < rank:
             wanted = "[..., L, d]" if time else "[..., d]"
             raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
+    check_channels(k=k, v=v)
     length = tuple(k.shape[-2:-1]) if time else ()
     _expect("q", q, (*length, k.shape[-1]), "to match k")
     _expect("v", v, (*length, v.shape[-1]), "to match k")
@@ -58,6 +69,7 @@ def erase_write(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tens
     (tensor([2.]), tensor([3.]))
     """
     _check(False, k, k, v, {"beta": beta}, state)
+    check_one_dtype(k=k, v=v, beta=beta, state=state)
     v_old = (k[..., None, :] @ state)[..., 0, :]
     return v_old, beta[..., None] * v + (1 - beta[..., None]) * v_old
 
@@ -80,7 +92,7 @@ def delta_rule_step(
     tensor([4., 5.])
     """
     _check(False, q, k, v, {"beta": beta}, state)
-    return _step(q, k, v, torch.ones_like(beta), beta, state, scale)
+    return _step(q, k, v, torch.ones_like(beta), beta, state, scale_or_default(scale, q))
 
 
 def gated_delta_rule_step(
@@ -98,13 +110,12 @@ def gated_delta_rule_step(
     [[0.5], [0.5]]
     """
     _check(False, q, k, v, {"alpha": alpha, "beta": beta}, state)
-    return _step(q, k, v, alpha, beta, state, scale)
+    return _step(q, k, v, alpha, beta, state, scale_or_default(scale, q))
 
 
 def _step(q, k, v, alpha, beta, state, scale):
     """The step without its checks."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype, out = working_dtype(q, k, v, beta, state), v.dtype
+    dtype, out = working_dtype(q, k, v, alpha, beta, state), v.dtype
     q, k, v, alpha, beta, state = (x.to(dtype) for x in (q, k, v, alpha, beta, state))
     state = alpha[..., None, None] * state
     error = v - (k[..., None, :] @ state)[..., 0, :]
@@ -165,7 +176,7 @@ def recurrent_gated_delta_rule(
 
 def _scan(q, k, v, alpha, beta, scale, initial_state):
     """Steps over the time dimension, inputs already checked."""
-    dtype = working_dtype(q, k, v, beta, *([] if initial_state is None else [initial_state]))
+    scale, dtype = scale_or_default(scale, q), working_dtype(q, k, v, alpha, beta, initial_state)
     leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], beta.shape[:-1])
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     leading = torch.broadcast_shapes(leading, state.shape[:-2], alpha.shape[:-1])
@@ -178,8 +189,9 @@ def _scan(q, k, v, alpha, beta, scale, initial_state):
     ):
         o, state = _step(q_t, k_t, v_t, alpha_t, beta_t, state, scale)
         outputs.append(o)
-    o = torch.stack(outputs, dim=-2) if outputs else v.new_zeros(*leading, 0, v.shape[-1])
-    return o.to(v.dtype), state
+    if not outputs:  # no tokens: the state that is handed back must not be the caller's own
+        return v.new_zeros(*leading, 0, v.shape[-1]), fresh(state)
+    return torch.stack(outputs, dim=-2).to(v.dtype), state
 
 
 def sweep_matrix(k: Tensor, beta: Tensor) -> Tensor:
@@ -193,6 +205,7 @@ def sweep_matrix(k: Tensor, beta: Tensor) -> Tensor:
     tensor([[0., 0.],
             [0., 1.]])
     """
+    _check(True, k, k, k, {"beta": beta}, None)
     eye = torch.eye(k.shape[-1], dtype=working_dtype(k, beta), device=k.device)
     zeros = torch.zeros(*k.shape[:-1], k.shape[-1], dtype=k.dtype, device=k.device)
     return recurrent_delta_rule(k, k, zeros, beta, initial_state=eye)[1]
@@ -209,6 +222,7 @@ def sweep_rate(k: Tensor, beta: Tensor) -> Tensor:
     >>> round(sweep_rate(k, torch.ones(2)).item(), 6)
     0.36
     """
+    _check(True, k, k, k, {"beta": beta}, None)
     if k.shape[-2] > k.shape[-1]:
         raise ValueError(f"k must have at most d = {k.shape[-1]} keys to be independent, got {k.shape[-2]}")
     basis = torch.linalg.qr(k.double().mT).Q

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dn_lib.linear_attention import working_dtype
+from dn_lib.common import check_function, check_tensors, describe, fresh, is_number, working_dtype
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
 
 def _prepare(k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """k and beta in the working dtype, after a check of their shapes."""
+    """k and beta in the working dtype, after a check of what they are and of their shapes."""
+    check_tensors(k=k, beta=beta)
     if k.dim() < 2:
         raise ValueError(f"k must be [..., L, d], got {list(k.shape)}")
     if beta.shape != k.shape[:-1]:
@@ -28,8 +29,8 @@ def _prepare(k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose(name: str, value: str, table: dict[str, Callable]) -> Callable:
-    if value not in table:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, table))}, got {value!r}")
+    if not isinstance(value, str) or value not in table:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, table))}, got {describe(value)}")
     return table[value]
 
 
@@ -50,8 +51,13 @@ def householder_matrix(k: Tensor, beta: Tensor | float) -> Tensor:
     >>> householder_matrix(torch.tensor([0.6, 0.8]), 2.0) @ torch.tensor([0.6, 0.8])
     tensor([-0.6000, -0.8000])
     """
+    check_tensors(k=k)
     if k.dim() < 1:
         raise ValueError(f"k must be [..., d], got {list(k.shape)}")
+    if isinstance(beta, Tensor):
+        check_tensors(k=k, beta=beta)
+    elif not is_number(beta):
+        raise TypeError(f"beta must be a tensor or a number, got {describe(beta)}")
     beta = torch.as_tensor(beta, device=k.device)
     if beta.dim() > 0 and beta.shape != k.shape[:-1]:
         raise ValueError(f"beta must be [...] = {list(k.shape[:-1])} to match k, got {list(beta.shape)}")
@@ -93,9 +99,13 @@ def apply_householder(k: Tensor, beta: Tensor, state: Tensor) -> Tensor:
             [0., 1.]])
     """
     k, beta = _prepare(k, beta)
+    check_tensors(k=k, state=state)
     if state.dim() < 2 or state.shape[-2] != k.shape[-1]:
         raise ValueError(f"state must be [..., {k.shape[-1]}, d_v] to match k, got {list(state.shape)}")
-    state = state.to(working_dtype(k, state))
+    dtype = working_dtype(k, state)
+    k, beta, state = k.to(dtype), beta.to(dtype), state.to(dtype)
+    if k.shape[-2] == 0:  # what is handed back must not be the caller's own tensor
+        return fresh(state.expand(*torch.broadcast_shapes(k.shape[:-2], state.shape[:-2]), *state.shape[-2:]))
     for t in range(k.shape[-2]):
         k_t = k[..., t : t + 1, :]
         state = state - beta[..., t, None, None] * (k_t.mT @ (k_t @ state))
@@ -118,6 +128,7 @@ def pseudo_values(k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
             [2.]])
     """
     k, beta = _prepare(k, beta)
+    check_tensors(k=k, v=v)
     if v.shape[:-1] != k.shape[:-1]:
         wanted = ", ".join(map(str, [*k.shape[:-1], "d_v"]))
         raise ValueError(f"v must be [..., L, d_v] = [{wanted}] to match k, got {list(v.shape)}")
@@ -163,6 +174,7 @@ def ut_transform(k: Tensor, beta: Tensor, *, method: str = "solve", matmul: MatM
             [-0.5000,  1.0000]])
     """
     k, beta = _prepare(k, beta)
+    check_function("matmul", matmul)
     return _choose("method", method, UT_METHODS)((k @ k.mT).tril(-1), beta, matmul)
 
 
@@ -225,6 +237,7 @@ def scaled_inverse(k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: 
             [ 1., -1.,  0.]])
     """
     k, beta = _prepare(k, beta)
+    check_function("matmul", matmul)
     return _choose("method", method, N_METHODS)((k @ k.mT).tril(-1), beta, matmul)
 
 
@@ -280,6 +293,9 @@ def rounded_matmul(dtype: torch.dtype) -> MatMul:
     >>> rounded_matmul(torch.float16)(a, a).item(), (a @ a).item() > 1
     (1.0, True)
     """
+
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
     def matmul(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype).to(a.dtype) @ b.to(dtype).to(b.dtype)

@@ -2,7 +2,7 @@
 
 Every function takes leading batch dimensions freely: q, k are `[..., L, d_k]`, v is `[..., L, d_v]` and a
 state is `[..., d_k, d_v]`.  Half-precision inputs are computed with in float32; states are float32 at
-least, float64 for float64 inputs.
+least, float64 if any input is.  An argument that does not fit raises a ValueError or TypeError that names it.
 """
 
 from __future__ import annotations
@@ -14,50 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dn_lib.common import (
+    check_channels,
+    check_chunk_size,
+    check_function,
+    check_integer,
+    check_sequence,
+    check_shape,
+    check_tensors,
+    fresh,
+    initial_state_or_zeros,
+    scale_or_default,
+    working_dtype,
+)
+
 FeatureMap = Callable[[Tensor], Tensor]
-
-
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is, else float32: what sums and states are kept in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def initial_state_or_zeros(k: Tensor, v: Tensor, initial_state: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The state `[..., d_k, d_v]` to start from, in `dtype`; zeros if `initial_state` is None."""
-    if initial_state is not None:
-        return initial_state.to(dtype)
-    return torch.zeros(*k.shape[:-2], k.shape[-1], v.shape[-1], dtype=dtype, device=k.device)
-
-
-def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...], match: str) -> None:
-    """Raise a one-line ValueError that names the argument unless `tensor` has shape `expected`.
-
-    >>> check_shape("beta", torch.zeros(3, 2), "..., L", (2, 3), "q")
-    Traceback (most recent call last):
-    ValueError: beta must be [..., L] = [2, 3] to match q, got [3, 2]
-    """
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}")
-
-
-def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
-    """Raise ValueError unless q, k `[..., L, d_k]`, v `[..., L, d_v]` and the state fit together."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim < 2 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} must be a floating-point tensor [..., L, d], got {tensor.dtype} {list(tensor.shape)}"
-            )
-    check_shape("k", k, "..., L, d_k", q.shape, "q")
-    check_shape("v", v, "..., L, d_v", (*q.shape[:-1], v.shape[-1]), "q")
-    if initial_state is not None:
-        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
-        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
 
 
 def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -87,7 +58,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     """
     check_sequence(q, k, v)
     dtype = working_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_or_default(scale, q)
     scores = (q.to(dtype) @ k.to(dtype).mT) * scale
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v.to(dtype)).to(v.dtype)
@@ -99,6 +70,7 @@ def elu_feature_map(x: Tensor) -> Tensor:
     >>> elu_feature_map(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0.3679, 1.0000, 3.0000])
     """
+    check_tensors(x=x)
     return F.elu(x) + 1
 
 
@@ -110,11 +82,24 @@ def taylor_feature_map(x: Tensor, degree: int) -> Tensor:
     >>> taylor_feature_map(torch.tensor([1.0, 2.0]), degree=2)
     tensor([1.0000, 1.0000, 2.0000, 0.7071, 1.4142, 1.4142, 2.8284])
     """
+    check_tensors(x=x)
+    if x.ndim < 1:
+        raise ValueError(f"x must be [..., d], got {list(x.shape)}")
+    check_integer("degree", degree, least=0)
     power, features = torch.ones_like(x[..., :1]), []
     for n in range(degree + 1):
         features.append(power / math.sqrt(math.factorial(n)))
         power = (power[..., :, None] * x[..., None, :]).flatten(-2)
     return torch.cat(features, dim=-1)
+
+
+def _features(feature_map: FeatureMap, x: Tensor) -> Tensor:
+    """feature_map(x), after a check that it keeps tokens apart: `[..., L, d]` -> `[..., L, D]`."""
+    features = feature_map(x)
+    if not isinstance(features, Tensor) or features.shape[:-1] != x.shape[:-1]:
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"feature_map must return {[*x.shape[:-1], 'D']} for {list(x.shape)}, got {got}")
+    return features
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, feature_map: FeatureMap = elu_feature_map) -> Tensor:
@@ -127,8 +112,10 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, *, feature_map: FeatureMap
     torch.Size([10, 4])
     """
     check_sequence(q, k, v)
+    check_function("feature_map", feature_map)
     dtype = working_dtype(q, k, v)
-    weights = (feature_map(q.to(dtype)) @ feature_map(k.to(dtype)).mT).tril()
+    phi_q, phi_k = _features(feature_map, q.to(dtype)), _features(feature_map, k.to(dtype))
+    weights = (phi_q @ phi_k.mT).tril()
     return (weights @ v.to(dtype) / weights.sum(-1, keepdim=True)).to(v.dtype)
 
 
@@ -145,8 +132,9 @@ def recurrent_kernel_attention(
     True
     """
     check_sequence(q, k, v)
+    check_function("feature_map", feature_map)
     dtype = working_dtype(q, k, v)
-    phi_q, phi_k, values = feature_map(q.to(dtype)), feature_map(k.to(dtype)), v.to(dtype)
+    phi_q, phi_k, values = _features(feature_map, q.to(dtype)), _features(feature_map, k.to(dtype)), v.to(dtype)
     state = initial_state_or_zeros(phi_k, values, None, dtype)
     z = torch.zeros_like(state[..., 0])
     outputs = []
@@ -155,8 +143,8 @@ def recurrent_kernel_attention(
         z = z + k_t
         read = (q_t[..., None, :] @ state)[..., 0, :]
         outputs.append(read / (q_t * z).sum(-1, keepdim=True))
-    o = torch.stack(outputs, dim=-2) if outputs else values
-    return o.to(v.dtype), (state, z)
+    o, state = _stacked(outputs, v, state)
+    return o, (state, z)
 
 
 # --- One memory, three forms ----------------------------------------------------------------------------
@@ -174,14 +162,30 @@ def linear_attention_step(
     >>> o.shape, state.shape
     (torch.Size([4]), torch.Size([4, 4]))
     """
+    check_tensors(q=q, k=k, v=v, state=state)
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.ndim < 1:
+            raise ValueError(f"{name} must be [..., d], got {list(tensor.shape)}")
     check_shape("k", k, "..., d_k", q.shape, "q")
     check_shape("v", v, "..., d_v", (*q.shape[:-1], v.shape[-1]), "q")
+    check_channels(q=q, v=v)
     check_shape("state", state, "..., d_k, d_v", (*k.shape, v.shape[-1]), "k and v")
     dtype = working_dtype(q, k, v, state)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    state = state.to(dtype) + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
-    o = scale * (q.to(dtype)[..., None, :] @ state)[..., 0, :]
+    o, state = _step(*(x.to(dtype) for x in (q, k, v, state)), scale_or_default(scale, q))
     return o.to(v.dtype), state
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The step itself, on tensors of one dtype."""
+    state = state + k[..., :, None] * v[..., None, :]
+    return scale * (q[..., None, :] @ state)[..., 0, :], state
+
+
+def _stacked(outputs: list[Tensor], v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs in v's dtype, token after token, and the state; of no tokens, neither is the caller's own tensor."""
+    if not outputs:
+        return torch.empty_like(v), fresh(state)
+    return torch.stack(outputs, dim=-2).to(v.dtype), state
 
 
 def recurrent_linear_attention(
@@ -202,15 +206,13 @@ def recurrent_linear_attention(
     (torch.Size([10, 4]), torch.Size([4, 4]))
     """
     check_sequence(q, k, v, initial_state)
-    dtype = working_dtype(q, k, v)
+    dtype = working_dtype(q, k, v, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
-    queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    outputs = []
-    for q_t, k_t, v_t in over_time(queries, keys, values):
-        o, state = linear_attention_step(q_t, k_t, v_t, state, scale=scale)
+    scale, outputs = scale_or_default(scale, q), []
+    for q_t, k_t, v_t in over_time(q.to(dtype), k.to(dtype), v.to(dtype)):
+        o, state = _step(q_t, k_t, v_t, state, scale)
         outputs.append(o)
-    o = torch.stack(outputs, dim=-2) if outputs else values
-    return o.to(v.dtype), state
+    return _stacked(outputs, v, state)
 
 
 def parallel_linear_attention(
@@ -230,8 +232,8 @@ def parallel_linear_attention(
     (torch.Size([10, 4]), torch.Size([4, 4]))
     """
     check_sequence(q, k, v, initial_state)
-    dtype = working_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = working_dtype(q, k, v, initial_state)
+    scale = scale_or_default(scale, q)
     queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     o, state = (queries @ keys.mT).tril() @ values, keys.mT @ values
     if initial_state is not None:
@@ -259,8 +261,8 @@ def chunkwise_linear_attention(
     """
     check_sequence(q, k, v, initial_state)
     check_chunk_size(chunk_size)
-    dtype = working_dtype(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = working_dtype(q, k, v, initial_state)
+    scale = scale_or_default(scale, q)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     outputs = []
     for q_c, k_c, v_c in zip(*(x.to(dtype).split(chunk_size, dim=-2) for x in (q, k, v)), strict=True):
@@ -282,6 +284,8 @@ def chunkwise_flops(length: int, d_k: int, d_v: int, chunk_size: int) -> int:
     >>> chunkwise_flops(128, 16, 16, 128) > chunkwise_flops(128, 16, 16, 16)
     True
     """
+    for name, size in (("length", length), ("d_k", d_k), ("d_v", d_v)):
+        check_integer(name, size, least=0)
     check_chunk_size(chunk_size)
     whole, rest = divmod(length, chunk_size)
     return 4 * length * d_k * d_v + 2 * (whole * chunk_size**2 + rest**2) * (d_k + d_v)
@@ -296,6 +300,8 @@ def random_unit_keys(count: int, d: int, generator: torch.Generator | None = Non
     >>> random_unit_keys(5, 3).norm(dim=-1).sub(1).abs().max() < 1e-12
     tensor(True)
     """
+    check_integer("count", count, least=0)
+    check_integer("d", d)
     return F.normalize(torch.randn(count, d, generator=generator, dtype=torch.float64), dim=-1)
 
 
@@ -309,6 +315,8 @@ def retrieval_error(k: Tensor, v: Tensor) -> Tensor:
     tensor(0.)
     """
     check_sequence(k, k, v)
+    dtype = working_dtype(k, v)
+    k, v = k.to(dtype), v.to(dtype)
     return (k @ (k.mT @ v) - v).square().sum(-1)
 
 
@@ -318,6 +326,8 @@ def expected_retrieval_error(count: int, d: int) -> float:
     >>> expected_retrieval_error(33, 64)
     0.5
     """
+    check_integer("count", count)
+    check_integer("d", d)
     return (count - 1) / d
 
 
@@ -343,13 +353,12 @@ def recurrent_decay_attention(
     (torch.Size([10, 4]), torch.Size([4, 4]))
     """
     check_sequence(q, k, v, initial_state)
+    check_tensors(q=q, decay=decay)
     check_shape("decay", decay, "..., L, d_k", k.shape, "k")
-    dtype = working_dtype(q, k, v, decay)
+    dtype = working_dtype(q, k, v, decay, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
-    queries, keys, values, alpha = (x.to(dtype) for x in (q, k, v, decay))
-    outputs = []
-    for q_t, k_t, v_t, alpha_t in over_time(queries, keys, values, alpha):
-        o, state = linear_attention_step(q_t, k_t, v_t, alpha_t[..., :, None] * state, scale=scale)
+    scale, outputs = scale_or_default(scale, q), []
+    for q_t, k_t, v_t, alpha_t in over_time(*(x.to(dtype) for x in (q, k, v, decay))):
+        o, state = _step(q_t, k_t, v_t, alpha_t[..., :, None] * state, scale)
         outputs.append(o)
-    o = torch.stack(outputs, dim=-2) if outputs else values
-    return o.to(v.dtype), state
+    return _stacked(outputs, v, state)

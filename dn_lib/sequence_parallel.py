@@ -22,29 +22,52 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dn_lib.chunkwise import (
     _check,
-    _scale,
+    check_affine,
     chunkwise_delta_rule_backward,
     chunkwise_forward_with_errors,
     segment_affine,
     segment_state_gradient,
 )
-from dn_lib.linear_attention import working_dtype
+from dn_lib.common import (
+    check_function,
+    check_integer,
+    describe,
+    differentiable_once,
+    refuse_transforms,
+    scale_or_default,
+    working_dtype,
+)
+
+
+def _check_pieces(pieces: list[tuple[Tensor, Tensor]], rank: int, beyond: int) -> None:
+    """Raise unless `pieces` are affine maps (None where one plays no part); `rank` may go `beyond` the last by so many."""
+    if not isinstance(pieces, (list, tuple)) or not pieces:
+        raise TypeError(f"pieces must be a list of pairs (M, X), one for each stretch, got {describe(pieces)}")
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, (tuple, list)) and len(piece) == 2 and piece[0] is None:
+            continue
+        check_affine(f"pieces[{i}]", piece)
+    check_integer("rank", rank, least=0)
+    most = len(pieces) - 1 + beyond
+    if rank > most:
+        raise ValueError(f"rank must be at most {most} with {len(pieces)} pieces, got {rank}")
 
 
 # The arithmetic, without any process -------------------------------------------------------------------
 def entering_state(pieces: list[tuple[Tensor, Tensor]], rank: int) -> Tensor:
     """The state that enters stretch `rank`, from the pairs (M, X) of all stretches; the first begins at zero.
 
+    A rank one past the last gives the state that leaves them all.
     S_0 = 0, S_{r+1} = M_r S_r + X_r.  Implements eq-entering-state.
 
     >>> one = torch.ones(1, 1)
     >>> entering_state([(one, 2 * one), (3 * one, one), (one, one)], 2).item()
     7.0
     """
+    _check_pieces(pieces, rank, beyond=1)
     state = torch.zeros_like(pieces[0][1])
     for M, X in pieces[:rank]:
         state = M @ state + X
@@ -61,6 +84,7 @@ def leaving_gradient(pieces: list[tuple[Tensor, Tensor]], rank: int) -> Tensor:
     >>> leaving_gradient([(one, one), (3 * one, one), (one, 2 * one)], 0).item()
     7.0
     """
+    _check_pieces(pieces, rank, beyond=0)
     gradient = torch.zeros_like(pieces[0][1])
     for M, Y in reversed(pieces[rank + 1 :]):
         gradient = M.mT @ gradient + Y
@@ -80,7 +104,8 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, beta, initial_state, scale, chunk_size, group):
-        rank, dtype, d_k = dist.get_rank(group), working_dtype(q, k, v, beta), k.shape[-1]
+        rank, d_k = dist.get_rank(group), k.shape[-1]
+        dtype = working_dtype(q, k, v, beta)  # not the state's, which other processes may not have: all must agree
         qs, ks, vs, bs = (x.to(dtype) for x in (q, k, v, beta))
         # The state before the whole sequence is the first stretch's business alone.
         start = initial_state.to(dtype) if rank == 0 and initial_state is not None else None
@@ -88,8 +113,6 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
         pieces = [(both[..., :d_k], both[..., d_k:]) for both in _all_gather(torch.cat([M, X], dim=-1), group)]
         state = entering_state(pieces, rank) if start is None else start
         o, errors, final_state = chunkwise_forward_with_errors(qs * scale, ks, vs, bs, state, chunk_size=chunk_size)
-        if final_state is initial_state:  # no tokens here: an output must not be an input
-            final_state = final_state.clone()
         later = [M.clone() for M, _ in pieces[rank + 1 :]]  # a copy, so as not to keep X alive
         ctx.save_for_backward(q, k, beta, errors, final_state, *later)
         ctx.options, ctx.group = {"scale": scale, "chunk_size": chunk_size}, group
@@ -97,9 +120,19 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
         return o.to(v.dtype), final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dstate):
+        refuse_transforms("sequence_parallel_delta_rule", "differentiate once, by backward()", do, dstate)
         q, k, beta, errors, final_state, *later = ctx.saved_tensors
+        with torch.no_grad():
+            grads = SequenceParallelDeltaRule._gradients(ctx, q, k, beta, errors, final_state, later, do, dstate)
+        message = (
+            "sequence_parallel_delta_rule can be differentiated once, not twice: gather the sequence on one process "
+            "and use chunkwise_delta_rule"
+        )
+        return *differentiable_once(message, grads, (q, k, beta, do, dstate)), None, None, None
+
+    @staticmethod
+    def _gradients(ctx, q, k, beta, errors, final_state, later, do, dstate):
         rank, dtype, options = dist.get_rank(ctx.group), errors.dtype, ctx.options
         q, k, beta, do = (x.to(dtype) for x in (q, k, beta, do))
         chunk_size = options["chunk_size"]
@@ -109,8 +142,7 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
         dstate = dstate + leaving_gradient(list(zip([*unused, *later], all_Y, strict=True)), rank)
         *grads, dstart = chunkwise_delta_rule_backward(q, k, beta, errors, final_state, do, dstate, **options)
         grads.append(dstart if rank == 0 else torch.zeros_like(dstart))
-        typed = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
-        return *typed, None, None, None
+        return [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
 
 
 def sequence_parallel_delta_rule(
@@ -127,8 +159,8 @@ def sequence_parallel_delta_rule(
     """The delta rule on a sequence whose stretches lie, in order of rank, on the processes of `group`.
 
     q, k, v, beta: this process's stretch, `[..., L_r, d]`; lengths may differ, all other sizes must not.
-    initial_state: the state before the whole sequence; only the first process reads it (its gradient is zero
-    on the others).  Returns this stretch's outputs and the state that leaves it: on the last process, the
+    initial_state: the state before the whole sequence; only the first process reads it, in the dtype
+    of the computation (float64 if q, k, v or beta is, else float32); its gradient is zero on the others.  Returns this stretch's outputs and the state that leaves it: on the last process, the
     final state of the sequence.  Differentiable once: every process must then call backward.
     Raises ValueError as `chunkwise_delta_rule` does, and RuntimeError if no process group was set up.
     Implements eq-entering-state and eq-leaving-gradient.
@@ -140,6 +172,11 @@ def sequence_parallel_delta_rule(
     >>> dist.destroy_process_group()
     """
     _check(q, k, v, beta, initial_state, chunk_size)
+    scale = scale_or_default(scale, q)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or None, got {describe(group)}")
+    remedy = "gather the sequence on one process and use chunkwise_delta_rule"
+    refuse_transforms("sequence_parallel_delta_rule", remedy, q, k, v, beta, initial_state)
     if not dist.is_initialized():
         raise RuntimeError("sequence_parallel_delta_rule needs torch.distributed.init_process_group first")
     return SequenceParallelDeltaRule.apply(
@@ -148,7 +185,7 @@ def sequence_parallel_delta_rule(
         v,
         beta,
         initial_state,
-        _scale(scale, q),
+        scale,
         chunk_size,
         dist.group.WORLD if group is None else group,
     )
@@ -204,8 +241,8 @@ def run_on_processes(fn: Callable[..., Any], world_size: int, *args: Any) -> lis
     >>> run_on_processes(torch.ones, 2, 3)  # doctest: +SKIP
     [tensor([1., 1., 1.]), tensor([1., 1., 1.])]
     """
-    if world_size < 1:
-        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    check_function("fn", fn)
+    check_integer("world_size", world_size)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, args=(world_size, folder, fn, args), nprocs=world_size)
         return [torch.load(Path(folder) / f"result-{rank}.pt") for rank in range(world_size)]

@@ -1,0 +1,263 @@
+"""What the forms of chapters 1 to 4 share: the dtype that they compute in, and the checks of their arguments.
+
+Every check names the argument, what it must be and what it was.  A TypeError says that the argument is a thing of
+another kind, a ValueError that it is the right kind of thing with the wrong shape, dtype, device or value.
+
+Python's numbers and NumPy's are taken alike.  True and False are no numbers here, numbers are no flags, and a tensor
+is no number: reading it would wait for a GPU, and its gradient would be lost.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_INTEGERS = (int, np.integer, torch.SymInt)
+_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
+_FLAGS = (bool, np.bool_)
+_OPTIONAL = ("initial_state",)
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32: what sums and states are kept in.  None is passed over."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def initial_state_or_zeros(k: Tensor, v: Tensor, initial_state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The state `[..., d_k, d_v]` to start from, in `dtype`; zeros if `initial_state` is None.
+
+    It may be the caller's own tensor: a form that reads no token must hand back a copy, see `fresh`.
+    """
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    return torch.zeros(*k.shape[:-2], k.shape[-1], v.shape[-1], dtype=dtype, device=k.device)
+
+
+def fresh(state: Tensor) -> Tensor:
+    """A copy with memory of its own: decoding writes into the state that it is given."""
+    return state.clone(memory_format=torch.contiguous_format)
+
+
+# --- Checks ---------------------------------------------------------------------------------------------
+
+
+def check_is_tensor(name: str, value: Any, meaning: str = "") -> None:
+    """Raise unless `value` is a dense tensor: not nested, sparse or of another layout.
+
+    >>> check_is_tensor("q", [1.0], "[..., L, d]")
+    Traceback (most recent call last):
+    TypeError: q must be a tensor [..., L, d], got list
+    """
+    meaning = meaning and f" {meaning}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor{meaning}, got {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor{meaning}, got a nested one (pass cu_seqlens for packed rows)")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor{meaning}, got layout {value.layout}")
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise unless all are dense floating-point tensors on the device of the first; an initial_state may be None.
+
+    >>> check_tensors(q=torch.zeros(3, 2), k=torch.zeros(3, 2, dtype=torch.long))
+    Traceback (most recent call last):
+    ValueError: k must be a floating-point tensor, got torch.int64 [3, 2]
+    """
+    first, reference = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None and name in _OPTIONAL:
+            continue
+        check_is_tensor(name, tensor)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} must be on {reference.device} like {first}, got {tensor.device}")
+
+
+def check_one_dtype(**tensors: Tensor) -> None:
+    """Raise ValueError unless all have the dtype of the first.
+
+    >>> check_one_dtype(q=torch.zeros(2), k=torch.zeros(2, dtype=torch.float64))
+    Traceback (most recent call last):
+    ValueError: k must have the dtype of q, torch.float32, got torch.float64
+    """
+    first, reference = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != reference.dtype:
+            raise ValueError(f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...], match: str) -> None:
+    """Raise a one-line ValueError that names the argument unless `tensor` has shape `expected`.
+
+    >>> check_shape("beta", torch.zeros(3, 2), "..., L", (2, 3), "q")
+    Traceback (most recent call last):
+    ValueError: beta must be [..., L] = [2, 3] to match q, got [3, 2]
+    """
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}")
+
+
+def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
+    """Raise unless q, k `[..., L, d_k]`, v `[..., L, d_v]` and the state fit together, on one device."""
+    check_tensors(q=q, k=k, v=v, initial_state=initial_state)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{name} must be a floating-point tensor [..., L, d], got {tensor.dtype} {list(tensor.shape)}"
+            )
+    check_shape("k", k, "..., L, d_k", q.shape, "q")
+    check_shape("v", v, "..., L, d_v", (*q.shape[:-1], v.shape[-1]), "q")
+    check_channels(q=q, v=v)
+    if initial_state is not None:
+        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
+        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
+
+
+def check_channels(**tensors: Tensor) -> None:
+    """Raise ValueError for a tensor whose last dimension is empty.
+
+    >>> check_channels(q=torch.zeros(3, 0))
+    Traceback (most recent call last):
+    ValueError: q must have at least one channel, got [3, 0]
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one channel, got {list(tensor.shape)}")
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`.
+
+    >>> check_integer("chunk_size", True)
+    Traceback (most recent call last):
+    ValueError: chunk_size must be an integer of at least 1, got True
+    """
+    if not is_number(value) or not isinstance(value, _INTEGERS) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {describe(value)}")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
+    check_integer("chunk_size", chunk_size)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False.
+
+    >>> check_flag("qk_l2norm", "no")
+    Traceback (most recent call last):
+    TypeError: qk_l2norm must be True or False, got 'no'
+    """
+    if not isinstance(value, _FLAGS):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` can be called.
+
+    >>> check_function("matmul", "torch.matmul")
+    Traceback (most recent call last):
+    TypeError: matmul must be a function, got 'torch.matmul'
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {describe(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number of Python or NumPy; True and False are none.
+
+    >>> is_number(1), is_number(np.float32(1)), is_number(True), is_number("1")
+    (True, True, False, False)
+    """
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """The scale as a number, d_k^-0.5 if it is None.  It must be finite, and not 0: gradients are divided by it.
+
+    >>> scale_or_default(None, torch.zeros(1, 4)), scale_or_default(2, torch.zeros(1, 4))
+    (0.5, 2.0)
+    """
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if isinstance(scale, Tensor):
+        wanted = ", whose gradient would be lost" if scale.requires_grad else ""
+        raise TypeError(f"scale must be a number or None, got a tensor{wanted}: multiply q by it, and pass scale=1.0")
+    if not is_number(scale):
+        raise TypeError(f"scale must be a number or None, got {describe(scale)}")
+    try:
+        number = float(scale)
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"scale must be finite and not 0, got {number}")
+    return number
+
+
+def describe(value: Any) -> str:
+    """A short text for what was passed: its type where its own text may be long.
+
+    >>> describe(2.5), describe(torch.zeros(2, 3)), describe(len)
+    ('2.5', 'a tensor [2, 3]', 'builtin_function_or_method')
+    """
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"a tensor {list(value.shape)}"
+    if isinstance(value, (int, float, complex, bool, np.number, np.bool_)) or value is None:
+        return str(value)
+    return repr(value) if isinstance(value, str) and len(value) < 40 else type(value).__name__
+
+
+# --- What a hand-written derivative cannot do -----------------------------------------------------------
+
+
+def active_transform(*tensors: Tensor | None) -> str | None:
+    """What transforms this call or differentiates it forwards, in words; None where plain tensors are passed."""
+    if torch.compiler.is_compiling():  # which refuses for itself what it cannot trace
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        return "forward-mode differentiation (torch.autograd.forward_ad)"
+    return None
+
+
+def refuse_transforms(name: str, remedy: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError inside torch.func transforms and forward-mode differentiation: `name` has no rule for them."""
+    if transform := active_transform(*tensors):
+        raise RuntimeError(f"{name} does not support {transform}: {remedy}")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients on, and raises if they are differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+
+def differentiable_once(message: str, gradients: tuple, inputs: tuple) -> tuple:
+    """`gradients` as the backward of a Function returns them; differentiating them raises RuntimeError(`message`).
+
+    PyTorch's `once_differentiable` does so only if the gradients that came in want a gradient.  That of a sum does
+    not, and a penalty on the gradient of a sum would be taken for a constant.
+    inputs: the tensors on which the gradients depend.
+    """
+    if not torch.is_grad_enabled():  # without create_graph
+        return gradients
+    known = [g for g in gradients if g is not None]
+    known = iter(_NoSecondDerivative.apply(message, len(known), *known, *(x for x in inputs if x is not None)))
+    return tuple(None if g is None else next(known) for g in gradients)
