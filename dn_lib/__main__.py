@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,10 @@ import dn_lib  # noqa: F401  (before anything that imports triton)
 import torch
 import typer
 
+from dn_lib.console import CAUSED_OUTSIDE, Commands, one_line, say
+
 app = typer.Typer(
+    cls=Commands,
     help="DeltaNet, step by step: train and use the language models of chapter 6.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,42 +35,95 @@ CorpusName = Annotated[
         "prepare-data packed."
     ),
 ]
-Vocab = Annotated[int, typer.Option(help="Size of a byte-pair encoding to train; 0 for plain bytes.")]
-
-
-def one_line_errors(command):
-    """Turn what a user can cause into one line on stderr and exit status 2.
-
-    `DN_LIB_TRACEBACK=1` shows where it came from.
-    """
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError too, but a wanted end
-            raise
-        except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get("DN_LIB_TRACEBACK"):
-                raise
-            message = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 def _first_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    rank = os.environ.get("RANK", "0")
+    if not rank.strip().isdecimal():
+        raise ValueError(f"RANK must be a whole number, as torchrun sets it, got {rank!r}")
+    return int(rank) == 0
+
+
+def _finite(ctx: typer.Context, value: float) -> float:
+    """Refuse nan and infinity, which pass every comparison of a range."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _vocab(ctx: typer.Context, value: int) -> int:
+    """Refuse a size that no encoding can have, before anything is read or downloaded."""
+    if value != 0 and not 257 <= value <= 65536:
+        raise typer.BadParameter(f"{value} is neither 0 (plain bytes) nor in the range 257<=x<=65536")
+    return value
+
+
+Vocab = Annotated[int, typer.Option(help="Size of a byte-pair encoding to train; 0 for plain bytes.", callback=_vocab)]
+
+
+def _load(folder: Path, device: torch.device):
+    """(model, tokenizer, facts of the corpus) of a run or model folder; a ValueError names a folder that is damaged."""
+    from dn_lib.training.runs import load_run
+
+    try:
+        model, tokenizer, facts = load_run(folder, device)
+    except CAUSED_OUTSIDE:
+        raise
+    except Exception as error:  # a file that is well-formed but holds something else: KeyError, TypeError, ...
+        message = f"{folder} holds no whole model ({type(error).__name__}: {one_line(error)}): copy or train it again"
+        raise ValueError(message) from error
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the model in {folder} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: "
+            "the tokenizer.json of its run is missing, or is another's"
+        )
+    return model, tokenizer, facts
+
+
+def _tell(text: str) -> None:
+    """Print a line, in the first process.  Where nobody listens any more (`| head`), training goes on without."""
+    if not _first_process():
+        return
+    try:
+        say(text)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+MACHINE = {"out", "resume", "resume_from", "change", "device", "compile", "parallel", "quiet"}
+
+
+def _settings(ctx: typer.Context, begun_with: dict) -> dict:
+    """The options of `train` that belong to the run and not to a machine or a call.
+
+    What was not given on the command line is what the run was begun with, where it was begun before.
+    """
+    own = {name: value for name, value in ctx.params.items() if name not in MACHINE}
+    default = {name for name in own if ctx.get_parameter_source(name).name != "COMMANDLINE"}
+    settings = own | {name: value for name, value in begun_with.items() if name in default}
+    if Path(settings["corpus"]).exists():  # found again from another working folder
+        settings["corpus"] = str(Path(settings["corpus"]).resolve())
+    return settings
 
 
 @app.command()
-@one_line_errors
 def train(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, log.jsonl and the finished model.")],
     corpus: CorpusName = "stdlib",
     vocab: Vocab = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, with the settings of the run.")
+    ] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this checkpoint; newer ones in --out are set aside, not deleted."),
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting that may differ from the run's own when it goes on: steps, corpus, ...; repeat."),
+    ] = None,
     width: Annotated[int, typer.Option(help="Model width.")] = 64,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads a layer; must divide the width.")] = 2,
@@ -93,83 +151,86 @@ def train(
 ):
     """Train a language model; stop it with Ctrl-C, go on with --resume.
 
+    A run that goes on keeps its own settings: options that are not given are taken from it, and one that is given
+    has to be the same. A longer schedule, another rate or other data have to be asked for, as in
+    `--resume --steps 2000 --change steps`. Only device, compile and parallel, and how often to log, evaluate and
+    save, may differ without being asked for.
+
     Several GPUs: the same command after `torchrun --nproc-per-node N -m dn_lib`.
     """
     from dn_lib.data import load_corpus, load_tokenizer
     from dn_lib.models import LanguageModel, ModelConfig
     from dn_lib.training import TrainConfig, resolve_device
     from dn_lib.training import train as run
-    from dn_lib.training.runs import export
+    from dn_lib.training.runs import export, notes
 
+    begun = resume_from.parent if resume_from else out
+    resuming = resume or resume_from is not None
+    settings = _settings(ctx, notes(begun) if resuming else {})
+    corpus, vocab, seed = settings["corpus"], settings["vocab"], settings["seed"]
+    shape = {name: settings[name] for name in ("width", "layers", "heads", "mixer", "hybrid", "window")}
     config = TrainConfig(
-        steps=steps,
-        batch=batch,
-        length=length,
-        learning_rate=learning_rate,
-        min_learning_rate=learning_rate / 10,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        accumulate=accumulate,
-        evaluate_every=evaluate_every,
-        evaluation_tokens=evaluation_tokens,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        precision=precision,
+        **{name: value for name, value in settings.items() if name not in {"corpus", "vocab", *shape}},
+        min_learning_rate=settings["learning_rate"] / 10,
         device=device,
         compile=compile,
         parallel=parallel,
-        seed=seed,
     )
     resolve_device(device)
-    shape = dict(width=width, layers=layers, heads=heads, mixer=mixer, hybrid=hybrid, window=window)
     ModelConfig(vocab_size=max(vocab, 256), **shape)  # a wrong shape is told before the corpus is read
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
-    tokenizer = load_tokenizer(out) if resume else None
+    tokenizer = load_tokenizer(begun) if resuming else None
     if tokenizer is None or tokenizer.vocab_size != vocab:  # to resume, the run's own encoding is read again
         tokenizer = vocab or None
     data = load_corpus(corpus, vocab=tokenizer, progress=not quiet and _first_process())
     torch.manual_seed(seed)
     model = LanguageModel(ModelConfig(vocab_size=data.vocab_size, **shape))
-    if _first_process():
-        typer.echo(f"{model.num_parameters():,} parameters, {len(data.train):,} training tokens of {corpus}")
+    _tell(f"{model.num_parameters():,} parameters, {len(data.train):,} training tokens of {corpus}")
 
     def report(record):
-        typer.echo(f"step {record['step']:6d}  validation {record['bits_per_byte']:.3f} bits per byte")
+        _tell(f"step {record['step']:6d}  validation {record['bits_per_byte']:.3f} bits per byte")
 
-    history = run(model, data, config, folder=out, resume=resume, progress=not quiet, report=report)
+    changes = {name.replace("-", "_") for name in change or ()}
+    history = run(
+        model,
+        data,
+        config,
+        folder=out,
+        resume=resume_from or resume,
+        allow_changes=changes | ({"min_learning_rate"} if "learning_rate" in changes else set()),
+        notes=settings,
+        progress=not quiet,
+        report=report,
+    )
     if history.stopped:
-        if _first_process():
-            typer.echo(f"stopped after step {history.steps[-1]['step']}; run again with --resume to go on")
+        _tell(f"stopped after step {history.steps[-1]['step']}; run again with --resume to go on")
         raise typer.Exit(128 + history.stopped)
     if _first_process():
-        export(out, data.tokenizer)
-        typer.echo(f"{history.tokens_per_second:,.0f} tokens/s; the model is in {out / 'model'}")
+        export(out, data.tokenizer, history.checkpoint)
+    _tell(f"{history.tokens_per_second:,.0f} tokens/s; the model is in {out / 'model'}")
 
 
 @app.command()
-@one_line_errors
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 for all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=0, max=10**9)] = 400,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time.", min=0, callback=_finite)
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 for all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=-(2**63), max=2**63 - 1)] = 0,
     device: Device = "auto",
 ):
     """Continue a prompt."""
     from dn_lib.models import generate as run
     from dn_lib.training import resolve_device
-    from dn_lib.training.runs import load_run
 
-    if tokens < 0:
-        raise ValueError(f"--tokens must not be negative, got {tokens}")
-    model, tokenizer, _ = load_run(folder, resolve_device(device))
-    start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
-    if len(start) == 0:
+    if not prompt:
         raise ValueError("--prompt must not be empty")
+    model, tokenizer, _ = _load(folder, resolve_device(device))
+    start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
     where = next(model.parameters()).device
     generator = torch.Generator(where).manual_seed(seed)
     out = run(
@@ -180,64 +241,84 @@ def generate(
         top_k=top_k or None,
         generator=generator,
     )
-    typer.echo(tokenizer.decode(out[0].tolist()))
+    say(tokenizer.decode(out[0].tolist()))
 
 
 @app.command("eval")
-@one_line_errors
 def evaluate_command(
     folder: Folder,
     corpus: CorpusName = "stdlib",
-    length: Annotated[int, typer.Option(help="Context length in tokens.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Validation tokens measured on; 0 for all.")] = 131072,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 8,
+    length: Annotated[int, typer.Option(help="Context length in tokens.", min=1)] = 128,
+    tokens: Annotated[int, typer.Option(help="Validation tokens measured on; 0 for all.", min=0)] = 131072,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 8,
     device: Device = "auto",
 ):
     """Measure bits per byte on a corpus's validation part; prints JSON."""
-    from dn_lib.data import DataError, load_corpus
+    from dn_lib.data import DataError, is_prepared, load_corpus
     from dn_lib.training import evaluate, resolve_device
-    from dn_lib.training.runs import load_run
 
     where = resolve_device(device)
-    model, tokenizer, trained_on = load_run(folder, where)
-    prepared = (Path(corpus) / "corpus.json").exists() or corpus == "wheels" or corpus.endswith(".tar.xz")
+    model, tokenizer, trained_on = _load(folder, where)
+    prepared = corpus == "wheels" or corpus.endswith(".tar.xz") or is_prepared(corpus)
     data = load_corpus(corpus, vocab=None if prepared or tokenizer.name == "bytes" else tokenizer)
     if data.tokenizer.name != tokenizer.name:
         raise DataError(f"the model reads {tokenizer.name} tokens, corpus {corpus} holds {data.tokenizer.name}")
     result = evaluate(model, data, length=length, limit=tokens or None, batch=batch)
+    if not math.isfinite(result["loss"]):
+        raise ValueError(f"the model in {folder} gives a loss of {result['loss']}: its weights are no use")
     result |= {"corpus": corpus, "length": length, "trained_on": trained_on}
-    typer.echo(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
+    say(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
 
 
 @app.command("prepare-data")
-@one_line_errors
 def prepare_data(
     corpus: Annotated[str, typer.Argument(help="wheels, or anything that --corpus takes.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the token files (default: the cache).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the token files: new, empty, or prepared before (default: one in the cache, with a name "
+            "of the corpus's own)."
+        ),
+    ] = None,
     vocab: Vocab = 0,
     archive: Annotated[Path | None, typer.Option(help="Also pack them into this .tar.xz.")] = None,
 ):
     """Tokenise a corpus into memory-mapped files, once."""
-    from dn_lib.data import Corpus, cache_folder, load_corpus, pack
+    from dn_lib.data import (
+        Corpus,
+        DataError,
+        check_archive,
+        check_target,
+        load_corpus,
+        pack,
+        prepared_folder,
+        source_path,
+    )
     from dn_lib.data.wheels import prepare_wheels
 
-    if archive is not None and not archive.name.endswith(".tar.xz"):
-        raise ValueError(f"--archive must end in .tar.xz, got {archive}")
+    if not corpus.strip():
+        load_corpus(corpus)  # which says what it may be
+    # All that can be refused is refused before the first byte is read or downloaded.
+    target = prepared_folder(corpus, vocab or None) if out is None else out
+    try:
+        folder = check_target(target, source=source_path(corpus))
+    except DataError as error:
+        raise DataError(f"--out: {error}") from None
+    if archive is not None and folder in check_archive(archive).resolve().parents:
+        raise DataError(f"--archive must not lie in the folder that it packs, got {archive}")
     if corpus == "wheels":
-        folder = out or cache_folder() / "wheels"
-        typer.echo("fetching pinned wheels with pip (about 90 MB the first time) ...")
+        say("fetching pinned wheels with pip (about 90 MB the first time) ...")
         data = prepare_wheels(folder, vocab=vocab or None)
     else:
-        folder = out or cache_folder() / Path(corpus).name.replace(":", "-")
         load_corpus(corpus, vocab=vocab or None, progress=True).save(folder)
         data = Corpus.open(folder)
-    typer.echo(
+    say(
         f"{data.facts['files']:,} files, {len(data.train):,} training and {len(data.validation):,} "
         f"validation tokens in {folder}"
     )
     if archive is not None:
-        typer.echo(f"packing {archive} (a minute or two) ...")
-        typer.echo(f"{archive}: {pack(folder, archive).stat().st_size / 1e6:.1f} MB")
+        say(f"packing {archive} (a minute or two) ...")
+        say(f"{archive}: {pack(folder, archive).stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -245,7 +326,7 @@ def doctor():
     """Print versions, devices, and what to do about whatever is missing."""
     from dn_lib.doctor import report
 
-    typer.echo(report())
+    say(report())
 
 
 if __name__ == "__main__":

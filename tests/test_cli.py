@@ -1,11 +1,14 @@
 """The command line: a run from training to generation, and one-line errors for what users get wrong."""
 
+import functools
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -56,7 +59,7 @@ def test_train_resume_eval_generate(text, tmp_path):
     assert re.search(r"step +6 +validation \d\.\d+ bits per byte", result.stdout)
     assert (out / "model" / "model.safetensors").exists()
 
-    result = run("train", "--corpus", text, "--out", out, *SMALL, "--steps", 9, "--resume")
+    result = run("train", "--corpus", text, "--out", out, *SMALL, "--steps", 9, "--resume", "--change", "steps")
     assert result.exit_code == 0, result.output
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in steps if "step" in record] == list(range(1, 10))
@@ -105,8 +108,14 @@ class TestErrors:
 
     def test_wrong_hash(self, tmp_path, monkeypatch):
         (tmp_path / "served").write_text("not what was pinned")
-        monkeypatch.setitem(DOWNLOADS, "enwik8", Download((tmp_path / "served").as_uri(), "0" * 64))
-        message = error_of("train", "--corpus", "enwik8", "--out", tmp_path / "run", *SMALL)
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *arguments: None)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}/served"
+            monkeypatch.setitem(DOWNLOADS, "enwik8", Download(url, "0" * 64))
+            message = error_of("train", "--corpus", "enwik8", "--out", tmp_path / "run", *SMALL)
+            server.shutdown()
         assert "has SHA-256" in message and "deleted, not used" in message
 
     def test_vocabulary_mismatch_on_resume(self, text, tmp_path):

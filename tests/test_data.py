@@ -1,11 +1,8 @@
-"""Corpora: splits, tokenizers, downloads from a local server, wheels, batches."""
+"""Corpora: splits, tokenizers, wheels, batches."""
 
-import functools
 import hashlib
-import http.server
 import platform
 import re
-import threading
 import zipfile
 
 import numpy as np
@@ -15,9 +12,7 @@ import torch
 import dn_lib  # noqa: F401
 from dn_lib import data
 from dn_lib.data import Batches, Corpus, DataError, build_corpus, load_corpus
-from dn_lib.data import downloads as downloads_module
 from dn_lib.data import wheels as wheels_module
-from dn_lib.data.downloads import DOWNLOADS, Download, fetch
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +30,14 @@ def source_folder(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def stdlib():
+    return load_corpus("stdlib")
+
+
 class TestStdlib:
-    def test_is_there_without_a_network_and_is_split_by_file(self):
-        corpus = load_corpus("stdlib")
+    def test_is_there_without_a_network_and_is_split_by_file(self, stdlib):
+        corpus = stdlib
         assert corpus.vocab_size == 256 and corpus.train.dtype == np.uint8
         assert len(corpus.train) > 4_000_000
         assert 0.03 < len(corpus.validation) / len(corpus.train) < 0.3
@@ -45,11 +45,10 @@ class TestStdlib:
         assert len(corpus.facts["file_list_sha256"]) == 64
         assert corpus.bytes_per_token == 1.0
 
-    def test_no_document_is_on_both_sides(self):
+    def test_no_document_is_on_both_sides(self, stdlib):
         names = [name for name, _ in data.stdlib_documents()]
-        assert len(names) == len(set(names)) == load_corpus("stdlib").facts["files"]
-        corpus = load_corpus("stdlib")
-        starts = int((corpus.train == 0).sum()), int((corpus.validation == 0).sum())
+        assert len(names) == len(set(names)) == stdlib.facts["files"]
+        starts = int((stdlib.train == 0).sum()), int((stdlib.validation == 0).sum())
         held_out = sum(data.in_validation(name) for name in names)
         assert starts == (len(names) - held_out, held_out)
 
@@ -143,107 +142,6 @@ class TestBPE:
     def test_too_small(self, source_folder):
         with pytest.raises(DataError, match="at least 257"):
             load_corpus(source_folder, vocab=100)
-
-
-CONTENT = b"".join(b"line %d of the download\n" % i for i in range(20000))
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, with Range; `stop_after` breaks the connection off."""
-
-    def __init__(self, log, stop_after, *arguments):
-        self.requests, self.stop_after = log, stop_after
-        super().__init__(*arguments)
-
-    def do_GET(self):
-        asked = self.headers.get("Range")
-        self.requests.append(asked)
-        start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if start >= len(CONTENT):
-            self.send_error(416)
-            return
-        body = CONTENT[start:]
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: self.stop_after[0]] if self.stop_after[0] else body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def server():
-    log, stop_after = [], [None]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, log, stop_after)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/text.txt", log, stop_after
-        running.shutdown()
-
-
-class TestDownloads:
-    def test_fetch_once(self, server, tmp_path):
-        url, log, _ = server
-        for _ in range(2):
-            assert fetch(url, DIGEST, tmp_path / "text.txt").read_bytes() == CONTENT
-        assert log == [None]
-
-    def test_resumes_where_it_stopped(self, server, tmp_path):
-        url, log, stop_after = server
-        stop_after[0] = 100_000
-        with pytest.raises(DataError, match="run again to go on"):
-            fetch(url, DIGEST, tmp_path / "text.txt")
-        assert not (tmp_path / "text.txt").exists()
-        stop_after[0] = None
-        fetch(url, DIGEST, tmp_path / "text.txt")
-        assert log == [None, "bytes=100000-"]
-        assert (tmp_path / "text.txt").read_bytes() == CONTENT
-        assert not (tmp_path / "text.txt.part").exists()
-
-    def test_wrong_hash_is_never_used(self, server, tmp_path):
-        url, _, _ = server
-        with pytest.raises(DataError, match=r"has SHA-256 .* expected 0000.*deleted"):
-            fetch(url, "0" * 64, tmp_path / "text.txt")
-        assert list(tmp_path.glob("text*")) == []
-
-    def test_a_damaged_cache_is_fetched_again(self, server, tmp_path):
-        url, _, _ = server
-        (tmp_path / "text.txt").write_bytes(b"damaged")
-        assert fetch(url, DIGEST, tmp_path / "text.txt").read_bytes() == CONTENT
-
-    def test_a_damaged_part_is_not_used(self, server, tmp_path):
-        url, _, _ = server
-        (tmp_path / "text.txt.part").write_bytes(b"x" * 50)
-        with pytest.raises(DataError, match="SHA-256"):
-            fetch(url, DIGEST, tmp_path / "text.txt")
-        assert fetch(url, DIGEST, tmp_path / "text.txt").read_bytes() == CONTENT
-
-    def test_no_network(self, tmp_path):
-        with pytest.raises(DataError, match="could not download"):
-            fetch("http://127.0.0.1:9/nothing", DIGEST, tmp_path / "text.txt")
-
-    def test_named(self, server, monkeypatch):
-        url, log, _ = server
-        monkeypatch.setitem(DOWNLOADS, "enwik8", Download(url, DIGEST, train=9000, validation=500))
-        corpus = load_corpus("enwik8")
-        # one separator before each text
-        assert len(corpus.train) == 9001 and len(corpus.validation) == 501
-        load_corpus("enwik8")
-        assert log == [None]
-
-    def test_named_zip(self, monkeypatch, tmp_path):
-        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-            archive.writestr("inside", CONTENT)
-        digest = hashlib.sha256((tmp_path / "a.zip").read_bytes()).hexdigest()
-        url = (tmp_path / "a.zip").as_uri()
-        monkeypatch.setitem(DOWNLOADS, "enwik8", Download(url, digest, member="inside"))
-        train, validation = downloads_module.named_text("enwik8")
-        assert train + validation == CONTENT
-
-    @pytest.mark.parametrize("name", sorted(DOWNLOADS))
-    def test_pins_are_hashes(self, name):
-        assert re.fullmatch("[0-9a-f]{64}", DOWNLOADS[name].sha256)
 
 
 def test_hugging_face_dataset(tmp_path):

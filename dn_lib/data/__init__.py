@@ -1,7 +1,20 @@
 """Corpora: text to train on, as memory-mapped tokens, split into training and validation parts."""
 
 from dn_lib.data.batches import Batches
-from dn_lib.data.corpus import Corpus, build_corpus, in_validation, load_corpus, pack, split_text, unpack
+from dn_lib.data.corpus import (
+    Corpus,
+    build_corpus,
+    check_archive,
+    check_target,
+    in_validation,
+    is_prepared,
+    load_corpus,
+    pack,
+    prepared_folder,
+    source_path,
+    split_text,
+    unpack,
+)
 from dn_lib.data.downloads import DOWNLOADS, cache_folder, fetch
 from dn_lib.data.stdlib import stdlib_documents
 from dn_lib.data.tokens import BPETokenizer, ByteTokenizer, DataError, load_tokenizer
@@ -15,11 +28,16 @@ __all__ = [
     "DataError",
     "build_corpus",
     "cache_folder",
+    "check_archive",
+    "check_target",
     "fetch",
     "in_validation",
+    "is_prepared",
     "load_corpus",
     "load_tokenizer",
     "pack",
+    "prepared_folder",
+    "source_path",
     "split_text",
     "stdlib_documents",
     "unpack",

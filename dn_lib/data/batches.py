@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import numpy as np
 import torch
 
@@ -18,7 +20,8 @@ class Batches:
       step, cut in `accumulate` equal parts.  All draw the same numbers, so the union of the processes'
       windows does not depend on `world`.
 
-    Raises DataError if the window is longer than the data or if `batch` does not divide.
+    Raises DataError if the window is longer than the data, if `batch` does not divide, or for a number that is no
+    whole one or out of its range.
 
     >>> batches = Batches(np.arange(100, dtype=np.uint8), length=8, batch=4, seed=0)
     >>> batches.next().shape
@@ -36,14 +39,20 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        if length < 1:
-            raise DataError(f"length must be at least 1, got {length}")
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise DataError(f"tokens must be integers [n], got {tokens.dtype} {list(tokens.shape)}")
+        counts = {"length": length, "batch": batch, "accumulate": accumulate, "world": world}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+                raise DataError(f"{name} must be a whole number, at least 1, got {count!r}")
+        if rank not in range(world):
+            raise DataError(f"rank must be from 0 to {world - 1}, got {rank!r}")
         if len(tokens) < length + 1:
             raise DataError(
                 f"length must be below the number of training tokens, {len(tokens)}, got {length}: "
                 "use a shorter context or a larger corpus"
             )
-        if batch < 1 or batch % (accumulate * world):
+        if batch % (accumulate * world):
             raise DataError(f"batch must be a multiple of accumulate * processes = {accumulate} * {world}, got {batch}")
         self.tokens, self.length, self.batch = tokens, length, batch
         self.accumulate, self.rank, self.world = accumulate, rank, world

@@ -32,7 +32,7 @@ def multi_query_associative_recall(
     filler between queries is token 0.
 
     Returns `(tokens, labels)`, both int64 of shape `[n, length]`, on the CPU.
-    Raises ValueError unless `4 pairs <= length` and `vocab` is even and has `pairs` keys.
+    Raises ValueError unless `4 pairs <= length`, `vocab` is even and has `pairs` keys, and `power` is positive.
     Source: Arora et al. (2024), as facts of the generator that they publish.
 
     >>> tokens, labels = multi_query_associative_recall(2, 16, 4, vocab=32)
@@ -45,6 +45,8 @@ def multi_query_associative_recall(
         raise ValueError(f"length must be at least 4 * pairs = {4 * pairs} with pairs >= 1, got {length}")
     if vocab % 2 or vocab // 2 - 1 < pairs:
         raise ValueError(f"vocab must be even and at least 2 * (pairs + 1) = {2 * pairs + 2}, got {vocab}")
+    if not 0 < power < float("inf"):
+        raise ValueError(f"power must be positive and finite, got {power}")
     half, space = vocab // 2, (length - 2 * pairs) // 2
     # The positions of the largest of i.i.d. uniforms are a draw without replacement.
     keys = 1 + torch.rand(n, half - 1, generator=generator).topk(pairs, dim=1).indices

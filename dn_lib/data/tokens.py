@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,16 @@ SEPARATOR = 0
 
 class DataError(ValueError):
     """A corpus that cannot be used as asked; the message is one line and names the remedy."""
+
+
+def check_vocab(vocab: int) -> None:
+    """Raise DataError unless byte-pair encodings of `vocab` tokens can be trained and stored."""
+    if isinstance(vocab, bool) or not isinstance(vocab, Integral):
+        raise DataError(f"vocab must be a whole number of tokens, got {vocab!r}")
+    if vocab < 257:
+        raise DataError(f"vocab must be at least 257 (256 bytes and a separator), got {vocab}")
+    if vocab > 65536:
+        raise DataError(f"vocab must be at most 65536 to fit uint16, got {vocab}")
 
 
 class ByteTokenizer:
@@ -28,8 +39,8 @@ class ByteTokenizer:
     dtype = np.uint8
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """uint8 array of the UTF-8 bytes of `text`."""
-        raw = text.encode() if isinstance(text, str) else text
+        """uint8 array of the UTF-8 bytes of `text` (bytes that came in as surrogates go out as they were)."""
+        raw = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -57,9 +68,11 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:
-        """Train on an iterable of documents.  Raises DataError without `tokenizers` or below 257 tokens."""
-        if vocab_size < 257:
-            raise DataError(f"vocab must be at least 257 (256 bytes and a separator), got {vocab_size}")
+        """Train on an iterable of documents.
+
+        Raises DataError without `tokenizers`, below 257 or above 65536 tokens.
+        """
+        check_vocab(vocab_size)
         tokenizers = _import_tokenizers()
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
         model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,12 +88,18 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> BPETokenizer:
-        """Read a `tokenizer.json`."""
-        return cls(_import_tokenizers().Tokenizer.from_file(str(path)))
+        """Read a `tokenizer.json`.  Raises DataError if it cannot be read as one."""
+        read = _import_tokenizers().Tokenizer.from_file
+        try:
+            tokenizer = read(str(path))
+        except Exception as error:  # the package raises nothing more special
+            raise DataError(f"{path} holds no tokenizer that can be read: {' '.join(str(error).split())}") from None
+        return cls(tokenizer)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """uint16 array of token numbers."""
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        raw = text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
+        text = raw.decode(errors="replace")
         return np.array(self.tokenizer.encode(text).ids, dtype=np.uint16)
 
     def decode(self, tokens: Iterable[int]) -> str:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dn_lib.data.corpus import Corpus, build_corpus
-from dn_lib.data.downloads import cache_folder
-from dn_lib.data.tokens import DataError
+from dn_lib.data.corpus import Corpus, build_corpus, check_target
+from dn_lib.data.downloads import DEADLINE, cache_folder
+from dn_lib.data.files import alone, make_folder
+from dn_lib.data.tokens import DataError, check_vocab
 
 # Chosen for hand-written, varied source. Left out: generated API clients and tables of data, and
 # libraries that copy the same model file many times over.
@@ -52,11 +54,17 @@ SMALLEST, LARGEST = 64, 256 * 1024
 def download_wheels(folder: str | Path, wheels: dict[str, str] | None = None) -> list[Path]:
     """Fetch the pinned wheels into `folder` through pip; return their paths in the order of the list.
 
+    A second process that wants them waits, and takes what the first has fetched.
     Raises DataError with pip's last line if a wheel cannot be had or has another hash.
     """
     wheels = WHEELS if wheels is None else wheels
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "the place of the wheels")
+    with alone(folder / "wheels", DEADLINE):
+        return _download_missing(folder, wheels)
+
+
+def _download_missing(folder: Path, wheels: dict[str, str]) -> list[Path]:
     paths = [_find(folder, pin, sha256) for pin, sha256 in wheels.items()]
     missing = [pin for pin, path in zip(wheels, paths, strict=True) if path is None]
     if missing:
@@ -70,7 +78,10 @@ def download_wheels(folder: str | Path, wheels: dict[str, str] | None = None) ->
                 "--python-version", "3.13", "--dest", str(folder), "--requirement", str(pins),
             ]
             # fmt: on
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DEADLINE)
+            except subprocess.TimeoutExpired:
+                raise DataError(f"pip did not fetch the wheels within {DEADLINE:.0f} seconds: run again") from None
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
@@ -92,18 +103,27 @@ def _find(folder: Path, pin: str, sha256: str) -> Path | None:
 
 
 def wheel_documents(paths: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the `.py` files in the wheels, each content once."""
+    """(path, content) of the `.py` files in the wheels, each content once.
+
+    Raises DataError for a wheel that is damaged.
+    """
     seen = set()
     for path in paths:
-        with zipfile.ZipFile(path) as wheel:
-            for info in sorted(wheel.infolist(), key=lambda info: info.filename):
-                if not info.filename.endswith(".py") or not SMALLEST <= info.file_size <= LARGEST:
-                    continue
-                content = wheel.read(info)
+        try:
+            for name, content in _python_files(path):
                 digest = hashlib.sha256(content).digest()
                 if digest not in seen and b"\0" not in content:
                     seen.add(digest)
-                    yield info.filename, content
+                    yield name, content
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise DataError(f"wheel {path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _python_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as wheel:
+        for info in sorted(wheel.infolist(), key=lambda info: info.filename):
+            if info.filename.endswith(".py") and SMALLEST <= info.file_size <= LARGEST:
+                yield info.filename, wheel.read(info)
 
 
 def prepare_wheels(
@@ -113,7 +133,9 @@ def prepare_wheels(
 
     target: folder of the prepared corpus; by default `wheels` in the cache, where "wheels" finds it.
     """
-    target = Path(target) if target else cache_folder() / "wheels"
+    target = check_target(cache_folder() / "wheels" if target is None else target)
+    if vocab is not None:
+        check_vocab(vocab)  # before anything is fetched
     chosen = WHEELS if wheels is None else wheels
     paths = download_wheels(cache_folder() / "wheel-files", chosen)
     pins = hashlib.sha256("".join(f"{pin} {digest}\n" for pin, digest in chosen.items()).encode())
