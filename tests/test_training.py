@@ -359,21 +359,23 @@ class TestFullDisk:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, hard))
             with pytest.raises(CheckpointError, match=r"could not write .* the last good one is .*0000006"):
-                train(model(), corpus(), CONFIG, folder=tmp_path, resume=True)
+                train(model(), corpus(), CONFIG, folder=tmp_path, resume=True, allow_changes=["steps"])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert latest(tmp_path).read_bytes() == good
         assert list(tmp_path.glob("*.part")) == []
-        assert len(train(model(), corpus(), CONFIG, folder=tmp_path, resume=True).steps) == 12
+        again = train(model(), corpus(), CONFIG, folder=tmp_path, resume=True, allow_changes=["steps"])
+        assert len(again.steps) == 12
 
     def test_a_write_cut_short_never_gets_the_name(self, tmp_path, monkeypatch):
         def full(descriptor):
-            raise OSError(28, "No space left on device")
+            if any(tmp_path.glob("checkpoint_*.part")):
+                raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(CheckpointError, match="No space left on device; there is none before it"):
             train(model(), corpus(), CONFIG, folder=tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "run.json", "run.lock"]
 
 
 PARALLEL = """
@@ -387,7 +389,8 @@ PARALLEL = """
         history = train(model(), corpus(), config, folder={folder!r} + kind)
         found[kind] = [losses(history), history.evaluations]
         config = replace(config, steps=8)
-        found[kind + " resumed"] = losses(train(model(1), corpus(), config, folder={folder!r} + kind, resume=True))
+        again = train(model(1), corpus(), config, folder={folder!r} + kind, resume=True, allow_changes=["steps"])
+        found[kind + " resumed"] = losses(again)
     if {rank} == 0:
         print(json.dumps(found))
 """

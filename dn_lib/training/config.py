@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
+
+AT_LEAST_ONE = ("steps", "batch", "length", "accumulate", "keep", "log_every")
+AT_LEAST_ZERO = ("warmup", "evaluate_every", "evaluation_tokens", "checkpoint_every")
+FLOATS = ("learning_rate", "min_learning_rate", "weight_decay", "clip")
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class TrainConfig:
     device: "auto", "cpu", "cuda", "cuda:1".  compile: `torch.compile` the model.
     parallel: "ddp" or "fsdp" when several processes run.  seed: of the batches.
 
-    Raises ValueError naming the setting that cannot be.
+    Raises ValueError naming the setting that cannot be: of another type, not finite, out of its range.
 
     >>> TrainConfig(steps=100, warmup=10).tokens_per_step
     4096
@@ -49,21 +55,30 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "accumulate", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip", "weight_decay", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.min_learning_rate <= self.learning_rate:
+        for name in AT_LEAST_ONE:
+            self._set(name, _integer(name, getattr(self, name), 1))
+        for name in AT_LEAST_ZERO:
+            self._set(name, _integer(name, getattr(self, name), 0))
+        self._set("seed", _integer("seed", self.seed, -(2**63), 2**64 - 1))
+        for name in FLOATS:
+            self._set(name, _finite(name, getattr(self, name)))
+        if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate must be between 0 and learning_rate={self.learning_rate}, "
                 f"got {self.min_learning_rate}"
             )
+        self._set("betas", _betas(self.betas))
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile must be True or False, got {self.compile!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
+        self._set("device", str(self.device))
+
+    def _set(self, name: str, value: Any) -> None:
+        """Keep `value` as a plain Python number, so that a checkpoint can hold it as JSON."""
+        object.__setattr__(self, name, value)
 
     @property
     def tokens_per_step(self) -> int:
@@ -77,4 +92,34 @@ class TrainConfig:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise ValueError(f"unknown training settings: {', '.join(sorted(unknown))}")
-        return cls(**{**values, "betas": tuple(values.get("betas", (0.9, 0.95)))})
+        return cls(**values)
+
+
+def _integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    return int(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    """`value` as a float that is finite and not negative; NaN fails every comparison, so it is refused by name."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return float(value)
+
+
+def _betas(betas: Any) -> tuple[float, float]:
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    first, second = (_finite("betas", beta) for beta in betas)
+    if max(first, second) >= 1:
+        raise ValueError(f"betas must be below 1, got {betas!r}")
+    return first, second

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,81 @@ def _leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def in_first(place: Processes, action: Callable[[], Result]) -> Result:
+    """`action()` in the first process; what it returns, or raises, in all of them."""
+    if place.world == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if place.first:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=place.device)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def in_all(place: Processes, action: Callable[[], Result]) -> Result:
+    """`action()` in every process.  If it fails in one, all raise, so that none waits for one that is gone."""
+    if place.world == 1:
+        return action()
+    result, problem = None, None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    problems: list[Any] = [None] * place.world
+    dist.all_gather_object(problems, problem)
+    for error in (problem, *problems):
+        if error is not None:
+            raise error
+    return result
+
+
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+COMPILED = "_orig_mod"  # the name under which `torch.compile` keeps the module that it wraps
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and DDP, however they are nested; `model` itself if it is bare.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> inner(nn.DataParallel(layer)) is inner(layer) is layer
+    True
+    """
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif COMPILED in model._modules:
+            model = model._modules[COMPILED]
+        else:
+            return model
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter or buffer of `model` without what `torch.compile` and DDP put into it, at any depth.
+
+    >>> plain_name(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "0.module.weight")
+    '0.weight'
+    """
+    kept, module = [], model
+    for part in name.split("."):
+        wrapped = part == COMPILED or (part == "module" and isinstance(module, WRAPPERS))
+        if not wrapped:
+            kept.append(part)
+        module = module._modules.get(part, module)
+    return ".".join(kept)
+
+
 def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:
     """The module to call in the loop.  `model` keeps the parameters (as shards with "fsdp").
 
     "ddp": every process has all parameters, gradients are averaged.  "fsdp": each process has a part of
-    every parameter and gathers a block's when the block runs.
+    every parameter and gathers a block's when the block runs.  A model that is in DDP already stays as it is.
     """
-    if place.world == 1:
+    if place.world == 1 or any(isinstance(module, WRAPPERS) for module in model.modules()):
         return model
     if parallel == "ddp":
         ids = [place.device.index] if place.device.type == "cuda" else None
@@ -82,11 +154,12 @@ def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(place.device.type, (place.world,))
-    for child in model.children():
+    for child in inner(model).children():
         if isinstance(child, nn.ModuleList):
             for block in child:
-                fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+                fully_shard(inner(block), mesh=mesh)
+    fully_shard(inner(model), mesh=mesh)
+    return model
 
 
 def gradient_sync(module: nn.Module, wanted: bool):

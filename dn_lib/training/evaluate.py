@@ -168,5 +168,12 @@ def parses(source: str) -> bool:
 
 def autocast(device: torch.device, precision: str = "auto"):
     """The autocast context of `precision`: bfloat16 on a GPU with "auto", none for "float32"."""
-    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    wanted = precision_in_use(device, precision) == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def precision_in_use(device: torch.device, precision: str) -> str:
+    """What `precision` means on `device`: "bfloat16" or "float32"."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision

@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +19,24 @@ from tqdm import tqdm
 
 from dn_lib.data import Batches, Corpus
 from dn_lib.training import checkpoint as checkpoints
+from dn_lib.training import folder as folders
 from dn_lib.training.config import TrainConfig
 from dn_lib.training.distributed import (
+    COMPILED,
     Processes,
     distribute,
     gradient_sync,
+    in_all,
+    in_first,
+    inner,
     join_processes,
     resolve_device,
     sum_over_processes,
 )
-from dn_lib.training.evaluate import autocast, bits_per_byte, token_losses, windows
+from dn_lib.training.evaluate import autocast, bits_per_byte, precision_in_use, token_losses, windows
+from dn_lib.training.interruptions import Log, Report, Screen, stop_signals
 from dn_lib.training.optimiser import learning_rate_at, make_optimiser
+from dn_lib.training.same_run import check_changes, check_same_run, tokens_digest
 
 PEAK_FLOPS = {  # dense bfloat16, from the makers' data sheets
     "H100": 989e12,
@@ -58,12 +62,14 @@ class History:
     evaluations: a record for every evaluation: step, loss, bits_per_byte, seconds.
     tokens_per_second: over the whole run, evaluations and checkpoints left out.
     stopped: the signal that ended the run early, or None.
+    checkpoint: the file that holds what was trained, or None.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     tokens_per_second: float = 0.0
     stopped: int | None = None
+    checkpoint: Path | None = None
 
 
 def train(
@@ -72,33 +78,51 @@ def train(
     config: TrainConfig,
     *,
     folder: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | str | Path = False,
+    allow_changes: Collection[str] = (),
+    notes: dict[str, Any] | None = None,
     progress: bool = False,
     report: Callable[[dict[str, float]], None] | None = None,
 ) -> History:
-    """Train `model`, a `LanguageModel`, in place.
+    """Train `model`, a `LanguageModel`, in place.  It may be compiled, or in DDP, whole or in parts.
 
-    folder: where `log.jsonl` and the checkpoints go; None for neither.
-    resume: go on from the newest checkpoint in `folder`, if there is one.
-    progress: show a tqdm bar.  report: called with every evaluation.
+    folder: where `log.jsonl` and the checkpoints go; None for neither.  One run at a time uses a folder.
+    resume: True goes on from the newest checkpoint in `folder`, or begins if there is none.  A path goes on from
+      that checkpoint: newer ones in `folder` are set aside.
+    allow_changes: names of settings (of `config`, or "corpus") that may differ from those that the checkpoint was
+      trained with.  Any other that decides the numbers has to be the same.
+    notes: kept in `run.json` and in every checkpoint; what JSON can hold.
+    progress: show a tqdm bar.  report: called with every evaluation; an exception in it becomes a warning.
 
-    With checkpoints, SIGINT and SIGTERM end the run after the current step, with a checkpoint written.
+    With a folder, SIGINT, SIGTERM and SIGHUP end the run after the current step, with a checkpoint written.
     Under torchrun each process calls this with the same arguments; `model` must be built from the same seed.
-    Raises DataError (context longer than the data), CheckpointError (a checkpoint of another model; a
-    full disk), TrainingError (the loss is no number).
+    Raises DataError (context longer than the data), CheckpointError (a folder in use, a damaged checkpoint or one of
+    another run, a full disk), TrainingError (a loss, a gradient or a weight is no number; the last good checkpoint
+    stays), ValueError (an argument that cannot be).
     """
+    if resume and folder is None:
+        raise ValueError("folder must be given to resume")
     place = join_processes(config.device)
-    with _signals(folder is not None) as caught:
-        return _Run(model, corpus, config, place, folder, caught).go(resume, progress, report)
+    run = _Run(model, corpus, config, place, folder, notes or {})
+    check_changes(allow_changes, run.about.get("model", {}))
+    with ExitStack() as stack:
+        if folder is not None:
+            in_first(place, lambda: stack.enter_context(folders.held(Path(folder))))
+        run.caught = stack.enter_context(stop_signals(folder is not None))
+        run.begin(resume, allow_changes)
+        return run.go(progress, Report(report))
 
 
 class _Run:
     """The parts of one run, and the loop over its steps."""
 
-    def __init__(self, model, corpus, config: TrainConfig, place: Processes, folder, caught: list[int]):
-        self.model = model.to(place.device)
-        self.corpus, self.config, self.place, self.caught = corpus, config, place, caught
+    def __init__(self, model, corpus, config: TrainConfig, place: Processes, folder, notes: dict[str, Any]):
+        model.to(place.device)
+        self.model = inner(model)  # keeps the parameters; `module`, below, is called
+        self.corpus, self.config, self.place, self.caught = corpus, config, place, []
         self.folder = Path(folder) if folder is not None else None
+        self.about = self.describe(notes) if self.folder else {}
+        self.log = Log(self.folder / folders.LOG if self.folder and place.first else None)
         self.batches = Batches(
             corpus.train,
             config.length,
@@ -111,18 +135,48 @@ class _Run:
         self.held_out = None
         if config.evaluation_tokens > 0:
             self.held_out = windows(corpus.validation, config.length, config.evaluation_tokens)
-        self.module = distribute(self.model, place, config.parallel)
+        self.module = distribute(model, place, config.parallel)
         self.optimiser = make_optimiser(self.model, config)
-        if config.compile and self.module._compiled_call_impl is None:
+        if config.compile and COMPILED not in self.module._modules and self.module._compiled_call_impl is None:
             self.module.compile()
         self.history = History()
         self.done, self.busy, self.before, self.unlogged = 0, 0.0, 0.0, []
 
-    def go(self, resume: bool, progress: bool, report) -> History:
+    def describe(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """What every checkpoint says about the run, in the form in which JSON gives it back."""
+        facts, config = self.corpus.facts, self.config
+        about = {
+            "model": self.model.config.to_dict(),
+            "train": config.to_dict(),
+            "precision": precision_in_use(self.place.device, config.precision),
+            "corpus": facts,
+            "bytes_per_token": self.corpus.bytes_per_token,
+            "notes": notes,
+        }
+        for name, value in (("notes", notes), ("corpus.facts", facts), ("model.config", about["model"])):
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} must hold only what JSON can, got {value!r}: {error}") from None
+        return json.loads(json.dumps(about))
+
+    def begin(self, resume: bool | str | Path, allow_changes: Collection[str]) -> None:
+        """Make the folder ready, and go on from a checkpoint if there is one to go on from."""
+        if self.folder is None:
+            return
+        parts = {"train": self.corpus.train, "validation": self.corpus.validation}
+        self.about["tokens"] = {part: tokens_digest(tokens) for part, tokens in parts.items()}
+        path = None
         if resume:
-            self.resume()
-        elif self.folder is not None and self.place.first:
-            _start_log(self.folder)
+            path = in_first(self.place, lambda: checkpoints.latest(self.folder) if resume is True else Path(resume))
+        if path is not None:
+            self.resume(path, allow_changes)
+        else:
+            notes, again = self.about["notes"], bool(resume)
+            self.about["run"] = in_first(self.place, lambda: folders.begin(self.folder, notes, again))
+        in_first(self.place, self.save_tokenizer)
+
+    def go(self, progress: bool, report: Report) -> History:
         config, started_at = self.config, self.done
         bar = tqdm(
             total=config.steps,
@@ -130,24 +184,28 @@ class _Run:
             unit="step",
             disable=not progress or not self.place.first,
             dynamic_ncols=True,
+            file=Screen(),
         )
-        self.model.train()
+        self.module.train()
         with bar:
             mark = time.perf_counter()
             while self.done < config.steps:
                 self.step()
                 bar.update()
                 evaluates = self.held_out is not None and self.due(config.evaluate_every)
-                saves = self.folder is not None and (self.due(config.checkpoint_every) or self.stopping())
+                stops = self.folder is not None and self.stopping()
+                saves = stops or (self.folder is not None and self.due(config.checkpoint_every))
                 if evaluates or saves or self.due(config.log_every):
                     self.flush_log(mark)
                     speed = self.speed(started_at)
                     bar.set_postfix(self.status(speed), refresh=False)
+                    if evaluates or saves:
+                        self.check_weights()
                     if evaluates:
                         self.evaluate(report)
                     if saves:
                         self.save()
-                    if self.history.stopped:
+                    if stops:
                         break
                     mark = time.perf_counter()
         self.history.tokens_per_second = self.speed(started_at)
@@ -189,17 +247,35 @@ class _Run:
         values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, _, loss, norm in self.unlogged])
         values[:, 0] = sum_over_processes(values[:, 0].contiguous(), self.place) / self.place.world
         self.busy += time.perf_counter() - mark
-        seconds = round(self.busy, 3)
+        seconds, records, problem = round(self.busy, 3), [], None
         for (step, rate, _, _), (loss, norm) in zip(self.unlogged, values.tolist(), strict=True):
-            if not math.isfinite(loss):
-                last = checkpoints.latest(self.folder) if self.folder else None
-                hint = f"resume from {last} with" if last else "start again with"
-                raise TrainingError(f"the loss is {loss} at step {step}: {hint} a lower learning rate")
+            wrong = [f"{name} is {x}" for name, x in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(x)]
+            if wrong:
+                problem = f"the {wrong[0]} at step {step}: {self.remedy()}"
+                break
             record = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-            record["seconds"] = seconds
-            self.history.steps.append(record)
-            self.log(record)
+            records.append({**record, "seconds": seconds})
+        self.history.steps += records
+        self.log.add(*records)
         self.unlogged = []
+        if problem:
+            raise TrainingError(problem)
+
+    def check_weights(self) -> None:
+        """Nothing is stored or measured whose weights are no numbers; a finite loss and gradient can still make one."""
+        tensors = [p.detach() for p in self.model.parameters()]
+        tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        bad = torch.stack([t.isfinite().all() for t in tensors]).logical_not().sum().float()
+        if sum_over_processes(bad, self.place).item():
+            raise TrainingError(f"a weight is no finite number after step {self.done}: {self.remedy()}")
+
+    def remedy(self) -> str:
+        if self.history.checkpoint is None:
+            return "start again with a lower learning rate"
+        return (
+            f"the last good checkpoint is {self.history.checkpoint}: go on from it with a lower learning rate "
+            "(--resume --change learning_rate)"
+        )
 
     def evaluate(self, report) -> None:
         rows = self.held_out
@@ -216,8 +292,8 @@ class _Run:
             "seconds": round(self.busy, 3),
         }
         self.history.evaluations.append(record)
-        self.log({"evaluation": record})
-        if report is not None and self.place.first:
+        self.log.add({"evaluation": record})
+        if self.place.first:
             report(record)
 
     def speed(self, started_at: int) -> float:
@@ -230,7 +306,9 @@ class _Run:
         return shown | ({"FLOP use": f"{use:.1%}"} if use else {})
 
     def stopping(self) -> bool:
-        """Whether any process has been asked to stop; all of them learn it."""
+        """Whether any process has been asked to stop before the end; all of them learn it."""
+        if self.done == self.config.steps:
+            return False
         number = max(self.caught, default=0)
         if self.place.world > 1:
             if not self.due(self.config.log_every):  # asking the others waits for the device
@@ -241,100 +319,32 @@ class _Run:
         self.history.stopped = number or None
         return self.history.stopped is not None
 
-    def log(self, record: dict[str, Any]) -> None:
-        if self.folder is not None and self.place.first:
-            try:
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise checkpoints.CheckpointError(
-                    f"could not write {self.folder / 'log.jsonl'}: {error.strerror}; "
-                    f"the last good checkpoint is {checkpoints.latest(self.folder)}"
-                ) from None
-
     def save(self) -> None:
-        about = {
-            "step": self.done,
-            "seconds": self.busy,
-            "model": self.model.config.to_dict(),
-            "train": self.config.to_dict(),
-            "corpus": self.corpus.facts,
-            "bytes_per_token": self.corpus.bytes_per_token,
-        }
+        about = {**self.about, "step": self.done, "seconds": self.busy}
         state = checkpoints.capture(self.model, self.optimiser, self.batches.state(), about)
-        checkpoints.only_first_writes(state, self.folder, self.place, self.config.keep)
-        if self.place.first:
-            self.corpus.tokenizer.save(self.folder)
+        self.history.checkpoint = in_first(
+            self.place, lambda: checkpoints.write(state, self.folder, keep=self.config.keep)
+        )
 
-    def resume(self) -> None:
-        if self.folder is None:
-            raise ValueError("folder must be given to resume")
-        path = checkpoints.latest(self.folder)
-        if path is None:
-            if self.place.first:
-                _start_log(self.folder)
-            return
-        saved = checkpoints.read(path)
-        checkpoints.check_same_run(saved.about, self.model.config.to_dict(), self.corpus.facts)
-        self.batches.restore(checkpoints.restore(saved, self.model, self.optimiser))
+    def save_tokenizer(self) -> None:
+        try:
+            self.corpus.tokenizer.save(self.folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise checkpoints.CheckpointError(f"could not write into {self.folder}: {reason}") from None
+
+    def resume(self, path: Path, allow_changes: Collection[str]) -> None:
+        saved = in_all(self.place, lambda: folders.read_to_resume(path, self.folder))
+        check_same_run(saved.about, self.about, allow_changes)
+        batches = checkpoints.restore(saved, self.model, self.optimiser)
+        if saved.about["train"].get("seed") == self.config.seed:  # a changed seed draws its own batches from here on
+            self.batches.restore(batches)
+        self.about["run"] = saved.about["run"]
         self.done, self.busy = saved.about["step"], saved.about["seconds"]
-        self.before = self.busy
-        records = _read_log(self.folder / "log.jsonl", self.done)
+        self.before, self.history.checkpoint = self.busy, path
+        records = in_first(self.place, lambda: folders.go_on(self.folder, saved, self.about["notes"]))
         self.history.steps = [record for record in records if "evaluation" not in record]
         self.history.evaluations = [record["evaluation"] for record in records if "evaluation" in record]
-        if self.place.world > 1:
-            torch.distributed.barrier()  # all have read the log before the first one cuts it
-        if self.place.first:
-            _write_log(self.folder / "log.jsonl", records)
-
-
-def _start_log(folder: Path) -> None:
-    """A new run in `folder`: refuse to mix it with the checkpoints of another."""
-    if checkpoints.latest(folder) is not None:
-        raise checkpoints.CheckpointError(f"{folder} holds a run already: go on with --resume, or take another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text("")
-
-
-def _read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to `step`: what was logged after the checkpoint, or broke off, is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("evaluation", record)["step"] <= step:
-            records.append(record)
-    return records
-
-
-def _write_log(path: Path, records: list[dict[str, Any]]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(part, path)
-
-
-@contextmanager
-def _signals(wanted: bool):
-    """SIGINT and SIGTERM append to the list instead of ending the process; a second one ends it."""
-    caught: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handle(number, frame):
-        if caught:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        caught.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def flop_use(model: nn.Module, length: int, tokens_per_second: float, place: Processes) -> float | None:
