@@ -99,11 +99,14 @@ def _settings(ctx: typer.Context, begun_with: dict) -> dict:
 
     What was not given on the command line is what the run was begun with, where it was begun before.
     """
+    from dn_lib.data.corpus import NAMED
+
     own = {name: value for name, value in ctx.params.items() if name not in MACHINE}
     default = {name for name in own if ctx.get_parameter_source(name).name != "COMMANDLINE"}
     settings = own | {name: value for name, value in begun_with.items() if name in default}
-    if Path(settings["corpus"]).exists():  # found again from another working folder
-        settings["corpus"] = str(Path(settings["corpus"]).resolve())
+    corpus = settings["corpus"]
+    if corpus.strip() and corpus not in NAMED and Path(corpus).exists():  # found again from another working folder
+        settings["corpus"] = str(Path(corpus).resolve())
     return settings
 
 
