@@ -22,6 +22,7 @@ import numpy as np
 
 from dn_lib.data.downloads import DOWNLOADS, cache_folder, named_text, sha256_of
 from dn_lib.data.files import (
+    is_being_replaced,
     make_folder,
     remove_files,
     remove_leftovers,
@@ -102,33 +103,36 @@ class Corpus:
             "format": FORMAT,
             "dtype": str(self.train.dtype),
             "tokens": {"train": len(self.train), "validation": len(self.validation)},
+            "sha256": {part: sha256_of(folder / f"{part}.bin") for part in PARTS},
             "bytes_per_token": self.bytes_per_token,
             "facts": self.facts,
         }
         (folder / "corpus.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def open(cls, folder: str | Path) -> Corpus:
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Corpus:
         """A saved corpus, memory-mapped: nothing is read before it is used.
 
+        verify: read all of it once, and compare its hash with the one it was saved with.
         Raises DataError if a file is missing, damaged, or does not fit the others.
         """
         folder = Path(folder)
-        for wait in (0.02, 0.1, None):
-            before = _identity(folder)
+        for wait in (0.02, 0.1, 0.5, None):
+            before = _note(folder)
             try:
-                corpus = cls._open(folder)
+                corpus = cls._open(folder, verify)
             except (DataError, FileNotFoundError):
-                if wait is None or before == _identity(folder):
+                absent = before is None and is_being_replaced(folder)
+                if wait is None or (before == _note(folder) and not absent):
                     raise
             else:
-                if wait is None or before == _identity(folder):
+                if wait is None or before == _note(folder):
                     return corpus
             time.sleep(wait)  # it was replaced while we read it
         raise AssertionError("unreachable")
 
     @classmethod
-    def _open(cls, folder: Path) -> Corpus:
+    def _open(cls, folder: Path, verify: bool) -> Corpus:
         about = _read_about(folder)
         if about is None:
             raise DataError(f"{folder} holds no prepared corpus (no corpus.json that prepare-data wrote)")
@@ -138,29 +142,34 @@ class Corpus:
             raise DataError(f"{folder} was prepared with tokenizer {wanted}, but holds {tokenizer.name}: {REMEDY}")
         if about["dtype"] != np.dtype(tokenizer.dtype).name:
             raise DataError(f"{folder} holds {about['dtype']} tokens, {tokenizer.name} makes others: {REMEDY}")
-        parts = [_map(folder, part, about) for part in ("train", "validation")]
+        parts = [_map(folder, part, about) for part in PARTS]
+        for name, part in zip(PARTS, parts, strict=True):
+            if verify and about.get("sha256", {}).get(name) not in (None, hashlib.sha256(part).hexdigest()):
+                raise DataError(f"{folder / name}.bin is not what was written (its hash differs): {REMEDY}")
         return cls(*parts, tokenizer, float(about["bytes_per_token"]), about["facts"])
 
 
+PARTS = ("train", "validation")
 REMEDY = "it is damaged; prepare it again"
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Which folder has this name now; None if there is none."""
+def _note(folder: Path) -> bytes | None:
+    """The bytes of `folder/corpus.json`, which hold the hashes of all else; None if they cannot be read.
+
+    A folder's inode would not tell one corpus from the next: it is used again as soon as it is free.
+    """
+    path = folder / "corpus.json"
     try:
-        about = folder.stat()
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST_NOTE else None
     except OSError:
         return None
-    return about.st_dev, about.st_ino
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
     """What `save` wrote into `folder/corpus.json`; None if there is none, or it is not of our making."""
-    path = folder / "corpus.json"
-    if not path.is_file() or path.stat().st_size > LARGEST_NOTE:
-        return None
+    note = _note(folder)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = None if note is None else json.loads(note)
     except (ValueError, RecursionError):
         return None
     if not isinstance(about, dict):
@@ -176,13 +185,13 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
         and not isinstance(rate, bool)
         and 0 < rate < float("inf")
         and isinstance(about.get("facts"), dict)
-        and (older or _are_counts(tokens))
+        and (older or (_are_counts(tokens) and isinstance(about.get("sha256"), dict)))
     )
     return about if whole else None
 
 
 def _are_counts(tokens: Any) -> bool:
-    whole = isinstance(tokens, dict) and set(tokens) == {"train", "validation"}
+    whole = isinstance(tokens, dict) and set(tokens) == set(PARTS)
     return whole and all(type(count) is int for count in tokens.values())
 
 
@@ -228,7 +237,7 @@ def check_target(folder: str | Path, *, source: str | Path | None = None) -> Pat
         prepared_anew = what == "the text to be prepared" and target == place and is_prepared(place)
         if (target == place and not prepared_anew) or target in place.parents:
             raise DataError(f"folder must be one of its own, {str(folder)!r} is or holds {what}")
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _check_contents(target)
     return target
 
@@ -236,15 +245,14 @@ def check_target(folder: str | Path, *, source: str | Path | None = None) -> Pat
 def _check_contents(folder: Path) -> None:
     """Raise DataError unless `folder` is empty or holds a prepared corpus and nothing else, FileNotFoundError if it
     is not there (any more)."""
-    before = _identity(folder)
-    if before is None:
-        raise FileNotFoundError(folder)
+    about = folder.stat()
     if not folder.is_dir():
         raise DataError(f"folder must be a folder for the corpus, {folder} is a file")
     names = sorted(os.listdir(folder))
     others = [name for name in names if name not in FILES or not (folder / name).is_file()]
     if others or (names and _read_about(folder) is None):
-        if _identity(folder) != before:  # it was moved away while we looked
+        now = folder.stat()
+        if (now.st_ino, now.st_ctime_ns) != (about.st_ino, about.st_ctime_ns):  # moved away while we looked
             raise FileNotFoundError(folder)
         shown = ", ".join((others or names)[:3])
         raise DataError(
@@ -429,7 +437,7 @@ def load_corpus(spec: str | Path = "stdlib", *, vocab: int | Tokenizer | None = 
 
 
 def _prepared(folder: Path, vocab) -> Corpus:
-    corpus = Corpus.open(folder)
+    corpus = Corpus.open(folder, verify=True)
     if vocab is not None and getattr(vocab, "vocab_size", vocab) != corpus.vocab_size:
         raise DataError(
             f"vocab {getattr(vocab, 'vocab_size', vocab)} was asked for, but {folder} was prepared with "
@@ -520,7 +528,7 @@ def pack(folder: str | Path, archive: str | Path) -> Path:
     Raises DataError if `folder` holds no whole corpus, or `archive` is a file that is not a packed one.
     """
     folder, archive = Path(folder), check_archive(archive)
-    Corpus.open(folder)
+    Corpus.open(folder, verify=True)
     make_folder(archive.parent, "the place of the archive")
     with written_aside(archive) as part, tarfile.open(part, "w:xz", preset=6) as tar:
         for name in sorted(FILES):
@@ -545,7 +553,7 @@ def unpack(archive: str | Path) -> Path:
     work.mkdir()
     try:
         _extract(archive, work)
-        Corpus.open(work)
+        Corpus.open(work, verify=True)
         if not _is_whole(folder):  # another process may have been faster
             replace_folder(work, folder, _check_contents, FILES)
     finally:
@@ -555,7 +563,7 @@ def unpack(archive: str | Path) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        Corpus.open(folder)
+        Corpus.open(folder, verify=True)
     except (DataError, OSError):
         return False
     return True

@@ -101,6 +101,13 @@ def replace_folder(work: Path, folder: Path, check: Callable[[Path], None], name
     raise DataError(f"{folder} is being replaced by other processes all the time: stop them, and run again")
 
 
+def is_being_replaced(folder: Path) -> bool:
+    """Whether `folder` may be absent just between the two renames of `replace_folder`."""
+    with contextlib.suppress(OSError):
+        return any(folder.parent.glob(f"{TEMPORARY}*"))
+    return False
+
+
 def remove_files(folder: Path, names: frozenset[str]) -> None:
     """Remove the files called `names` from `folder`, and the folder if nothing else is in it."""
     with contextlib.suppress(OSError):
