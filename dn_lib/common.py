@@ -9,6 +9,7 @@ is no number: reading it would wait for a GPU, and its gradient would be lost.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -139,13 +140,25 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
     Traceback (most recent call last):
     ValueError: chunk_size must be an integer of at least 1, got True
     """
-    if not is_number(value) or not isinstance(value, _INTEGERS) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {describe(value)}")
 
 
 def check_chunk_size(chunk_size: int) -> None:
     """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
     check_integer("chunk_size", chunk_size)
+
+
+def check_offsets(offsets: list[int], length: int) -> None:
+    """Raise ValueError unless the offsets of packed sequences rise from 0 to `length`.
+
+    >>> check_offsets([0, 4, 3, 6], 6)
+    Traceback (most recent call last):
+    ValueError: cu_seqlens must rise from 0 to L = 6, got [0, 4, 3, 6]
+    """
+    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in itertools.pairwise(offsets)):
+        shown = f"{offsets[:4]} ... {offsets[-1]}" if len(offsets) > 6 else f"{offsets}"
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {length}, got {shown}")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -168,6 +181,15 @@ def check_function(name: str, value: Any) -> None:
     """
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {describe(value)}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python or NumPy; True and False are none, nor is 1.0.
+
+    >>> is_integer(1), is_integer(np.int64(1)), is_integer(True), is_integer(1.0)
+    (True, True, False, False)
+    """
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:

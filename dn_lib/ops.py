@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import importlib.util
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,8 +18,20 @@ import torch
 from torch import Tensor
 
 from dn_lib.chunkwise import chunkwise_delta_rule, parallel_delta_rule
+from dn_lib.common import (
+    active_transform,
+    check_channels,
+    check_flag,
+    check_is_tensor,
+    check_offsets,
+    describe,
+    differentiable_once,
+    is_integer,
+    refuse_transforms,
+    scale_or_default,
+    working_dtype,
+)
 from dn_lib.delta_rule import delta_rule_step, recurrent_delta_rule
-from dn_lib.linear_attention import working_dtype
 
 BACKENDS = ("auto", "recurrent", "parallel", "chunkwise", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +71,8 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     """Why the Triton kernels cannot run (on `device`), with the remedy; None if they can."""
     if not _TRITON_INSTALLED:
         return "Triton is not installed: `pip install triton` (Linux only), or use backend='chunkwise'"
+    if device is not None and device.type not in ("cuda", "cpu"):
+        return f"tensors are on {device}: move them to an NVIDIA GPU, or use backend='chunkwise'"
     if device is not None and device.type != "cuda":
         from dn_lib.kernels.common import INTERPRETED
 
@@ -75,18 +88,8 @@ def _size(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    """The scale as a number; the backward divides by it, so 0 is refused too."""
-    if scale is None:
-        return q.shape[-1] ** -0.5
-    if not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"scale must be finite and not 0, got {scale}")
-    return float(scale)
-
-
 def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""):
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {meaning}, got {type(tensor).__name__}")
+    check_is_tensor(name, tensor, meaning)
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {_size(tensor)}{hint}")
     if tensor.device != of.device:
@@ -95,12 +98,18 @@ def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...], meaning:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+def _check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must have {meaning}, got {type(x).__name__}")
+    check_is_tensor(name, x)
+    if x.ndim != rank:
+        raise ValueError(f"{name} must have {meaning}, got {_size(x)}")
+
+
 def _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend) -> None:
     """Shapes, dtypes and devices; raises ValueError or TypeError naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            got = _size(x) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must have four dimensions [B, L, H, d], got {got}")
+        _check_rank(name, x, 4, "four dimensions [B, L, H, d]")
     B, L, H, K = q.shape
     _check_tensor("q", q, (B, L, H, K), "[B, L, H, d_k]", q)
     swapped = " (heads before time?)" if tuple(k.shape) == (B, H, L, K) and H != L else ""
@@ -119,20 +128,23 @@ def _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backe
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
             got = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
             raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
+        check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+        if cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens must have values, got a tensor on meta")
         if B != 1:
             raise ValueError(f"q must have batch size 1 with cu_seqlens (sequences packed along L), got {B}")
         sequences = cu_seqlens.numel() - 1
     if initial_state is not None:
         shape = (sequences, H, K, v.shape[-1])
         _check_tensor("initial_state", initial_state, shape, "[N, H, d_k, d_v]", q)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if chunk_size is not None and (not is_integer(chunk_size) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {describe(chunk_size)}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {describe(backend)}")
 
 
 def _first(where: Tensor) -> list[int]:
@@ -161,12 +173,7 @@ def _check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm) -> None:
     if (bad := beta < 0).any():
         raise ValueError(f"beta must be at least 0: {beta[tuple(_first(bad))]:.4g} at [b, l, h] = {_first(bad)}")
     if cu_seqlens is not None:
-        _check_offsets(cu_seqlens.tolist(), q.shape[1])
-
-
-def _check_offsets(offsets: list[int], L: int) -> None:
-    if offsets[0] != 0 or offsets[-1] != L or any(b < a for a, b in itertools.pairwise(offsets)):
-        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, got {offsets[:4]} ... {offsets[-1]}")
+        check_offsets(cu_seqlens.tolist(), q.shape[1])
 
 
 def _choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) -> str:
@@ -200,6 +207,17 @@ def _choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) 
     return backend
 
 
+def _resolve_backend(q, k, v, beta, initial_state, chunk_size, backend):
+    """`_choose_backend`, with chunkwise in place of Triton where PyTorch has to see every operation."""
+    chosen = _choose_backend(q, v, chunk_size, backend)
+    if chosen == "triton":
+        if backend == "triton":
+            refuse_transforms("backend 'triton'", "use backend='chunkwise'", q, k, v, beta, initial_state)
+        elif active_transform(q, k, v, beta, initial_state):
+            return "chunkwise"
+    return chosen
+
+
 def l2_normalise(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) along the last dimension, in float32 at least; keeps float64."""
     x = x.to(working_dtype(x))
@@ -218,7 +236,7 @@ def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk
         return o.transpose(1, 2).to(dtype), state
     outputs, states = [], []
     offsets = cu_seqlens.tolist()
-    _check_offsets(offsets, q.shape[2])
+    check_offsets(offsets, q.shape[2])
     for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
         part = [x[:, :, begin:end] for x in (q, k, v, beta)]
         first = None if initial_state is None else initial_state[n : n + 1]
@@ -231,7 +249,7 @@ def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk
 # --- Triton: the forward and the backward as they are launched, then as PyTorch sees them -----------------------
 
 # What `launch.Saved` holds, in the order in which the operator returns it.
-_SAVED = ("n", "vn", "q_norm", "k_norm", "states", "state_end", "transition")
+_SAVED = ("n", "vn", "q_norm", "k_norm", "states", "state_end", "transition", "token_offsets", "chunk_offsets")
 
 
 def _precision() -> str:
@@ -254,16 +272,12 @@ def _run_backward(
     from dn_lib.kernels import launch
 
     return launch.backward(
-        q, k, do, beta, saved, do.contiguous(), None if dstate is None else dstate.contiguous(), scale=scale,
+        q, k, do, beta, saved, do, dstate, scale=scale,
         cu_seqlens=cu_seqlens, chunk=chunk, precision=_precision(), initial_state=initial_state,
     )  # fmt: skip
 
 
-def _refuse_double_backward(*gradients: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in gradients):
-        raise RuntimeError(
-            "delta_rule with backend 'triton' has no second derivative (create_graph=True): use backend='chunkwise'"
-        )
+_TWICE = "delta_rule with backend 'triton' has no second derivative: use backend='chunkwise'"
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -281,16 +295,16 @@ class _DeltaRule(torch.autograd.Function):
     def backward(ctx, do, dstate):
         from dn_lib.kernels.launch import Saved
 
-        _refuse_double_backward(do, dstate)
+        refuse_transforms("delta_rule with backend 'triton'", "use backend='chunkwise'", do, dstate)
         q, k, beta, initial_state, cu_seqlens, *saved = ctx.saved_tensors
         saved = Saved(*saved)
-        if do is None:
-            do = torch.zeros_like(saved.vn)
-        dq, dk, dv, dbeta, dfirst = _run_backward(
-            q, k, beta, saved, do, dstate, cu_seqlens, *ctx.options, initial_state is not None
-        )
-        dfirst = None if dfirst is None else dfirst.to(initial_state.dtype)
-        return dq, dk, dv, dbeta, dfirst, *(None,) * 5
+        with torch.no_grad():
+            given = torch.zeros_like(saved.vn) if do is None else do
+            *grads, dfirst = _run_backward(
+                q, k, beta, saved, given, dstate, cu_seqlens, *ctx.options, initial_state is not None
+            )
+            grads.append(None if dfirst is None else dfirst.to(initial_state.dtype))
+        return *differentiable_once(_TWICE, grads, (q, k, beta, initial_state, do, dstate)), *(None,) * 5
 
 
 @torch.library.custom_op("dn_lib::delta_rule", mutates_args=())
@@ -298,7 +312,8 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, norm: bool, chunk: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[o, final_state, n, vn, q_norm, k_norm, states, state_end, transition]; empty where there is nothing."""
+    """[o, final_state, and what `launch.Saved` holds, in its order]; empty where there is nothing."""
+    _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk, "triton")
     o, state, saved = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save, True)
     if saved.state_end is state:
         saved.state_end = None
@@ -313,19 +328,21 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
     s = launch.shape_of(k, v, cu_seqlens, chunk)
     split, single = s.plan.segments > 1, {"dtype": torch.float32}
     none = [q.new_empty(0) for _ in _SAVED]  # one each: outputs must not share memory
-    o, state = torch.empty_like(v), q.new_empty(s.sequences, s.H, s.K, s.V, **single)
+    o, state = v.new_empty(v.shape), q.new_empty(s.sequences, s.H, s.K, s.V, **single)
     if not save:
         return [o, state, *none]
-    n, vn = q.new_empty(s.B, s.L, s.H, chunk), torch.empty_like(v)
+    n, vn = q.new_empty(s.B, s.L, s.H, chunk), v.new_empty(v.shape)
     norms = [q.new_empty(s.B, s.L, s.H, **single) for _ in range(2)] if norm else none[2:4]
-    states, end, transition = none[4:7]
+    states, end, transition, *offsets = none[4:]
     if not s.plan.fused:
         states = q.new_empty(s.chunks, s.H, s.K, s.V)
     elif split:
         end = q.new_empty(s.total_segments, s.H, s.K, s.V, **single)
     if split:
         transition = q.new_empty(s.total_segments, s.H, s.K, s.K, **single)
-    return [o, state, n, vn, *norms, states, end, transition]
+    if s.varlen:
+        offsets = [cu_seqlens.new_empty(s.sequences + 1, dtype=kind) for kind in (cu_seqlens.dtype, torch.int32)]
+    return [o, state, n, vn, *norms, states, end, transition, *offsets]
 
 
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())
@@ -345,9 +362,9 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, scale, chunk):
-    dfirst = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    # Contiguous, whatever the strides of do.
-    return [torch.empty_like(q), torch.empty_like(k), do.new_empty(do.shape), torch.empty_like(beta), dfirst]
+    dfirst = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    # Contiguous, whatever the strides of q or do.
+    return [*(x.new_empty(x.shape) for x in (q, k, do, beta)), dfirst]
 
 
 def _op_setup(ctx, inputs, output):
@@ -361,38 +378,61 @@ def _op_setup(ctx, inputs, output):
 
 def _op_backward(ctx, gradients):
     do, dstate = gradients[:2]
-    _refuse_double_backward(do, dstate)
     q, k, beta, initial_state, cu_seqlens, final_state, *saved = ctx.saved_tensors
     do = torch.zeros_like(saved[1]) if do is None else do
     *grads, dfirst = _backward_op(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, *ctx.options)
     return *grads, None if initial_state is None else dfirst, *(None,) * 5
 
 
+def _second_derivative(ctx, _):
+    raise RuntimeError(_TWICE)
+
+
 _forward_op.register_autograd(_op_backward, setup_context=_op_setup)
+_backward_op.register_autograd(_second_derivative)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _is_plain(x: Tensor | None) -> bool:
+    """Whether x has memory that a kernel can be given: not where a subclass (FakeTensor, DTensor) handles operators."""
+    return x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _for_triton(x: Tensor | None) -> Tensor | None:
+    """beta or a state, whose dtype is free, in one that the kernels take."""
+    return x if x is None or x.dtype in TRITON_DTYPES else x.to(torch.float32)
+
+
 def _triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, chunk):
     from dn_lib.kernels import configs
+    from dn_lib.kernels.arguments import readable
 
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    initial_state = None if initial_state is None else initial_state.contiguous()
+    _check_scale_in_float32(scale)
+    beta, initial_state = _for_triton(beta), _for_triton(initial_state)
     needs_gradient = _needs_gradient(q, k, v, beta, initial_state)
-    if torch.compiler.is_compiling():
-        chunk = chunk or configs.default_chunk(q.dtype)
-        o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, needs_gradient)
+    size = chunk or configs.default_chunk(q.dtype)
+    tensors = (q, k, v, beta, initial_state)
+    if torch.compiler.is_compiling() or not all(map(_is_plain, (*tensors, cu_seqlens))):
+        q, k, v, beta, initial_state = (None if x is None else x.contiguous() for x in tensors)
+        o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, size, needs_gradient)
         return o, state if final_state else None
-    if not needs_gradient:
-        if chunk is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-            return _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm)
-        chunk = chunk or configs.default_chunk(q.dtype)
-        o, state, _ = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, False, final_state)
-        return o, state
-    chunk = chunk or configs.default_chunk(q.dtype)
-    return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, final_state)
+    # Here rather than in the launches, so that a copy that has to be made is made once and kept for the backward.
+    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
+    if needs_gradient:
+        return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, norm, size, final_state)
+    if chunk is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
+        return _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm)
+    o, state, _ = _run_forward(q, k, v, beta, initial_state, cu_seqlens, scale, norm, size, False, final_state)
+    return o, state
+
+
+def _check_scale_in_float32(scale: float) -> None:
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= abs(scale) <= limits.max:
+        raise ValueError(f"scale must be finite and not 0 in float32 for backend 'triton', got {scale}")
 
 
 def _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm):
@@ -403,15 +443,7 @@ def _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, nor
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         state = q.new_empty(sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     o = launch.recurrent(
-        q,
-        k,
-        v,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        final_state=state,
-        cu_seqlens=cu_seqlens,
-        norm=norm,
+        q, k, v, beta, scale=scale, initial_state=initial_state, final_state=state, cu_seqlens=cu_seqlens, norm=norm
     )
     return o, state
 
@@ -458,21 +490,25 @@ def delta_rule(
     Args:
         q, k: `[B, L, H, d_k]`.  v: `[B, L, H, d_v]`.  One floating dtype; any strides; L may be 0.
         beta: `[B, L, H]`, the writing strength, any floating dtype.
-        scale: of the output; None means d_k^-0.5.
+        scale: of the output, a number; None means d_k^-0.5.
         initial_state: `[N, H, d_k, d_v]`, any floating dtype; None means zeros.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: N + 1 offsets, int32 or int64, on the same device: N sequences packed along L, with B = 1.
-            Sequences may be empty.  Otherwise N = B.
+            Sequences may be empty.  Otherwise N = B.  They must rise from 0 to L, and are checked where that costs
+            no wait: on a CPU, by the PyTorch forms, and within `checked()`.  The Triton kernels on a GPU take offsets
+            as they are, clamped to 0 ... L and to the largest before them: nothing outside is read or written, and
+            tokens of no sequence, as behind the last offset of a padded buffer, get zeros, outputs and gradients.
         qk_l2norm: divide each q and k by sqrt(|x|^2 + 1e-6), in float32, inside the kernels.
         chunk_size: of the chunkwise forms; None lets the backend choose.  Triton takes 16, 32 and 64.
         backend: "recurrent", "parallel", "chunkwise" (PyTorch, any device and dtype, differentiable any number
             of times) or "triton" (float32, bfloat16, float16; d_k and d_v up to 256; on a CPU through Triton's
             interpreter).  "auto" takes triton on a GPU and chunkwise elsewhere; for float64, and with one
-            warning for heads wider than 256, it takes chunkwise on a GPU too.
+            warning for heads wider than 256, it takes chunkwise on a GPU too; and inside torch.func transforms and
+            forward-mode differentiation, for which the Triton kernels have no rule.
 
     Returns:
-        o `[B, L, H, d_v]` in v's dtype, and the final state `[N, H, d_k, d_v]` in float32 (float64 for float64
-        inputs), or None.
+        o `[B, L, H, d_v]` in v's dtype, and the final state `[N, H, d_k, d_v]` in float32 (float64 where q, k and v
+        are), or None.  The state never shares memory with initial_state.
 
     Float32 dots in Triton are full float32 (ieee) unless `torch.set_float32_matmul_precision` says otherwise; then
     they are TF32, whose operands the tensor cores cut off after 11 bits.
@@ -480,7 +516,8 @@ def delta_rule(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what it must be.
-        RuntimeError: backend "triton" where it cannot run, or a second derivative through it.
+        RuntimeError: backend "triton" where it cannot run, inside a torch.func transform (vmap, grad, jvp, ...), in
+            forward-mode differentiation, or a second derivative through it.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> o, state = delta_rule(q, k, v, torch.ones(1, 16, 1), scale=1.0, output_final_state=True)
@@ -488,11 +525,13 @@ def delta_rule(
     (True, torch.Size([1, 1, 16, 16]))
     """
     _check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend)
+    check_flag("output_final_state", output_final_state)
+    check_flag("qk_l2norm", qk_l2norm)
+    scale, chunk_size = scale_or_default(scale, q), None if chunk_size is None else int(chunk_size)
     if not torch.compiler.is_compiling() and _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm)
     q, k, v = _autocast(q, k, v)
-    scale = _scale(q, scale)
-    backend = _choose_backend(q, v, chunk_size, backend)
+    backend = _resolve_backend(q, k, v, beta, initial_state, chunk_size, backend)
     if backend == "triton":
         return _triton(q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, qk_l2norm, chunk_size)
     form = {
@@ -506,6 +545,17 @@ def delta_rule(
     return o, state if output_final_state else None
 
 
+def _refuse_gradients(**tensors: Tensor) -> None:
+    """Raise RuntimeError where a gradient of decoding is asked for, which would be lost without a word."""
+    refuse_transforms("decode_delta_rule", "use delta_rule", *tensors.values())
+    for name, x in tensors.items():
+        if _needs_gradient(x):
+            raise RuntimeError(
+                f"decode_delta_rule is not differentiable, and {name} requires a gradient: call it under "
+                "torch.no_grad(), or use delta_rule"
+            )
+
+
 def decode_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -516,7 +566,7 @@ def decode_delta_rule(
     scale: float | None = None,
     qk_l2norm: bool = False,
 ) -> Tensor:
-    """One token of each sequence; `state` is updated in place.  Not differentiable.
+    """One token of each sequence; `state` is updated in place.  Not differentiable: `delta_rule` is.
 
     Args:
         q, k: `[B, H, d_k]`.  v: `[B, H, d_v]`.  beta: `[B, H]`.
@@ -524,6 +574,9 @@ def decode_delta_rule(
         scale, qk_l2norm: as in `delta_rule`.
 
     Returns: o `[B, H, d_v]` in v's dtype.
+    Raises ValueError or TypeError, naming the argument, and RuntimeError where a gradient is asked for: of q, k, v or
+    beta with gradients enabled, or inside a torch.func transform.  A backward through what used `state` before it was
+    overwritten raises PyTorch's own error.
 
     >>> state = torch.zeros(1, 1, 16, 16)
     >>> x = torch.eye(16)[:1, None]
@@ -531,11 +584,11 @@ def decode_delta_rule(
     (tensor([1., 0.]), tensor(1.))
     """
     for name, x, meaning in (("q", q, "[B, H, d_k]"), ("k", k, "[B, H, d_k]"), ("v", v, "[B, H, d_v]")):
-        if not isinstance(x, Tensor) or x.ndim != 3:
-            got = _size(x) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must have three dimensions {meaning}, got {got}")
+        _check_rank(name, x, 3, f"three dimensions {meaning}")
     _check_tensor("beta", beta, tuple(q.shape[:2]), "[B, H]", q)
     _check_tensor("state", state, (*q.shape[:2], q.shape[2], v.shape[2]), "[B, H, d_k, d_v]", q)
+    check_flag("qk_l2norm", qk_l2norm)
+    scale = scale_or_default(scale, q)
     sequence = [x[:, None] for x in (q, k, v, beta)]
     _check_arguments(*sequence, state, None, None, "auto")
     if not torch.compiler.is_compiling() and _checking.get():
@@ -543,15 +596,16 @@ def decode_delta_rule(
     dtype = working_dtype(q)
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"state must be contiguous and {dtype}, got {state.dtype} with strides {state.stride()}")
-    scale = _scale(q, scale)
+    if state.is_neg() or not _is_plain(state):
+        raise ValueError(f"state must hold its own values, got {'a negative view' * state.is_neg() or type(state)}")
+    _refuse_gradients(q=q, k=k, v=v, beta=beta)
     with torch.no_grad(), _no_autocast(q):
         if _choose_backend(sequence[0], sequence[2], None, "auto") == "triton":
             from dn_lib.kernels import launch
 
             o = launch.recurrent(
-                *(x.contiguous() for x in sequence), scale=scale, initial_state=state, final_state=state,
-                cu_seqlens=None, norm=qk_l2norm,
-            )  # fmt: skip
+                *sequence, scale=scale, initial_state=state, final_state=state, cu_seqlens=None, norm=qk_l2norm
+            )
             return o[:, 0]
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)
@@ -561,7 +615,10 @@ def decode_delta_rule(
 
 
 def _refuse(function: str, options: dict) -> None:
-    if options.pop("head_first", False):
+    head_first = options.pop("head_first", False)
+    if head_first is not None:
+        check_flag("head_first", head_first)
+    if head_first:
         raise ValueError("head_first must be False: tensors are [B, L, H, d]; transpose them first")
     if options:
         raise TypeError(f"{function} has no argument {', '.join(map(repr, sorted(options)))}")
@@ -582,14 +639,23 @@ def chunk_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
 
-    Shapes as in `delta_rule`.  cu_seqlens_cpu is accepted and not needed: no length is read on the host.
-    Raises TypeError for an argument that neither function has.
+    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked and not needed: no length is
+    read on the host.  Raises TypeError for an argument that neither function has, else errors as `delta_rule` does.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> chunk_delta_rule(q, k, v, torch.ones(1, 16, 1))[0].shape
     torch.Size([1, 16, 1, 16])
     """
     _refuse("chunk_delta_rule", options)
+    check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
+    if cu_seqlens_cpu is not None:
+        check_is_tensor("cu_seqlens_cpu", cu_seqlens_cpu, "like cu_seqlens")
+        expected = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
+        if cu_seqlens_cpu.device.type != "cpu" or _size(cu_seqlens_cpu) != expected:
+            raise ValueError(
+                f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {_size(cu_seqlens_cpu)} "
+                f"on {cu_seqlens_cpu.device}"
+            )
     return delta_rule(
         q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
@@ -618,30 +684,27 @@ def fused_recurrent_delta_rule(
     torch.Size([1, 16, 1, 16])
     """
     _refuse("fused_recurrent_delta_rule", options)
-    beta = torch.ones_like(q[..., 0]) if beta is None else beta
+    check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
+    check_flag("output_final_state", output_final_state)
+    _check_rank("q", q, 4, "four dimensions [B, L, H, d]")
+    if beta is None:
+        check_channels(q=q)
+        beta = torch.ones_like(q[..., 0])
     if isinstance(beta, Tensor) and beta.ndim == 4:
         raise ValueError(
             f"beta must be [B, L, H]: one strength for each value channel, {_size(beta)}, is not supported"
         )
     _check_arguments(q, k, v, beta, initial_state, cu_seqlens, None, "auto")
-    triton = _choose_backend(q, v, None, "auto") == "triton"
-    if not triton or torch.compiler.is_compiling() or _needs_gradient(q, k, v, beta, initial_state):
+    tensors = (q, k, v, beta, initial_state)
+    triton = _resolve_backend(*tensors, None, "auto") == "triton" and all(map(_is_plain, tensors))
+    if not triton or torch.compiler.is_compiling() or _needs_gradient(*tensors):
         return chunk_delta_rule(
             q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
         )
+    scale = scale_or_default(scale, q)
+    _check_scale_in_float32(scale)
     if _checking.get():
         _check_values(q, k, v, beta, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
-    q, k, v = (x.contiguous() for x in _autocast(q, k, v))
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    scale = _scale(q, scale)
-    return _recurrent(
-        q,
-        k,
-        v,
-        beta.contiguous(),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-    )
+    q, k, v = _autocast(q, k, v)
+    beta, initial_state = _for_triton(beta), _for_triton(initial_state)
+    return _recurrent(q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel)

@@ -43,7 +43,7 @@ from dn_lib.common import (
 
 
 def _check_pieces(pieces: list[tuple[Tensor, Tensor]], rank: int, beyond: int) -> None:
-    """Raise unless `pieces` are affine maps (None where one plays no part); `rank` may go `beyond` the last by so many."""
+    """Raise unless `pieces` are affine maps (None where one plays no part) and `rank` is one of them, or `beyond`."""
     if not isinstance(pieces, (list, tuple)) or not pieces:
         raise TypeError(f"pieces must be a list of pairs (M, X), one for each stretch, got {describe(pieces)}")
     for i, piece in enumerate(pieces):
@@ -159,10 +159,11 @@ def sequence_parallel_delta_rule(
     """The delta rule on a sequence whose stretches lie, in order of rank, on the processes of `group`.
 
     q, k, v, beta: this process's stretch, `[..., L_r, d]`; lengths may differ, all other sizes must not.
-    initial_state: the state before the whole sequence; only the first process reads it, in the dtype
-    of the computation (float64 if q, k, v or beta is, else float32); its gradient is zero on the others.  Returns this stretch's outputs and the state that leaves it: on the last process, the
-    final state of the sequence.  Differentiable once: every process must then call backward.
-    Raises ValueError as `chunkwise_delta_rule` does, and RuntimeError if no process group was set up.
+    initial_state: the state before the whole sequence; only the first process reads it, in the dtype of the
+    computation (float64 if q, k, v or beta is, else float32); its gradient is zero on the others.
+    Returns this stretch's outputs and the state that leaves it: on the last process, the final state of the
+    sequence.  Differentiable once: every process must then call backward.
+    Raises errors as `chunkwise_delta_rule` does, and RuntimeError if no process group was set up.
     Implements eq-entering-state and eq-leaving-gradient.
 
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

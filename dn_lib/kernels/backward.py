@@ -32,6 +32,7 @@ from dn_lib.kernels.common import (
     load_state,
     load_tile,
     negative,
+    only_if,
     segment_bounds,
     state_mask,
     state_offsets,
@@ -85,7 +86,7 @@ def walk_back(
     dS = tl.zeros([BK, BV], dtype=tl.float32)
     if DSTATE_OUT:
         at = state_offsets(from_state.to(tl.int64), head, H, keys, values, K, V)
-        known = inside & is_last if LOCAL else inside
+        known = only_if(is_last, inside) if LOCAL else inside
         dS = tl.load(dstate_out + at, mask=known, other=0.0).to(tl.float32) / scale
     at = state_offsets(s.to(tl.int64), head, H, keys, values, K, V)
     if FUSED:
@@ -94,7 +95,7 @@ def walk_back(
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     if DSTATES:
         at_chunk = dstates + state_offsets(first_chunk + chunks - 1, head, H, keys, values, K, V)
-        tl.store(at_chunk, (dS * scale).to(dstates.dtype.element_ty), mask=inside & (chunks > 0))
+        tl.store(at_chunk, (dS * scale).to(dstates.dtype.element_ty), mask=only_if(chunks > 0, inside))
         # Vn is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
         last = begin + (chunks - 1) * C
         left = tl.where(chunks > 0, end - last, 0).to(tl.int32)
@@ -154,7 +155,7 @@ def walk_back(
         dS += dot(tl.trans(k_tile), minus_dR, PRECISION)
         if DSTATES:  # at the end of the chunk before this one
             at_chunk = dstates + state_offsets(first_chunk + i - 1, head, H, keys, values, K, V)
-            tl.store(at_chunk, (dS * scale).to(k_tile.dtype), mask=inside & (i > 0))
+            tl.store(at_chunk, (dS * scale).to(k_tile.dtype), mask=only_if(i > 0, inside))
 
     if DSTATE_IN:
         tl.store(dstate_in + at, dS * scale, mask=inside)

@@ -152,6 +152,13 @@ def state_mask(keys, values, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """`mask` where the scalar `condition` holds, else nothing.  Written out, since not every version of Triton's
+    interpreter takes `&` of a scalar and a block."""
+    return mask & tl.broadcast_to(condition, mask.shape)
+
+
+@triton.jit
 def load_state(
     x, index, head, H, keys, values, K: tl.constexpr, V: tl.constexpr, TMA: tl.constexpr = False,
     first_key=0, first_value=0,

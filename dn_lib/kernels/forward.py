@@ -22,6 +22,7 @@ from dn_lib.kernels.common import (
     is_strong,
     load_scalars,
     load_tile,
+    only_if,
     segment_bounds,
     state_mask,
     state_offsets,
@@ -123,7 +124,7 @@ def walk(
     S = tl.zeros([BK, BV], dtype=tl.float32)
     if STATE_IN:
         at = state_offsets(from_state.to(tl.int64), head, H, keys, values, K, V)
-        known = inside & is_first if TRANSITION else inside
+        known = only_if(is_first, inside) if TRANSITION else inside
         S = tl.load(state_in + at, mask=known, other=0.0).to(tl.float32)
     if TRANSITION:
         columns = values - VALUE_BLOCKS * BV
@@ -133,7 +134,7 @@ def walk(
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
     if STATES:
         at_chunk = states + state_offsets(first_chunk, head, H, keys, values, K, V)
-        tl.store(at_chunk, S.to(states.dtype.element_ty), mask=inside & (chunks > 0))
+        tl.store(at_chunk, S.to(states.dtype.element_ty), mask=only_if(chunks > 0, inside))
     for i in tl.range(0, chunks, num_stages=STAGES):
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
@@ -181,7 +182,7 @@ def walk(
 
         if STATES:  # the state that enters the next chunk
             at_chunk = states + state_offsets(first_chunk + i + 1, head, H, keys, values, K, V)
-            tl.store(at_chunk, S.to(k_tile.dtype), mask=inside & (i + 1 < chunks))
+            tl.store(at_chunk, S.to(k_tile.dtype), mask=only_if(i + 1 < chunks, inside))
 
     if STATE_OUT:
         tl.store(state_out + state_offsets(s.to(tl.int64), head, H, keys, values, K, V), S, mask=inside)

@@ -1,6 +1,7 @@
-"""Allocates, chooses tiles and launches: `forward`, `backward` and `decode` on contiguous `[B, L, H, d]` tensors.
+"""Allocates, chooses tiles and launches: `forward`, `backward` and `recurrent` on `[B, L, H, d]` tensors.
 
-Nothing here reads a value from the device, so a call can be captured in a CUDA graph.
+Nothing here reads a value from a GPU, so a call can be captured in a CUDA graph.  Tokens of a packed row that lie in
+no sequence, such as those behind the last offset of a padded buffer, get zeros: outputs and gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dn_lib.kernels import backward as bwd
 from dn_lib.kernels import configs
 from dn_lib.kernels import forward as fwd
 from dn_lib.kernels import recurrent as rec
+from dn_lib.kernels.arguments import chunk_offsets, readable, token_offsets, writable
 from dn_lib.kernels.common import INTERPRETED
 
 NORM_EPS = 1e-6
@@ -79,12 +81,9 @@ def shape_of(
     return Shape(B, L, H, K, v.shape[-1], sequences, plan, varlen, training)
 
 
-def offsets_of(cu_seqlens: Tensor | None, chunk: int) -> Tensor | None:
-    """Running sum of the number of chunks of each packed sequence, `[N + 1]`, made on the device."""
-    if cu_seqlens is None:
-        return None
-    chunks = (cu_seqlens.diff() + chunk - 1).div(chunk, rounding_mode="floor")
-    return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
+def _filled(s: Shape) -> Callable[[Tensor], Tensor]:
+    """What allocates a tensor of tokens for kernels to write: in a packed row there may be tokens of no sequence."""
+    return torch.zeros_like if s.varlen else torch.empty_like
 
 
 def _tiles(kernel: str, s: Shape, k: Tensor, norm: bool, variant: str = "", programs: int = 0) -> configs.Tiles:
@@ -168,7 +167,8 @@ class Saved:
 
     n: `[B, L, H, C]`.  vn: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
     `[chunks, H, K, V]`, or, where the backward walks the state back, state_end: where each segment ends.
-    transition: each segment's M, if a sequence has several.
+    transition: each segment's M, if a sequence has several.  token_offsets, chunk_offsets: of packed sequences,
+    each made from cu_seqlens by the function of that name.
     """
 
     n: Tensor
@@ -178,6 +178,8 @@ class Saved:
     states: Tensor | None
     state_end: Tensor | None
     transition: Tensor | None
+    token_offsets: Tensor | None
+    chunk_offsets: Tensor | None
 
 
 def _on_its_device(run: Callable) -> Callable:
@@ -200,15 +202,17 @@ def forward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
     """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and what the backward needs."""
+    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
     s = shape_of(k, v, cu_seqlens, chunk, segments, training=save)
     C, split = s.plan.chunk, s.plan.segments > 1
-    o, vn = torch.empty_like(v), torch.empty_like(v) if save else None
+    cu = token_offsets(cu_seqlens, q)
+    offsets = chunk_offsets(cu, C)
+    o, vn = _filled(s)(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
     q_norm = k_norm = transition = states = None
     n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device)
     if norm:
         q_norm, k_norm = (torch.empty(s.B, s.L, s.H, dtype=torch.float32, device=k.device) for _ in range(2))
-    offsets = offsets_of(cu_seqlens, C)
     if s.chunks * s.H > 0:
         if norm:
             t, rows = _tiles("inverse_norms", s, k, norm), s.tokens * s.H
@@ -217,7 +221,7 @@ def forward(
             )
         t = _tiles("chunk_inverse", s, k, norm)
         fwd.chunk_inverse[(s.chunks * s.H,)](
-            k, beta, n, k_norm, cu_seqlens, offsets, s.sequences, s.L, s.H,
+            k, beta, n, k_norm, cu, offsets, s.sequences, s.L, s.H,
             K=s.K, BK=t.BK, C=C, PRECISION=precision, INVERSE=_INVERSE.get(k.dtype, precision), NORM=norm,
             VARLEN=s.varlen, STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
@@ -231,16 +235,13 @@ def forward(
         if save and not s.plan.fused:
             states = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=k.device)
         out = state if final_state or (save and s.plan.fused) else None
-        _walk(*inputs, o=o, vn=vn, states=states, state_in=state_in, state_out=out, cu=cu_seqlens, offsets=offsets)
+        _walk(*inputs, o=o, vn=vn, states=states, state_in=state_in, state_out=out, cu=cu, offsets=offsets)
     last = state if final_state else None
     if final_state and split:
         # A copy even of one row: the outputs of an operator must not share memory.
         last = state[s.plan.segments - 1 :: s.plan.segments].clone(memory_format=torch.contiguous_format)
-    return (
-        o,
-        last,
-        Saved(n, vn, q_norm, k_norm, states, state if save and s.plan.fused else None, transition if save else None),
-    )
+    state_end, transition = (state if save and s.plan.fused else None), (transition if save else None)
+    return o, last, Saved(n, vn, q_norm, k_norm, states, state_end, transition, cu, offsets)
 
 
 def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu, offsets, scale, precision):
@@ -267,14 +268,16 @@ def backward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dbeta, each in its input's dtype, and, if `initial_state`, its gradient (float32)."""
+    q, k, beta, do, dstate = readable(q=q, k=k, beta=beta, do=do.to(k.dtype), dstate=dstate)
+    saved = Saved(*readable(q=q, **vars(saved))[1:])  # hooks may have kept them elsewhere, and in another layout
     s = shape_of(k, v_like, cu_seqlens, chunk, segments, training=True)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
+    dq, dk, dv, dbeta = (_filled(s)(x) for x in (q, k, do, beta))
     blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("walk_back", s, k, norm).BV)
-    dbeta = parts = torch.empty_like(beta)
+    parts = dbeta
     if blocks > 1:
         parts = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
-    offsets = offsets_of(cu_seqlens, s.plan.chunk)
+    cu, offsets = saved.token_offsets, saved.chunk_offsets
     d_in = d_first = None
     if initial_state:
         d_first = torch.empty(s.sequences, s.H, s.K, s.V, dtype=torch.float32, device=device)
@@ -284,18 +287,18 @@ def backward(
     d_out = dstate
     if split:
         local = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=device)
-        _walk_back(s, q, k, beta, saved, do, None, None, None, None, dstate, local, None, cu_seqlens, offsets,
+        _walk_back(s, q, k, beta, saved, do, None, None, None, None, dstate, local, None, cu, offsets,
                    scale, precision)  # fmt: skip
         d_out = _merge(s, saved.transition, local, dstate, True, k.dtype == torch.float32)
         d_in = torch.empty_like(local) if initial_state else None
     if s.plan.fused:
-        _walk_back(s, q, k, beta, saved, do, dv, parts, dq, dk, d_out, d_in, None, cu_seqlens, offsets, scale,
+        _walk_back(s, q, k, beta, saved, do, dv, parts, dq, dk, d_out, d_in, None, cu, offsets, scale,
                    precision)  # fmt: skip
     else:
         dstates = torch.empty_like(saved.states)
-        _walk_back(s, q, k, beta, saved, do, dv, parts, None, None, d_out, d_in, dstates, cu_seqlens, offsets, scale,
+        _walk_back(s, q, k, beta, saved, do, dv, parts, None, None, d_out, d_in, dstates, cu, offsets, scale,
                    precision)  # fmt: skip
-        _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu_seqlens, offsets, scale, precision)
+        _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu, offsets, scale, precision)
     if split and initial_state:
         d_first = d_in[:: s.plan.segments].contiguous()
     return dq, dk, dv, dbeta, d_first
@@ -324,14 +327,18 @@ def recurrent(
     final_state: Tensor | None, cu_seqlens: Tensor | None, norm: bool,
 ) -> Tensor:  # fmt: skip
     """The recurrent kernel; writes into `final_state`, which may be `initial_state` itself."""
+    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
+    if final_state is not None:
+        final_state = writable("final_state", final_state, q)
     B, L, H, K = k.shape
     V = v.shape[-1]
-    o = torch.empty_like(v)
+    cu = token_offsets(cu_seqlens, q)
+    o = torch.empty_like(v) if cu is None else torch.zeros_like(v)
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
     t = configs.tiles("recurrent", K, V, k.dtype, norm, "", False, None if _INTERPRETED else k.device.index or 0)
     if sequences * H:
         rec.recurrent[(triton.cdiv(V, t.BV) * H * sequences,)](
-            q, k, v, beta, o, initial_state, final_state, cu_seqlens, scale, L, H,
+            q, k, v, beta, o, initial_state, final_state, cu, scale, L, H,
             K=K, V=V, BK=t.BK, BV=t.BV, NORM=norm, EPS=NORM_EPS, STATE_IN=initial_state is not None,
             STATE_OUT=final_state is not None, VARLEN=cu_seqlens is not None, num_warps=t.warps,
         )  # fmt: skip

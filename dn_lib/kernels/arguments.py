@@ -1,0 +1,83 @@
+"""What a launch does with its tensors first: a kernel sees addresses, and takes them to be of plain, packed rows.
+
+Every tensor goes through `readable` or `writable` before a kernel is given its address.  Offsets
+go through `token_offsets`, which does that for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dn_lib.common import check_is_tensor, check_offsets
+
+
+def readable(**tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as kernels read them: contiguous, with their own values in memory, on the device of the first.
+
+    Copies what is not contiguous (strided, expanded) or stands for its negative; None stays None.  Raises TypeError
+    or ValueError, naming the argument, for what has no such memory: nested, sparse, on another device or on "meta".
+
+    >>> x = torch.arange(6.0).reshape(2, 3)
+    >>> [y.is_contiguous() for y in readable(x=x, y=x.T)]
+    [True, True]
+    """
+    first, reference = next(iter(tensors.items()))
+    results = []
+    for name, x in tensors.items():
+        if x is not None:
+            check_is_tensor(name, x)
+            if x.device != reference.device:
+                raise ValueError(f"{name} must be on {reference.device} like {first}, got {x.device}")
+            if x.is_meta:
+                raise ValueError(f"{name} must have values, got a tensor on meta")
+            x = x.resolve_neg().contiguous()
+        results.append(x)
+    return results
+
+
+def writable(name: str, x: Tensor, reference: Tensor) -> Tensor:
+    """`x` itself, after a check that a kernel can write into it; autograd learns that its values change.
+
+    >>> x = torch.zeros(2, 3)
+    >>> writable("state", x, x)._version
+    1
+    """
+    check_is_tensor(name, x)
+    if x.device != reference.device:
+        raise ValueError(f"{name} must be on {reference.device} like q, got {x.device}")
+    if not x.is_contiguous() or x.is_neg():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}{' of a negative view' * x.is_neg()}")
+    if not x.is_inference():  # such a tensor has no version, since no backward may ever need it
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+def token_offsets(cu_seqlens: Tensor | None, reference: Tensor) -> Tensor | None:
+    """The offsets of packed sequences, safe to follow in `reference`, `[1, L, ...]`.
+
+    On a CPU offsets that do not rise from 0 to L raise ValueError.  A GPU's are not read here, which would wait for
+    it: there they are clamped to 0 ... L and made to rise, on the device, so that no kernel leaves the tensors.
+
+    >>> token_offsets(torch.tensor([[0, 2, 3], [9, 9, 9]]).T[:, 0], torch.zeros(1, 3, 1, 16))
+    tensor([0, 2, 3])
+    """
+    if cu_seqlens is None:
+        return None
+    _, cu_seqlens = readable(q=reference, cu_seqlens=cu_seqlens)
+    L = reference.shape[1]
+    if cu_seqlens.device.type == "cpu":
+        check_offsets(cu_seqlens.tolist(), L)
+    return cu_seqlens.clamp(0, min(L, torch.iinfo(cu_seqlens.dtype).max)).cummax(0).values
+
+
+def chunk_offsets(tokens: Tensor | None, chunk: int) -> Tensor | None:
+    """Running sum of the number of chunks of each packed sequence, `[N + 1]`, made on the device.
+
+    >>> chunk_offsets(torch.tensor([0, 2, 2, 7]), 4)
+    tensor([0, 1, 1, 3], dtype=torch.int32)
+    """
+    if tokens is None:
+        return None
+    chunks = (tokens.diff() + chunk - 1).div(chunk, rounding_mode="floor")
+    return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
