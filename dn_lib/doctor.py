@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -93,7 +94,7 @@ def _try_triton(seconds: float = 120) -> str | None:
         script.write_text(_TRIAL)
         command = [sys.executable, str(script)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"no answer in {seconds:.0f} s"
     if done.returncode == 0:
@@ -150,13 +151,44 @@ def extras() -> list[Finding]:
     return found
 
 
+def cache() -> Finding:
+    """Where downloads and prepared corpora go, and whether they can."""
+    from dn_lib.data import cache_folder
+
+    folder = cache_folder().absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return Finding("Cache", str(folder))
+    remedy = "set DN_LIB_CACHE to a folder that can be written (only named corpora and archives need it)"
+    return Finding("Cache", f"{folder}, but {there} cannot be written", remedy)
+
+
+def _look(subject: str, part: Callable[[], Finding | list[Finding]]) -> list[Finding]:
+    """What `part` finds. On a broken machine any part may fail; it must not take the rest of the report along."""
+    try:
+        found = part()
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return [Finding(subject, f"cannot be looked at: {message}", "repair what the message names, and run again")]
+    return found if isinstance(found, list) else [found]
+
+
 def report() -> str:
     """Versions, devices, whether Triton compiles or interprets, and a remedy (→) for each thing missing.
 
     >>> print(report().splitlines()[0][:8])
     ✓ Python
     """
-    findings = [python(), package(), *devices(), triton(), c_compiler(), *extras()]
+    parts = [
+        ("Python", python),
+        ("dn_lib", package),
+        ("Devices", devices),
+        ("Triton", triton),
+        ("C compiler", c_compiler),
+        ("Packages", extras),
+        ("Cache", cache),
+    ]
+    findings = [finding for subject, part in parts for finding in _look(subject, part)]
     problems = sum(bool(finding.remedy) for finding in findings)
     lines = [str(finding) for finding in findings]
     lines.append("Everything is there." if not problems else f"{problems} to look at: see →.")

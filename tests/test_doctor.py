@@ -11,7 +11,7 @@ from dn_lib import doctor
 def test_report_names_versions_devices_and_triton(monkeypatch):
     monkeypatch.setattr(doctor, "_try_triton", lambda: None)
     text = doctor.report()
-    for subject in ("Python", "dn_lib", "torch", "CPU", "GPU", "Triton", "C compiler", "Jupyter", "Tests"):
+    for subject in ("Python", "dn_lib", "torch", "CPU", "GPU", "Triton", "C compiler", "Jupyter", "Tests", "Cache"):
         assert any(line[2:].startswith(subject) for line in text.splitlines()), subject
     assert torch.__version__ in text
     arrows = sum(line.strip().startswith("→") for line in text.splitlines())
@@ -77,3 +77,30 @@ def test_devices_lists_each_gpu(monkeypatch):
     assert [str(gpu) for gpu in gpus] == [f"✓ GPU {i}        NVIDIA H100, sm_90, 80 GiB" for i in range(2)]
     about.major, about.minor = 7, 5
     assert "sm_80" in doctor.devices()[-1].remedy
+
+
+@pytest.mark.parametrize("part", ["python", "package", "devices", "triton", "c_compiler", "extras", "cache"])
+def test_a_part_that_fails_is_one_line_of_the_report(monkeypatch, part):
+    monkeypatch.setattr(doctor, "_try_triton", lambda: None)
+
+    def fail():
+        raise KeyError("of a broken\nmachine")
+
+    monkeypatch.setattr(doctor, part, fail)
+    lines = doctor.report().splitlines()
+    assert sum("cannot be looked at: KeyError: 'of a broken" in line for line in lines) == 1
+    assert len(lines) >= 8 and "to look at" in lines[-1]
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DN_LIB_CACHE", str(tmp_path / "file" / "cache"))
+    assert "set DN_LIB_CACHE" in doctor.cache().remedy
+    monkeypatch.setenv("DN_LIB_CACHE", str(tmp_path / "new" / "cache"))
+    assert not doctor.cache().remedy
+    assert not (tmp_path / "new").exists()
+
+
+def test_messages_of_triton_in_another_encoding(monkeypatch):
+    monkeypatch.setattr(doctor, "_TRIAL", r"import os; os.write(2, b'\xe9\xff broken\n'); os._exit(1)")
+    assert "broken" in doctor._try_triton()
