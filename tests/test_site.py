@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+import jupytext
 import pytest
+from browser import PROGRAM, Browser
 from bs4 import BeautifulSoup
 
+from tools.lowering import directives, prose
 from tools.site import ROOT, main
 
 BOOK = ROOT / "book"
@@ -76,6 +78,30 @@ solutions/01_first
 """
 
 
+def formulas() -> tuple[list[str], list[str]]:
+    """Every formula of the book, as its source: those on lines of their own, and the different ones within text."""
+    displayed, inline = [], []
+    for page in (*sorted(BOOK.glob("[0-9][0-9]_*.md")), BOOK / "notation.md", *sorted(BOOK.glob("solutions/*.md"))):
+        cells = jupytext.read(page, fmt="md:myst").cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        found = directives(text)
+        for directive in found:  # nested ones join the end of the list
+            found += directives(directive.body)
+        displayed += [directive.body for directive in found if directive.name == "math"]
+        for part in [prose(text), *(prose(directive.body) for directive in found if directive.name != "math")]:
+            displayed += re.findall(r"(?s)\$\$(.+?)\$\$", part)
+            inline += re.findall(r"(?<![$\\])\$([^$\n]+)\$(?!\$)", part)
+    return displayed, list(dict.fromkeys(inline))
+
+
+def page_of_formulas() -> str:
+    """A chapter of nothing but formulas; every second one is numbered, which leaves it less of the line."""
+    displayed, inline = formulas()
+    label = (f":label: eq-all-{i}\n" if i % 2 else "" for i in range(len(displayed)))
+    blocks = [f"```{{math}}\n{line}{formula.strip()}\n```" for line, formula in zip(label, displayed, strict=True)]
+    return "\n\n".join(["# Formulas", *blocks, *(f"A line with ${formula}$ in it." for formula in inline)])
+
+
 def write(folder: Path, first: str = FIRST) -> None:
     (folder / "solutions").mkdir(parents=True)
     for name in ("references.bib", "bibliography.md"):
@@ -93,6 +119,7 @@ def write(folder: Path, first: str = FIRST) -> None:
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "book"
     write(folder)
+    (folder / "03_formulas.md").write_text(HEAD + page_of_formulas(), encoding="utf-8")
     main(["--sources-dir", str(folder)])
     return folder / "_build" / "html"
 
@@ -132,19 +159,86 @@ def test_nothing_is_loaded_from_elsewhere(site):
         assert not re.search(r"(@import|url\()\s*[\"']?https?:", path.read_text("utf-8")), path.name
 
 
-def test_mathematics_is_rendered_and_the_console_is_quiet(site, tmp_path):
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+# Formulas of which a glyph is cut off: it has less than one pixel of room (the least that keeps it whole, for glyphs
+# are drawn on whole pixels) above or below within an element that clips, or stands out sideways from one that does
+# not scroll.
+CUT_OFF = """
+(() => {
+  const known = new Map();
+  const clips = (element) => {  // the elements around that hide what stands out of them, the innermost last
+    if (!element || element === document.body) return [];
+    if (!known.has(element)) {
+      const style = getComputedStyle(element), found = [...clips(element.parentElement)];
+      if (style.overflowY !== "visible") {
+        const box = element.getBoundingClientRect(), left = box.left + element.clientLeft;
+        const top = box.top + element.clientTop, scrolls = ["auto", "scroll"].includes(style.overflowX);
+        found.push({ left, right: left + element.clientWidth, top, bottom: top + element.clientHeight, scrolls });
+      }
+      known.set(element, found);
+    }
+    return known.get(element);
+  };
+  const cut = { display: 0, inline: 0 }, count = { display: 0, inline: 0, glyphs: 0 };
+  for (const formula of document.querySelectorAll("mjx-container")) {
+    const around = clips(formula), kind = formula.closest("div.math") ? "display" : "inline";
+    const glyphs = [...formula.querySelectorAll("mjx-c")].map((glyph) => glyph.getBoundingClientRect());
+    const shown = glyphs.filter((box) => box.height > 0);
+    const inside = (box) =>
+      around.every((clip) => box.top - clip.top >= 1 && clip.bottom - box.bottom >= 1) &&
+      around.slice(-1).every((clip) => clip.scrolls || (box.left > clip.left - 1 && box.right < clip.right + 1));
+    count[kind] += shown.length > 0;
+    count.glyphs += shown.length;
+    cut[kind] += !shown.every(inside);
+  }
+  const boxes = [...document.querySelectorAll(".math, mjx-container")];
+  const scrolls = (element) => ["auto", "scroll"].includes(getComputedStyle(element).overflowY);
+  const upright = boxes.filter((element) => scrolls(element) && element.scrollHeight > element.clientHeight);
+  return { count, cut, upright: upright.length };
+})()
+"""
+DRAWN = """
+(async () => {
+  while (!window.MathJax?.startup?.promise) await new Promise((resolve) => setTimeout(resolve, 50));
+  await MathJax.startup.promise;
+  await document.fonts.ready;
+})()
+"""
+PHONE, LAPTOP, PROJECTOR = 390, 1280, 1920
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if PROGRAM is None:
         pytest.skip("no Chromium here")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"]
-    command += ["--disable-background-networking", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
-    url = (site / "01_first.html").as_uri()
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=300, check=False)
-    soup = BeautifulSoup(done.stdout, "html.parser")
-    assert soup.select("mjx-container"), "MathJax has drawn nothing"
-    assert not soup.select("mjx-merror"), "MathJax does not understand an equation"
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not [line for line in console if re.search(r"error|invalid|failed|refused", line, re.IGNORECASE)], console
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+def test_mathematics_is_rendered_and_the_console_is_quiet(site, browser):
+    browser.open(site / "01_first.html")
+    browser.ask(DRAWN)
+    assert browser.ask("document.querySelectorAll('mjx-container').length"), "MathJax has drawn nothing"
+    assert not browser.complaints, browser.complaints
+
+
+def test_no_glyph_of_any_formula_is_cut_off(site, browser):
+    displayed, inline = formulas()
+    assert len(displayed) > 100 and len(inline) > 500
+    browser.open(site / "03_formulas.html")
+    browser.ask(DRAWN)
+    assert not browser.ask("document.querySelectorAll('mjx-merror').length"), "MathJax does not understand a formula"
+    for width in (PHONE, LAPTOP, PROJECTOR):
+        for density in (1, 1.25):
+            browser.resize(width, density)
+            assert browser.ask("[innerWidth, devicePixelRatio]") == [width, density]
+            found = browser.ask(CUT_OFF)
+            assert (found["count"]["display"], found["count"]["inline"]) == (len(displayed), len(inline))
+            assert found["count"]["glyphs"] > 3 * (len(displayed) + len(inline))
+            assert found["cut"] == {"display": 0, "inline": 0}, f"{width} pixels wide, density {density}"
+            assert not found["upright"], "a formula scrolls up and down"
+    browser.ask("for (const sheet of document.styleSheets) sheet.disabled ||= /book[.]css/.test(sheet.href)")
+    spoilt = browser.ask(CUT_OFF)["cut"]  # as the theme alone has it
+    assert spoilt["display"] > 10 and spoilt["inline"] > 10
 
 
 def test_a_broken_reference_fails(tmp_path, capfd):
