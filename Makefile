@@ -4,6 +4,8 @@
 #   make lab       JupyterLab on a copy of the chapters, to work in
 #   make notebooks execute the chapters into book/notebooks (ONLY=03 for one)
 #   make gpu       the tests that need an NVIDIA GPU, and compute-sanitizer where it is installed
+#   make test-newest  the same tests with the newest of all that pyproject.toml allows
+#   make margins   how much room each tolerance leaves, under several settings of the BLAS
 #   make aot       compile every kernel configuration for GPUs that need not be there
 #   make clean     remove what was built; the environment stays (delete .venv to start afresh)
 # `make test PYTHON=python3` uses an environment that exists, and installs nothing.
@@ -11,6 +13,8 @@
 
 BASE ?= python3
 VENV := .venv
+PINS := -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
 ONLY ?=
 
 ifdef PYTHON
@@ -25,20 +29,22 @@ endif
 export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help book test lab notebooks gpu aot clean
-help:
-	@sed -n '2,10s/^# //p' Makefile
+SUITE = $(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
 
-# torch comes first and by itself: its exact pin keeps pip from fetching gigabytes while it compares versions.
+.PHONY: help book test test-newest suite margins lab notebooks gpu aot clean
+help:
+	@sed -n '2,12s/^# //p' Makefile
+
+# torch comes first and by itself: one requirement alone keeps pip from fetching gigabytes while it compares versions.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or later is needed, $(BASE) is older: try  make $(MAKECMDGOALS) BASE=python3.12"; exit 1; }
 	@echo "[1/3] virtual environment in $(VENV)"
 	$(BASE) -m venv $(VENV)
 	@echo "[2/3] torch, the largest part"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	@echo "[3/3] the rest of the pinned set"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PINS) "$(TORCH)"
+	@echo "[3/3] the rest"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PINS) -e ".[book,test]"
 	@$(VENV)/bin/python -c 'import matplotlib.font_manager'  # builds its font cache, which would warn later
 	@touch $@
 
@@ -48,7 +54,18 @@ book: $(READY)
 test: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
+	$(SUITE)
+
+# In an environment of its own, from the ranges alone: what `pip install dn-lib` gives on the day. No lint, since a
+# newer ruff has rules of its own.
+test-newest:
+	$(MAKE) suite VENV=.venv-newest PINS= TORCH="$$(sed -n 's/^  "\(torch>[^"]*\)",$$/\1/p' pyproject.toml)"
+
+suite: $(READY)
+	$(SUITE)
+
+margins: $(READY)
+	$(PY) -m tools.margins
 
 # A copy, so that working in the chapters changes nothing that git tracks.
 lab: $(READY)

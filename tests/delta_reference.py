@@ -84,6 +84,29 @@ def error(x: Tensor, reference: Tensor, size: float = 0.0) -> float:
     return difference / max(reference.norm().item(), size, 1e-300)
 
 
+def sensitivity(fn, inputs: tuple[Tensor | None, ...], sizes: tuple[float, ...] = (), *, draws: int = 4) -> list[float]:
+    """For each result of `fn(*inputs)`, its condition number: its relative change per relative change of the inputs.
+
+    Every number of every input is changed by a factor of its own, at most 1 +- 2^-24, in float64, where the changes of
+    the results are far above rounding and far below the second order; the largest of a few draws counts. An algorithm
+    whose every step is exact for operands that are off by a relative e gives results that are off by e times this.
+    """
+    step = 2.0**-24
+    exact = [x.double() if x is not None else None for x in inputs]
+    results = fn(*exact)
+    sizes = (*sizes, *(0.0 for _ in results[len(sizes) :]))
+    g = torch.Generator().manual_seed(0)
+    worst = [0.0] * len(results)
+    for _ in range(draws):
+        moved = [
+            x if x is None else x * (1 + step * (2 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 1))
+            for x in exact
+        ]
+        for i, (a, b, size) in enumerate(zip(fn(*moved), results, sizes, strict=True)):
+            worst[i] = max(worst[i], error(a, b, size) / step)
+    return worst
+
+
 class Poisoned:
     """torch, with NaN in what it allocates."""
 
