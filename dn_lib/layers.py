@@ -41,7 +41,23 @@ from dn_lib.linear_attention import (
 )
 from dn_lib.ops import BACKENDS, delta_rule, l2_normalise
 
-RMSNorm = nn.RMSNorm
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean of x^2 + eps) * weight along the last dimension, in the dtype of x.
+
+    Models are trained and published with norms in float32 and the rest in bfloat16. Then the wider dtype is computed
+    in, and what comes out is rounded to that of x, which the next matrix product needs (fla's norms do the same).
+
+        >>> RMSNorm(4)(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
+        torch.bfloat16
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
+
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -125,19 +141,37 @@ class LayerCache:
         return self.get(name)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.detach()
+        kept = tensor.detach()
+        self._tensors[name] = _outside_graphs(kept) if torch.compiler.is_compiling() else kept
 
     def get(self, name: str) -> Tensor | None:
         """The tensor called `name`, or None."""
         tensor = self._tensors.get(name)
+        if tensor is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return tensor
         # A tensor made in inference mode could neither be saved for a backward pass nor written to outside of it.
-        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if tensor.is_inference():
             tensor = self._tensors[name] = tensor.clone()
         return tensor
 
     def bytes(self) -> int:
         """The memory held by its tensors."""
         return sum(t.numel() * t.element_size() for t in self._tensors.values())
+
+
+@torch.library.custom_op("dn_lib::outside_graphs", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _outside_graphs(x: Tensor) -> Tensor:
+    """A copy that no CUDA graph owns.
+
+    With mode="reduce-overhead" the results of a compiled model lie in memory that its next call overwrites, and a
+    cache is read in the next call. The tag makes the compiler run this operator between its CUDA graphs.
+    """
+    return x.clone()
+
+
+@_outside_graphs.register_fake
+def _(x):
+    return torch.empty_like(x)
 
 
 class Documents:
@@ -567,7 +601,7 @@ class _RecurrentMixer(nn.Module):
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
         """o `[B, L, H, d_v]` -> `[B, L, width]`."""
-        o = self.norm(o.to(self.norm.weight.dtype))
+        o = self.norm(o.to(self.norm.weight.dtype)).to(x.dtype)
         if self.gate is not None:
             o = o * F.silu(_split_heads(self.gate(x), self.heads))
         return self.output(o.flatten(-2))
@@ -1014,8 +1048,10 @@ class Attention(nn.Module):
             grown = new.new_empty(*new.shape[:2], -(-stop // self.block) * self.block, new.shape[3])
             if past is not None:
                 grown[:, :, :start] = past[:, :, :start]
-            cache[name] = past = grown
-        past[:, :, start:stop] = new.detach()
+            grown[:, :, start:stop] = new.detach()
+            cache[name] = past = grown  # written first: a compiled model keeps a copy
+        else:
+            past[:, :, start:stop] = new.detach()
         if start == 0:
             return new
         if torch.is_grad_enabled():

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dn_lib.common import active_transform
 from dn_lib.layers import (
     ACTIVATIONS,
     QK_NORMS,
@@ -40,7 +41,8 @@ from dn_lib.layers import (
     ShortConvolution,
     SwiGLU,
 )
-from dn_lib.ops import BACKENDS
+from dn_lib.ops import BACKENDS, _checking
+from dn_lib.stored import FLOATS, digest, parse_json, read_tensors, read_text
 
 MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
 HYBRIDS = ("none", "window", "global")
@@ -265,6 +267,18 @@ class Cache:
         return sum(layer.bytes() for layer in self.layers)
 
 
+def check_in_vocabulary(name: str, tokens: Tensor, size: int) -> None:
+    """Raise ValueError unless all tokens are from 0 to size - 1. Reads them: on a GPU that waits.
+
+    >>> check_in_vocabulary("tokens", torch.tensor([[3, 300]]), 256)
+    Traceback (most recent call last):
+    ValueError: tokens must hold tokens from 0 to 255, got 3 to 300
+    """
+    low, high = (t.item() for t in tokens.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must hold tokens from 0 to {size - 1}, got {low} to {high}")
+
+
 class LanguageModel(nn.Module):
     """Embedding, `config.layers` pre-norm blocks, a last RMSNorm and a linear head over the vocabulary.
 
@@ -279,6 +293,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self._tokens_were_read = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList([Block(name, config) for name in config.mixers()])
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
@@ -299,8 +314,10 @@ class LanguageModel(nn.Module):
 
     def features(self, tokens: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """As `forward`, without the head: what it reads, `[B, L, width]`."""
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must be [B, L], got shape {tuple(tokens.shape)}")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens must be [B, L], got {got}")
+        self._check_tokens(tokens)
         documents = None if cu_seqlens is None else Documents(cu_seqlens, tokens)
         if cache is not None:
             self._check_cache(tokens, cache, documents)
@@ -310,6 +327,21 @@ class LanguageModel(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1] if documents is None else documents.longest()
         return self.norm(x)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless tokens are whole numbers of the vocabulary.
+
+        On a GPU reading them waits for all that was launched, so there they are read in a model's first call, and in
+        each inside `dn_lib.checked()`. What is let through ends in the GPU's own assertion, which names no argument.
+        """
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}")
+        unreadable = torch.compiler.is_compiling() or tokens.device.type == "meta" or active_transform(tokens)
+        if unreadable or tokens.numel() == 0:
+            return
+        if tokens.device.type == "cpu" or not self._tokens_were_read or _checking.get():
+            check_in_vocabulary("tokens", tokens, self.config.vocab_size)
+            self._tokens_were_read = True
 
     def _check_cache(self, tokens: Tensor, cache: Cache, documents: Documents | None) -> None:
         if not isinstance(cache, Cache) or len(cache.layers) != len(self.blocks):
@@ -407,13 +439,15 @@ def generate(
         >>> torch.equal(both[:1, 2:], generate(model, torch.tensor([[5]]), 8, temperature=0))
         True
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt must be [B, L] with L at least 1, got shape {tuple(prompt.shape)}")
+    if not isinstance(prompt, Tensor):
+        raise TypeError(f"prompt must be a tensor of tokens [B, L], got {type(prompt).__name__}")
+    if prompt.dim() != 2 or prompt.numel() == 0:
+        raise ValueError(f"prompt must be [B, L] with B and L at least 1, got shape {tuple(prompt.shape)}")
+    if prompt.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"prompt must be int32 or int64, got {prompt.dtype}")
     lengths = _prompt_lengths(prompt, lengths)
     read = prompt if lengths is None else prompt[_is_prompt(prompt, lengths)]  # padding may be any number
-    if not 0 <= read.min() <= read.max() < model.config.vocab_size:
-        low, high, size = read.min().item(), read.max().item(), model.config.vocab_size
-        raise ValueError(f"prompt must hold tokens from 0 to {size - 1}, got {low} to {high}")
+    check_in_vocabulary("prompt", read, model.config.vocab_size)
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -495,29 +529,75 @@ def _write_atomically(path: Path, write) -> None:
         os.close(folder)
 
 
+# What torch.compile, DDP, FSDP and activation checkpointing put between a model's name for a tensor and ours.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> LanguageModel:
+    """The `LanguageModel` inside any nesting of torch.compile, DDP and the like.
+
+    >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
+    >>> unwrapped(nn.DataParallel(model)) is model
+    True
+    """
+    inner = model
+    while not isinstance(inner, LanguageModel):
+        parts = inner.__dict__.get("_modules", {}) if isinstance(inner, nn.Module) else {}
+        name = next((name for name in WRAPPERS if name in parts), None)
+        if name is None:
+            raise TypeError(f"model must be a LanguageModel, compiled or wrapped or not, got {type(model).__name__}")
+        inner = parts[name]
+    return inner
+
+
 def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | None = None) -> None:
     """Write `model.safetensors` and `config.json` into `folder`, which is made if need be.
 
-    Each file is written under another name, flushed to disk and renamed. The weights carry the configuration
-    too, so that `load_model` notices a pair out of step. A compiled model is saved as the model inside;
-    `state_dict` replaces the model's own (as when its parameters are spread over several devices).
+    A model that is compiled, or wrapped for several devices, or whose blocks are, is saved as the model inside.
+    `state_dict` replaces the model's own (as when its parameters are spread over several devices). Each file is
+    written under another name, flushed to disk and renamed. The weights carry the configuration too, and a digest of
+    it and of themselves, so that `load_model` notices damage and a pair out of step.
+
+    Weights that are not finite are written as they are. Raises TypeError for what is no `LanguageModel`, ValueError,
+    before anything is written, for a `state_dict` that is not of this model.
     """
     from safetensors.torch import save_file
 
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
+    given = model.state_dict() if state_dict is None else state_dict
+    weights = {_plain_name(name): _to_store(name, t) for name, t in given.items()}
+    missing, extra = _difference(_expected(model.config), weights)
+    if missing or extra:
+        raise ValueError(f"state_dict must be of this model: missing {missing}, not wanted {extra}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config.to_dict(), indent=2)
-    weights = model.state_dict() if state_dict is None else state_dict
-    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    _write_atomically(folder / WEIGHTS, lambda p: save_file(weights, p, metadata={"config": config}))
-    _write_atomically(folder / CONFIG, lambda p: Path(p).write_text(config + "\n"))
+    metadata = {"config": config, "sha256": digest(weights, config)}
+    _write_atomically(folder / WEIGHTS, lambda p: save_file(weights, p, metadata=metadata))
+    _write_atomically(folder / CONFIG, lambda p: Path(p).write_text(config + "\n", encoding="utf-8"))
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _to_store(name: str, tensor: Tensor) -> Tensor:
+    """Whole, contiguous, on the CPU, in memory that it shares with no other (safetensors refuses that)."""
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"state_dict must hold whole tensors (see DTensor.full_tensor), {name} is a shard")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"state_dict must hold tensors of {', '.join(map(str, FLOATS))}; {name} has {tensor.dtype}")
+    whole = tensor.detach().cpu().contiguous()
+    return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
 
 
 def load_model(folder: str | os.PathLike, device: str | torch.device | None = None) -> LanguageModel:
     """The model that `save_model` wrote, in the dtype of its weights, on `device` (the CPU if None).
 
-    Raises FileNotFoundError if a file is missing, ValueError if the two files do not belong together.
+    Raises FileNotFoundError if a file is missing; ValueError, naming the file, if it cannot be read, if its content
+    is not what was written, or if the two files do not belong together. Files without a digest, as earlier versions
+    wrote them and other programs may, are loaded if names and shapes fit: what was changed in their numbers goes
+    unnoticed. Weights that are not finite are loaded as they are.
 
         >>> import tempfile
         >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
@@ -527,25 +607,63 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
-    from safetensors import safe_open
-
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder must hold {CONFIG} and {WEIGHTS}: no {name} in {folder}")
-    values = json.loads((folder / CONFIG).read_text())
-    with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as file:
-        stored = (file.metadata() or {}).get("config")
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if stored is not None and json.loads(stored) != values:
-        raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} come from two different models")
+    text = read_text(folder / CONFIG)
+    values = parse_json(text, str(folder / CONFIG))
+    weights, metadata = read_tensors(folder / WEIGHTS)
+    _check_metadata(folder, metadata, weights, text, values)
+    config = _config_that_fits(folder, values, weights)
     with torch.device("meta"):
-        model = LanguageModel(ModelConfig.from_dict(values))
-    missing, extra = _difference(model.state_dict(), weights)
-    if missing or extra:
-        raise ValueError(f"{WEIGHTS} in {folder} does not fit {CONFIG}: missing {missing}, not wanted {extra}")
+        model = LanguageModel(config)
     model.load_state_dict(weights, assign=True)
     return model.to(device or "cpu")
+
+
+def _check_metadata(folder: Path, metadata: dict[str, str], weights: dict[str, Tensor], text: str, values) -> None:
+    """Raise ValueError unless the weights are those that were written, with this configuration."""
+    unknown = sorted(set(metadata) - {"config", "sha256", "format"})
+    if unknown:
+        raise ValueError(f"{folder / WEIGHTS} is damaged, or not of `save_model`: unknown metadata {unknown[0]!r}")
+    config, stored = metadata.get("config"), metadata.get("sha256")
+    if stored is not None and (config is None or stored != digest(weights, config)):
+        raise ValueError(f"{folder / WEIGHTS} is damaged: its content does not have the digest written with it")
+    if config is None:
+        return
+    # With a digest the two texts are compared to the letter, so that nothing in config.json can change unnoticed.
+    same = text == config + "\n" if stored is not None else parse_json(config, str(folder / WEIGHTS)) == values
+    if not same:
+        raise ValueError(
+            f"{CONFIG} and {WEIGHTS} in {folder} come from two different models: one of them was changed, or saving "
+            "the second was interrupted"
+        )
+
+
+def _config_that_fits(folder: Path, values: dict, weights: dict[str, Tensor]) -> ModelConfig:
+    """The configuration, if the weights are of such a model; raises ValueError if not."""
+    misfit = f"{WEIGHTS} in {folder} does not fit {CONFIG}"
+    layers, found = values.get("layers", ModelConfig.layers), {n.split(".")[1] for n in weights if n[:7] == "blocks."}
+    if isinstance(layers, int) and layers != len(found):  # first, since it says how much is built below
+        raise ValueError(f"{misfit}: {len(found)} layers, not {layers}")
+    try:
+        config = ModelConfig.from_dict(values)
+        missing, extra = _difference(_expected(config), weights)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG} holds no usable configuration: {error}") from None
+    if missing or extra:
+        raise ValueError(f"{misfit}: missing {missing}, not wanted {extra}")
+    return config
+
+
+def _expected(config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict of the right names and shapes, without numbers. Raises ValueError for sizes that no tensor has."""
+    try:
+        with torch.device("meta"):
+            return LanguageModel(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"config asks for tensors that cannot be made: {' '.join(str(error).split())}") from None
 
 
 def _difference(wanted: dict, given: dict) -> tuple[list[str], list[str]]:
