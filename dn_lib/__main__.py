@@ -87,8 +87,21 @@ def _tell(text: str) -> None:
     try:
         say(text)
     except OSError:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+
+
+def _silence(stream) -> None:
+    """Let what waits in `stream`, and comes later, vanish: else Python would fail to write it once more at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _flush_errors() -> None:
+    """After the progress bar: what stderr no longer takes must not change the exit status."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        _silence(sys.stderr)
 
 
 MACHINE = {"out", "resume", "resume_from", "change", "device", "compile", "parallel", "quiet"}
@@ -195,17 +208,20 @@ def train(
         _tell(f"step {record['step']:6d}  validation {record['bits_per_byte']:.3f} bits per byte")
 
     changes = {name.replace("-", "_") for name in change or ()}
-    history = run(
-        model,
-        data,
-        config,
-        folder=out,
-        resume=resume_from or resume,
-        allow_changes=changes | ({"min_learning_rate"} if "learning_rate" in changes else set()),
-        notes=settings,
-        progress=not quiet,
-        report=report,
-    )
+    try:
+        history = run(
+            model,
+            data,
+            config,
+            folder=out,
+            resume=resume_from or resume,
+            allow_changes=changes | ({"min_learning_rate"} if "learning_rate" in changes else set()),
+            notes=settings,
+            progress=not quiet,
+            report=report,
+        )
+    finally:
+        _flush_errors()
     if history.stopped:
         _tell(f"stopped after step {history.steps[-1]['step']}; run again with --resume to go on")
         raise typer.Exit(128 + history.stopped)

@@ -75,12 +75,40 @@ class TestConfig:
             {"learning_rate": 1e-5},
             {"precision": "float8"},
             {"parallel": "both"},
+            {"steps": True},
+            {"steps": 2.0},
+            {"batch": "4"},
+            {"keep": None},
+            {"evaluation_tokens": -1},
+            {"log_every": float("nan")},
+            {"seed": 2**64},
+            {"seed": 0.5},
+            {"clip": float("nan")},
+            {"clip": float("inf")},
+            {"clip": -1.0},
+            {"clip": "1"},
+            {"weight_decay": float("nan")},
+            {"weight_decay": True},
+            {"learning_rate": float("nan")},
+            {"learning_rate": float("inf")},
+            {"min_learning_rate": float("nan")},
+            {"min_learning_rate": -1e-4},
+            {"betas": (0.9, float("nan"))},
+            {"betas": (0.9, 1.0)},
+            {"betas": 0.9},
+            {"betas": (0.9,)},
+            {"compile": 1},
         ],
     )
     def test_names_the_setting(self, change):
-        name = "min_learning_rate" if "learning_rate" in change else next(iter(change))
+        name = "learning_rate" if "learning_rate" in change else next(iter(change))
         with pytest.raises(ValueError, match=name):
             replace(CONFIG, **change)
+
+    def test_numbers_of_numpy_become_plain_ones(self):
+        """Otherwise the first checkpoint, hours later, could not be written."""
+        config = replace(CONFIG, steps=np.int64(3), clip=np.float32(0.5), seed=np.int32(-1), device=torch.device("cpu"))
+        assert json.loads(json.dumps(config.to_dict()))["steps"] == 3 and config.device == "cpu"
 
     def test_json_round_trip(self):
         assert TrainConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
@@ -313,7 +341,7 @@ class TestKilled:
         assert logged(folder) == logged(tmp_path / "whole")
         assert [step for step, _ in logged(folder)] == list(range(1, self.steps + 1))
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_signals_stop_after_a_checkpoint(self, tmp_path, number):
         seen = []
 

@@ -43,7 +43,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    number = int(str(name).partition(":")[2] or 0)  # torch keeps eight bits of it: cuda:256 would be cuda:0
+    if device.type == "cuda" and number >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(f"device {name} was asked for, but torch finds {found} GPUs: use --device cpu")
     return device
