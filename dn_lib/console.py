@@ -74,6 +74,17 @@ def _fail(message: str, status: int) -> None:
     raise typer.Exit(status) from None
 
 
+def end_streams() -> None:
+    """Flush stdout and stderr. What one of them does not take is dropped: Python would try once more at its very
+    end, and complain in lines of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # a closed pipe, a full disk; a closed stream; none at all
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """End a command that fails with one line on stderr: exit status 2 for what was caused outside, 1 for a fault of
@@ -83,9 +94,6 @@ def one_line_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):  # a wanted end; a wrong option
         raise
     except BrokenPipeError:
-        # What is still in the buffer would fail once more when Python ends.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(CLOSED_PIPE) from None
     except Exception as error:
         if hasattr(error, "format_message"):  # another of typer's errors: `Commands.main` says it
@@ -117,6 +125,7 @@ class Commands(TyperGroup):
             with contextlib.suppress(OSError):
                 typer.echo(f"error: {' '.join(error.format_message().split())}{hint}", file=sys.stderr)
             status = error.exit_code
+        end_streams()
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx):

@@ -510,6 +510,9 @@ def check_archive(archive: str | Path) -> Path:
     archive = Path(archive)
     if not archive.name.endswith(".tar.xz"):
         raise DataError(f"archive must end in .tar.xz, got {archive}")
+    above = next(place for place in archive.absolute().parents if os.path.lexists(place))
+    if not above.is_dir():
+        raise DataError(f"archive must lie in a folder, got {archive}, but {above} is none")
     if os.path.lexists(archive):
         try:
             with _opened_archive(archive) as tar:

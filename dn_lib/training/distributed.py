@@ -107,6 +107,7 @@ def in_all(place: Processes, action: Callable[[], Result]) -> Result:
 
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 COMPILED = "_orig_mod"  # the name under which `torch.compile` keeps the module that it wraps
+RECOMPUTED = "_checkpoint_wrapped_module"  # and activation checkpointing
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -126,14 +127,16 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name of a parameter or buffer of `model` without what `torch.compile` and DDP put into it, at any depth.
+    """The name of a parameter or buffer of `model` without what wrappers put into it, at any depth.
+
+    Wrappers are `torch.compile`, DDP and activation checkpointing. A child that is really called "module" keeps it.
 
     >>> plain_name(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "0.module.weight")
     '0.weight'
     """
     kept, module = [], model
     for part in name.split("."):
-        wrapped = part == COMPILED or (part == "module" and isinstance(module, WRAPPERS))
+        wrapped = part in (COMPILED, RECOMPUTED) or (part == "module" and isinstance(module, WRAPPERS))
         if not wrapped:
             kept.append(part)
         module = module._modules.get(part, module)
