@@ -8,13 +8,16 @@ Entries live in `equations/chN.py` and `exercises/chN.py` as a list named `ENTRI
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from numbers import Number
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 Kind = Literal["identity", "definition", "bound", "count"]
@@ -87,25 +90,47 @@ class Exercise:
 
 
 def leaves(value: Any) -> list[torch.Tensor]:
-    """The tensors in `value` (a tensor, a number, a bool, or a nest of tuples and lists) as float64."""
+    """The tensors in `value`, as float64 (complex128 where they are complex), on the CPU and without a graph.
+
+    `value` is a tensor, a NumPy array, a number, a bool, or a nest of tuples and lists of them.  Raises TypeError for
+    anything else: what only behaves like a number, or like a tensor, need not be the numbers that it shows.
+    """
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in leaves(item)]
-    return [torch.as_tensor(value, dtype=torch.float64).detach().cpu()]
+    if isinstance(value, torch.Tensor):
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested
+    else:
+        plain = type(value) is np.ndarray or isinstance(value, (Number, np.generic))
+    if not plain:
+        raise TypeError(f"value must hold tensors, arrays and numbers, got {type(value).__name__}")
+    is_complex = value.is_complex() if isinstance(value, torch.Tensor) else np.iscomplexobj(value)
+    tensor = torch.as_tensor(value, dtype=torch.complex128 if is_complex else torch.float64).detach().cpu()
+    return [tensor if tensor.layout is torch.strided else tensor.to_dense()]
+
+
+def _scaled(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """|value - ref| / |ref| for two tensors of one shape; |value| if the reference is zero."""
+    scale = reference.norm().item()
+    if not 1e-150 < scale < 1e150:  # where squares overflow, or vanish
+        unit = reference.abs().max().item() if reference.numel() else 0.0
+        if not 0.0 < unit < math.inf:
+            scale = 1.0
+        else:
+            value, reference = value / unit, reference / unit
+            scale = reference.norm().item()
+    return (value - reference).norm().item() / scale
 
 
 def relative_error(value: Any, reference: Any) -> float:
-    """Largest |value - ref| / |ref| over the leaves; infinite if shapes differ or NaN appears."""
+    """Largest |value - ref| / |ref| over the leaves; infinite if shapes differ, or NaN or infinity appears.
+
+    Raises TypeError for what holds no numbers (see `leaves`).
+    """
     a, b = leaves(value), leaves(reference)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        scale = y.norm().item()
-        error = (x - y).norm().item() / (scale if scale > 0 else 1.0)
-        if error != error:
-            return float("inf")
-        worst = max(worst, error)
-    return worst
+        return math.inf
+    errors = [_scaled(x, y) for x, y in zip(a, b, strict=True)]
+    return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
 
 def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int = 0) -> bool:
