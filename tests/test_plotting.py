@@ -24,6 +24,20 @@ def test_series_differ_by_colour_by_marker_and_by_line_style():
         assert len({str(style[key]) for style in plotting.STYLES}) == len(plotting.STYLES) >= 6
 
 
+def test_the_whole_style_is_set_and_a_context_brings_the_former_one_back():
+    personal = {"text.usetex": True, "axes.facecolor": "black", "text.color": "white", "savefig.dpi": 37}
+    with plt.rc_context(personal):
+        before = dict(plt.rcParams)
+        with plt.rc_context():
+            plotting.use_style()
+            ours = {name: value for name, value in plt.rcParams.items() if name not in plt.style.core.STYLE_BLACKLIST}
+        assert dict(plt.rcParams) == before
+    with plt.rc_context():
+        plt.rcdefaults()
+        plt.rcParams.update(plotting.STYLE)
+        assert ours.items() <= dict(plt.rcParams).items()
+
+
 def luminance(colour):
     """Relative luminance of WCAG 2, from 0 (black) to 1 (white)."""
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]

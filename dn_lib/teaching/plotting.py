@@ -36,35 +36,41 @@ STYLES: list[dict[str, Any]] = [
 MAPS = {"diverging": "RdBu_r", "sequential": "cividis"}
 
 
-def use_style() -> None:
-    """Set Matplotlib's defaults to the book's style; call it once, at the top of a chapter.
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=LINES),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 12,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,
+    "figure.facecolor": "white",  # a figure stays readable on a page with a dark theme
+    "font.family": "DejaVu Sans",  # comes with Matplotlib, so that figures look alike everywhere
+    "font.size": 11,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to tell the line styles apart
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "savefig.facecolor": "white",
+}
 
-    >>> use_style()
-    >>> plt.rcParams["axes.grid"]
-    True
+
+def use_style() -> None:
+    """Set Matplotlib's style to the book's; call it once, at the top of a chapter.
+
+    The whole style is set: Matplotlib's own defaults first, so that nothing of a personal `matplotlibrc` (a dark
+    background, LaTeX for all text) is left in a figure, then what the book changes.  Backend and other settings that
+    are no style stay.  Within `with plt.rc_context():` the former style comes back at the end of the block.
+
+    >>> with plt.rc_context({"text.usetex": True}):
+    ...     use_style()
+    ...     plt.rcParams["axes.grid"], plt.rcParams["text.usetex"]
+    (True, False)
     """
-    plt.rcParams.update(
-        {
-            "axes.axisbelow": True,
-            "axes.grid": True,
-            "axes.labelsize": 11,
-            "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=LINES),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlesize": 12,
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 120,
-            "figure.facecolor": "white",  # a figure stays readable on a page with a dark theme
-            "font.family": "DejaVu Sans",  # comes with Matplotlib, so that figures look alike everywhere
-            "font.size": 11,
-            "grid.alpha": 0.3,
-            "legend.frameon": False,
-            "legend.handlelength": 3.2,  # long enough to tell the line styles apart
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5.5,
-            "savefig.facecolor": "white",
-        }
-    )
+    plt.style.use(["default", STYLE])
 
 
 def figure(rows: int = 1, columns: int = 1, height: float = 3.2, **subplots: Any) -> tuple[Figure, Any]:
