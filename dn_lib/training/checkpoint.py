@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from dn_lib.stored import digest
 from dn_lib.training.distributed import assign, full_tensor, plain_name
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -52,9 +52,10 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Names are those of the bare model, whatever `torch.compile` and DDP wrap around it or its parts.
     """
-    kept = set(model.state_dict())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {plain_name(model, name): tensor for name, tensor in (dict(model.named_parameters()) | buffers).items()}
+    kept = {plain_name(model, name) for name in model.state_dict()}
+    parameters = {plain_name(model, name): parameter for name, parameter in model.named_parameters()}
+    buffers = {plain_name(model, name): buffer for name, buffer in model.named_buffers()}
+    return parameters | {name: buffer for name, buffer in buffers.items() if name in kept}
 
 
 def capture(
@@ -313,16 +314,6 @@ def read(path: str | Path) -> Checkpoint:
             f"its own name is {checkpoint_path('', about['step'])}"
         )
     return checkpoint
-
-
-def digest(tensors: dict[str, torch.Tensor], about: str) -> str:
-    """SHA-256, in hexadecimal, of `about` and of every tensor's name, dtype, shape and bytes."""
-    total = hashlib.sha256(json.dumps(about).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------- schema
