@@ -171,3 +171,32 @@ def test_a_recomputed_block_sees_the_cache_that_it_saw():
         y = run(x, cu_seqlens=cu_seqlens)
         gradients.append(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.gpu
+def test_pieces_equal_the_whole_under_ddp_and_fsdp_on_a_gpu():
+    """With device ids DDP moves its arguments, with a rebuilt container for each that it knows."""
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrappers = WRAPPERS | {"ddp": lambda model: nn.parallel.DistributedDataParallel(model, device_ids=[0])}
+        for kind, wrap in wrappers.items():
+            model, tokens = model_and_tokens(EVERY_KIND_OF_CACHE)
+            wrapped, tokens = wrap(model.cuda()), tokens.cuda()
+            with torch.no_grad():
+                whole = wrapped(tokens).float()
+            error = relative(in_pieces(wrapped, tokens, model.new_cache(2)).float(), whole)
+            assert error < (0.1 if "bfloat16" in kind else SINGLE), kind
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_after_it_has_generated_on_a_gpu(name):
+    model, tokens = model_and_tokens(MODELS[name] | {"width": 64})
+    model, tokens = model.cuda(), tokens.cuda()
+    generate(model, tokens, 3)
+    model(tokens).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

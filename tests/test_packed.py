@@ -208,3 +208,40 @@ def test_rotations_by_position():
         rotary_embedding(x, torch.tensor([4, 0]))
     with pytest.raises(ValueError, match=r"x must be \[B, L, H, d\] with d even, got \[1, 3, 1, 7\]"):
         rotary_embedding(x[..., :7])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_on_a_gpu(name):
+    """Documents longer than a chunk and than the window, in one row, against each alone; gradients too."""
+    lengths = [300, 1, 0, 70, 141]
+    model, tokens = model_and_tokens(MODELS[name] | {"width": 64, "window": 100}, length=sum(lengths), batch=1)
+    model, tokens, cu_seqlens = model.cuda(), tokens.cuda(), offsets(lengths, torch.int32).cuda()
+    alone = torch.cat([model(part) for part in tokens.split(lengths, dim=1) if part.shape[1]], dim=1)
+    packed = model(tokens, cu_seqlens=cu_seqlens)
+    # float32 throughout: hundreds of terms in other orders (1e-5), amplified by four layers forward and backward.
+    assert relative(packed, alone) < 1e-4
+    got, expected = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (packed, alone))
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) < 1e-3
+    if set(model.config.mixers()) <= {"delta", "attention", "window"}:  # no offset is read on the host
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative(compiled(tokens, cu_seqlens=cu_seqlens), packed) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_prompts_on_a_gpu(name):
+    """The logits after the prompts, rather than tokens: of two that nearly tie, rounding may choose either."""
+    lengths = [30, 110, 1, 71]
+    model, tokens = model_and_tokens(MODELS[name] | {"width": 64, "window": 40}, length=115, batch=4)
+    model, tokens = model.cuda(), tokens.cuda()
+    packed = torch.cat([row[:n] for row, n in zip(tokens, lengths, strict=True)])[None]
+    rest = torch.stack([row[n : n + 5] for row, n in zip(tokens, lengths, strict=True)])
+    cache = model.new_cache(4)
+    with torch.inference_mode():
+        model(packed, cache, cu_seqlens=offsets(lengths).cuda())
+        pieces = torch.cat([model(rest[:, t : t + 1], cache) for t in range(5)], dim=1)
+        alone = [model(row[None, : n + 5])[:, n:] for row, n in zip(tokens, lengths, strict=True)]
+        assert relative(pieces, torch.cat(alone)) < 1e-4
+        assert generate(model, tokens, 3, lengths=lengths).shape == (4, 118)
