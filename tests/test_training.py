@@ -43,6 +43,7 @@ from dn_lib.training import (
     train,
     windows,
 )
+from dn_lib.training.folder import held
 from dn_lib.training.runs import export, load_run
 
 TEXT = "".join(f"name_{i % 37} = value({i % 11})\n" for i in range(2000)).encode()
@@ -410,22 +411,30 @@ PARALLEL = """
     import json, sys, dn_lib, torch
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
-    from test_training import CONFIG, corpus, losses, model, replace, train
+    from test_training import CONFIG, CheckpointError, corpus, losses, model, replace, train
     found = {{}}
+    try:
+        train(model(), corpus(), CONFIG, folder={folder!r} + "busy")
+    except CheckpointError as error:
+        found["busy"] = str(error)
+    torch.compiler.set_stance("force_eager")  # of what is compiled below, only the wrapper matters
     for kind in ("ddp", "fsdp"):
         config = replace(CONFIG, steps=6, parallel=kind, accumulate=2, evaluation_tokens=240)
         history = train(model(), corpus(), config, folder={folder!r} + kind)
         found[kind] = [losses(history), history.evaluations]
         config = replace(config, steps=8)
-        again = train(model(1), corpus(), config, folder={folder!r} + kind, resume=True, allow_changes=["steps"])
+        net = torch.compile(model(1))
+        again = train(net, corpus(), config, folder={folder!r} + kind, resume=True, allow_changes=["steps"])
         found[kind + " resumed"] = losses(again)
-    if {rank} == 0:
-        print(json.dumps(found))
+    print(json.dumps(found))
 """
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    """DDP and FSDP2 over gloo, with accumulation; then one process goes on from what two have saved."""
+    """DDP and FSDP2 over gloo, with accumulation; a compiled model goes on from what a bare one has saved.
+
+    A folder in use is told by both processes: neither waits for the other.
+    """
     one = train(model(), corpus(), replace(CONFIG, steps=6))
     tests = str(Path(__file__).parent)
     with socket.socket() as probe:
@@ -453,12 +462,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
             )
         )
     try:
-        outputs = [process.communicate(timeout=240) for process in started]
+        with held(tmp_path / "run_busy"):
+            outputs = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()
     assert all(process.returncode == 0 for process in started), outputs[0][1][-3000:]
-    found = json.loads(outputs[0][0].splitlines()[-1])
+    found, other = (json.loads(printed.splitlines()[-1]) for printed, _ in outputs)
+    assert found["busy"] == other["busy"] and "is in use by another run" in found["busy"]
     for kind in ("ddp", "fsdp"):
         values, evaluations = found[kind]
         assert np.allclose(values, losses(one), rtol=1e-5, atol=0)
