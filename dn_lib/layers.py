@@ -34,11 +34,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dn_lib.linear_attention import (
-    chunkwise_linear_attention,
+from dn_lib.common import (
+    check_chunk_size,
+    check_integer,
+    check_is_tensor,
+    check_offsets,
+    check_sequence,
+    check_shape,
+    check_tensors,
+    fresh,
     initial_state_or_zeros,
+    is_number,
+    scale_or_default,
     working_dtype,
 )
+from dn_lib.linear_attention import chunkwise_linear_attention
 from dn_lib.ops import BACKENDS, delta_rule, l2_normalise
 
 
@@ -86,21 +96,23 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped
 
 
 def _choice(name: str, value: str, options) -> str:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
     return value
 
 
 def _head_dim(width: int, heads: int, head_dim: int | None) -> int:
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}")
+    check_integer("width", width)
+    check_integer("heads", heads)
+    if head_dim is not None:
+        check_integer("head_dim", head_dim)
     if head_dim is None and width % heads:
         raise ValueError(f"heads must divide width, got heads = {heads} and width = {width}; or set head_dim")
     return width // heads if head_dim is None else head_dim
@@ -205,10 +217,8 @@ class Documents:
         """Begin and end of each document. Raises ValueError unless they rise from 0 to L."""
         if self._bounds is None:
             offsets = self.offsets.tolist()
+            check_offsets(offsets, self.length)
             self._bounds = list(itertools.pairwise(offsets))
-            if offsets[0] != 0 or offsets[-1] != self.length or any(end < begin for begin, end in self._bounds):
-                shown = f"{offsets}" if len(offsets) <= 8 else f"{offsets[:4]} ... {offsets[-1]}"
-                raise ValueError(f"cu_seqlens must rise from 0 to L = {self.length}, got {shown}")
         return self._bounds
 
     def longest(self) -> int:
@@ -254,9 +264,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
 
 
 def _check_rows(name: str, x: Tensor, width: int, axes: str = "B, L, width") -> None:
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
-        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]} = {width}, got {got}")
+    check_tensors(**{name: x})
+    if x.dim() != 3 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be [{axes}] with {axes.split(', ')[-1]} = {width}, got {list(x.shape)}")
 
 
 def _open(x: Tensor, width: int, cache: LayerCache | None, cu_seqlens: Tensor | Documents | None) -> Documents | None:
@@ -309,11 +319,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
+        check_integer("width", width)
+        check_integer("hidden", hidden)
         self.gate = nn.Linear(width, hidden, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         self.output = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_is_tensor("x", x, "[..., width]")
+        if x.dim() == 0 or x.shape[-1] != self.gate.in_features:
+            raise ValueError(f"x must be [..., width] with width = {self.gate.in_features}, got {list(x.shape)}")
         return self.output(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -333,8 +348,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, size: int, bias: bool = False):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        check_integer("channels", channels)
+        check_integer("size", size)
         bound = size**-0.5
         weight = torch.empty(channels, 1, size).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight.permute(2, 1, 0).contiguous())
@@ -386,6 +401,7 @@ def rotary_embedding(x: Tensor, start: int | Tensor = 0, base: float = 10000.0) 
         >>> torch.allclose(rotary_embedding(x)[:, 1:], rotary_embedding(x[:, 1:], start=1), atol=1e-6)
         True
     """
+    check_tensors(x=x)
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must be [B, L, H, d] with d even, got {list(x.shape)}")
     if not isinstance(start, Tensor):
@@ -437,11 +453,12 @@ def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple
 
 def _in_chunks(q, k, v, log_decay, scores, *, scale, initial_state, chunk_size):
     """The body that both decays share; `scores(q, k, b)` are the decayed q_i . k_j inside a chunk."""
-    dtype, length = working_dtype(q, k, v, log_decay), v.shape[-2]
+    check_chunk_size(chunk_size)
+    dtype, length = working_dtype(q, k, v, log_decay, initial_state), v.shape[-2]
+    scale = scale_or_default(scale, q)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     if length == 0:
-        return v, state
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return v.clone(), fresh(state)
     chunk = min(chunk_size, length)
     q, k, values, b = (_to_chunks(x.to(dtype), chunk) for x in (scale * q, k, v, log_decay))
     b = b.cumsum(-2)  # log of the decay from the chunk's start to each row, this row's own included
@@ -490,6 +507,9 @@ def retention(
         >>> o.shape, state.shape
         (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
     """
+    check_sequence(q, k, v, initial_state)
+    check_tensors(q=q, log_decay=log_decay)
+    check_shape("log_decay", log_decay, "..., L", q.shape[:-1], "q")
     options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
     return _in_chunks(q, k, v, log_decay.unsqueeze(-1), _scores_scalar, **options)
 
@@ -517,6 +537,9 @@ def gated_linear_attention(
         >>> o.shape, state.shape
         (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
     """
+    check_sequence(q, k, v, initial_state)
+    check_tensors(q=q, log_decay=log_decay)
+    check_shape("log_decay", log_decay, "..., L, d_k", q.shape, "q")
     options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
     return _in_chunks(q, k, v, log_decay, _scores_per_channel, **options)
 
@@ -536,6 +559,19 @@ def _scan_segment(x, delta, A, B, C, state, chunk: int) -> tuple[Tensor, Tensor]
     return (h * C.unsqueeze(-2)).sum(-1).flatten(1, 2)[:, :length], state
 
 
+def _check_scan(x, delta, A, B, C, initial_state) -> None:
+    check_tensors(x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, L, D], got {list(x.shape)}")
+    if A.dim() != 2 or A.shape[0] != x.shape[2]:
+        raise ValueError(f"A must be [D, N] with D = {x.shape[2]} to match x, got {list(A.shape)}")
+    check_shape("delta", delta, "B, L, D", x.shape, "x")
+    for name, tensor in (("B", B), ("C", C)):
+        check_shape(name, tensor, "B, L, N", (*x.shape[:2], A.shape[1]), "x and A")
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, "B, D, N", (x.shape[0], *A.shape), "x and A")
+
+
 @without_autocast
 def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state=None, chunk_size=32
@@ -552,15 +588,17 @@ def selective_scan(
         >>> y.shape, state.shape
         (torch.Size([1, 9, 3]), torch.Size([1, 3, 2]))
     """
-    dtype = working_dtype(x, delta, A, B, C)
+    _check_scan(x, delta, A, B, C, initial_state)
+    check_chunk_size(chunk_size)
+    dtype = working_dtype(x, delta, A, B, C, initial_state)
     wide = [t.to(dtype) for t in (x, delta, B, C)]
     A = A.to(dtype)
     zeros = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
     state = zeros if initial_state is None else initial_state.to(dtype)
-    outputs = [wide[0][:, :0]]
+    if x.shape[1] == 0:
+        return x.clone(), fresh(state)
+    outputs = []
     for stretch in zip(*(t.split(32 * chunk_size, dim=1) for t in wide), strict=True):
-        if stretch[0].shape[1] == 0:
-            continue
         x_s, delta_s, B_s, C_s = stretch
         arguments = (x_s, delta_s, A, B_s, C_s, state, chunk_size)
         if torch.is_grad_enabled():
@@ -580,6 +618,8 @@ class _RecurrentMixer(nn.Module):
 
     def __init__(self, width, heads, key_dim, value_dim, *, conv_size, output_gate, norm_eps, steps=1):
         super().__init__()
+        check_integer("conv_size", conv_size, least=0)
+        check_integer("steps", steps)
         self.width, self.heads, self.steps = width, heads, steps
         self.key_dim, self.value_dim = key_dim, value_dim
         sizes = {"query": heads * key_dim, "key": steps * heads * key_dim, "value": steps * heads * value_dim}
@@ -713,7 +753,7 @@ class DeltaNet(LinearAttention):
         **options,
     ):
         super().__init__(width, heads, head_dim, **options)
-        if not 0 < beta_range <= 2:
+        if not is_number(beta_range) or not 0 < beta_range <= 2:
             raise ValueError(f"beta_range must be in (0, 2], got {beta_range}")
         self.beta_range = beta_range
         self.backend = _choice("backend", backend, BACKENDS)
@@ -822,6 +862,7 @@ class GatedLinearAttention(_RecurrentMixer):
         norm_eps: float = 1e-5,
     ):
         head_dim = _even(_head_dim(width, heads, head_dim))
+        check_integer("rank", rank)
         super().__init__(
             width, heads, head_dim // 2, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
         )
@@ -854,6 +895,9 @@ class Mamba(nn.Module):
 
     def __init__(self, width: int, *, expand: int = 2, state_size: int = 16, conv_size: int = 4):
         super().__init__()
+        for name, value in (("width", width), ("expand", expand), ("state_size", state_size)):
+            check_integer(name, value)
+        check_integer("conv_size", conv_size, least=0)
         self.width, self.channels = width, expand * width
         self.state_size, self.rank = state_size, math.ceil(width / 16)
         self.input = nn.Linear(width, 2 * self.channels, bias=False)
@@ -907,7 +951,22 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
     `documents` `[B, L + past]` (or `[1, L + past]`, the same for all) numbers the document of each key: a row then
     sees the keys of its own alone, through a mask of L (L + past) entries.
     """
+    _check_attention(q, k, v, documents)
     return _masked_attention(q, k, v, documents=documents)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
+    check_tensors(q=q, k=k, v=v)
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, H, L, d], got {list(q.shape)}")
+    if k.dim() != 4 or k.shape[2] < q.shape[2]:
+        raise ValueError(f"k must be [B, H, L + past, d] with L = {q.shape[2]} to match q, got {list(k.shape)}")
+    keys = (*q.shape[:2], k.shape[2], q.shape[3])
+    check_shape("k", k, "B, H, L + past, d", keys, "q")
+    check_shape("v", v, "B, H, L + past, d_v", (*keys[:3], v.shape[-1]), "k")
+    if documents is not None:
+        rows = 1 if documents.dim() and documents.shape[0] == 1 else q.shape[0]
+        check_shape("documents", documents, "B or 1, L + past", (rows, k.shape[2]), "k")
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None) -> Tensor:
@@ -942,6 +1001,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Te
         >>> torch.allclose(window_attention(q, k, v, window=1), v)
         True
     """
+    _check_attention(q, k, v, documents)
+    check_integer("window", window)
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     oldest = max(0, past - window + 1)
     if oldest:
@@ -1006,8 +1067,8 @@ class Attention(nn.Module):
         rope_base: float = 10000.0,
     ):
         super().__init__()
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+        if window is not None:
+            check_integer("window", window)
         self.width, self.heads, self.window, self.rope_base = width, heads, window, rope_base
         self.head_dim = _even(_head_dim(width, heads, head_dim))
         for name in ("query", "key", "value"):

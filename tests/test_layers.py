@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -291,11 +292,89 @@ def test_caches_grow_as_they_should():
         (lambda: DeltaNet(8, 2, activation="gelu"), "activation must be one of silu, relu, elu1, identity"),
         (lambda: DeltaNet(8, 2, qk_norm="max"), "qk_norm must be one of l2, l1, none"),
         (lambda: DeltaNet(8, 2, beta_range=3.0), r"beta_range must be in \(0, 2\], got 3.0"),
-        (lambda: Attention(8, 2, window=0), "window must be at least 1, got 0"),
-        (lambda: ShortConvolution(4, 0), "size must be at least 1, got 0"),
-        (lambda: DeltaNet(8, 0), "heads must be at least 1, got 0"),
+        (lambda: Attention(8, 2, window=0), "window must be an integer of at least 1, got 0"),
+        (lambda: ShortConvolution(4, 0), "size must be an integer of at least 1, got 0"),
+        (lambda: DeltaNet(8, 2, qk_norm=["l2"]), "qk_norm must be one of l2, l1, none, got .'l2'."),
+        (lambda: DeltaNet(8, 2, beta_range="1"), r"beta_range must be in \(0, 2\], got 1"),
+        (lambda: DeltaNet(8, 2.0), "heads must be an integer of at least 1, got 2.0"),
+        (lambda: DeltaNet("8", 2), "width must be an integer of at least 1, got '8'"),
+        (lambda: RetNet(8, 2, 4.0), "head_dim must be an integer of at least 1, got 4.0"),
+        (lambda: RetNet(8, 2, conv_size=-1), "conv_size must be an integer of at least 0, got -1"),
+        (lambda: LinearAttention(8, 2, steps=True), "steps must be an integer of at least 1, got True"),
+        (lambda: GatedLinearAttention(8, 2, rank=0), "rank must be an integer of at least 1, got 0"),
+        (lambda: Mamba(8, expand=0), "expand must be an integer of at least 1, got 0"),
+        (lambda: Mamba(8, state_size=1.5), "state_size must be an integer of at least 1, got 1.5"),
+        (lambda: SwiGLU(8, None), "hidden must be an integer of at least 1, got None"),
+        (lambda: DeltaNet(8, 0), "heads must be an integer of at least 1, got 0"),
     ],
 )
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def zeros(*shape):
+    return torch.zeros(*shape)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda q: retention(q, q[:, :3], q, q[..., 0]),
+            "k must be [..., L, d_k] = [2, 5, 4] to match q, got [2, 3, 4]",
+        ),
+        (lambda q: retention(q, q, q, q), "log_decay must be [..., L] = [2, 5] to match q, got [2, 5, 4]"),
+        (lambda q: retention(q, q, q, None), "log_decay must be a tensor, got NoneType"),
+        (lambda q: retention(None, q, q, q[..., 0]), "q must be a tensor, got NoneType"),
+        (lambda q: retention(q, q, q, q[..., 0], chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
+        (lambda q: retention(q, q, q, q[..., 0], scale="x"), "scale must be a number or None, got 'x'"),
+        (lambda q: retention(q, q, q, q[..., 0], initial_state=q), "initial_state must be [..., d_k, d_v] = [2, 4, 4]"),
+        (lambda q: gated_linear_attention(q, q, q, q[..., 0]), "log_decay must be [..., L, d_k] = [2, 5, 4]"),
+        (lambda q: selective_scan(q[0], q, zeros(4, 3), q, q), "x must be [B, L, D], got [5, 4]"),
+        (lambda q: selective_scan(q, q[:1], zeros(4, 3), q, q), "delta must be [B, L, D] = [2, 5, 4] to match x"),
+        (lambda q: selective_scan(q, q, zeros(3, 4), q, q), "A must be [D, N] with D = 4 to match x, got [3, 4]"),
+        (lambda q: selective_scan(q, q, zeros(4, 3), q, q), "B must be [B, L, N] = [2, 5, 3] to match x and A"),
+        (lambda q: rotary_embedding(q), "x must be [B, L, H, d] with d even, got [2, 5, 4]"),
+        (lambda q: window_attention(q, q, q, 3), "q must be [B, H, L, d], got [2, 5, 4]"),
+        (
+            lambda q: window_attention(q[None], q[None, :, :3], q[None], 3),
+            "k must be [B, H, L + past, d] with L = 5 to match q, got [1, 2, 3, 4]",
+        ),
+        (lambda q: window_attention(*[q[None]] * 3, 0), "window must be an integer of at least 1, got 0"),
+        (
+            lambda q: window_attention(*[q[None]] * 3, 2, zeros(5)),
+            "documents must be [B or 1, L + past] = [1, 5] to match k, got [5]",
+        ),
+        (lambda q: SwiGLU(8, 6)(q), "x must be [..., width] with width = 8, got [2, 5, 4]"),
+        (lambda q: ShortConvolution(8, 3)(q), "x must be [B, L, channels] with channels = 8, got [2, 5, 4]"),
+        (lambda q: DeltaNet(4, 1)(q.long()), "x must be a floating-point tensor, got torch.int64 [2, 5, 4]"),
+    ],
+)
+def test_wrong_shapes_are_named(call, message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        call(zeros(2, 5, 4))
+
+
+def test_at_length_zero_the_state_is_a_copy():
+    """Decoding writes into the state that it is given: it must not be the caller's."""
+    q, A = zeros(1, 0, 4), zeros(4, 4)
+    for function, arguments in (
+        (retention, (q, q, q, q[..., 0])),
+        (gated_linear_attention, (q, q, q, q)),
+        (selective_scan, (q, q, A, q, q)),
+    ):
+        first = torch.randn(1, 4, 4)
+        o, last = function(*arguments, initial_state=first)
+        assert o.shape == q.shape and torch.equal(first, last) and first.data_ptr() != last.data_ptr()
+
+
+def test_a_wide_state_is_not_narrowed():
+    q, first = torch.randn(1, 5, 4), torch.randn(1, 4, 4, dtype=torch.float64)
+    for function, arguments in (
+        (retention, (q, q, q, -q[..., 0].abs())),
+        (gated_linear_attention, (q, q, q, -q.abs())),
+        (selective_scan, (q, q.abs(), -torch.rand(4, 4), q, q)),
+    ):
+        o, last = function(*arguments, initial_state=first)
+        assert o.dtype == torch.float32 and last.dtype == torch.float64
