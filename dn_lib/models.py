@@ -465,7 +465,10 @@ def _prompt_lengths(prompt: Tensor, lengths: Tensor | list[int] | None) -> Tenso
     """`lengths` as a tensor on the prompt's device; raises ValueError unless it is `[B]`, from 1 to L."""
     if lengths is None:
         return None
-    lengths = torch.as_tensor(lengths, device=prompt.device)
+    try:
+        lengths = torch.as_tensor(lengths, device=prompt.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be a tensor or a list of whole numbers, got {lengths!r}") from error
     if lengths.shape != prompt.shape[:1] or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(
             f"lengths must be {prompt.shape[0]} whole numbers, one a prompt, got {lengths.dtype} {list(lengths.shape)}"

@@ -192,11 +192,13 @@ def test_a_models_cache_must_fit():
         ([3, 0], "lengths must be from 1 to L = 5, got [3, 0]"),
         ([3, 6], "lengths must be from 1 to L = 5, got [3, 6]"),
         ([3], "lengths must be 2 whole numbers, one a prompt, got torch.int64 [1]"),
+        ("3", "lengths must be a tensor or a list of whole numbers, got '3'"),
+        ([3, None], "lengths must be a tensor or a list of whole numbers, got [3, None]"),
         ([3.0, 2.0], "lengths must be 2 whole numbers, one a prompt, got torch.float32 [2]"),
     ],
 )
 def test_wrong_lengths_of_prompts_are_named(lengths, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         generate(LanguageModel(ModelConfig(**SMALL)), torch.zeros(2, 5, dtype=torch.long), 3, lengths=lengths)
 
 
