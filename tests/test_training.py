@@ -606,8 +606,10 @@ class TestComparedModels:
 
     def test_a_run_stopped_and_resumed_writes_what_the_chapter_reads(self, tmp_path):
         """SIGTERM during `train_hybrid.py`; the same command finishes, with the steps fixed at the start."""
-        text = tmp_path / "text.py"
-        text.write_bytes(b"\0".join([TEXT] * 2))
+        text = tmp_path / "texts"
+        text.mkdir()
+        for number in range(30):  # by the hash of their names, some of them are for validation
+            (text / f"part_{number}.py").write_bytes(TEXT[:5000])
         out, run = tmp_path / "delta_training.json", tmp_path / "run"
         # fmt: off
         options = [
