@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dn_lib.convert import from_fla_state_dict, load_fla_checkpoint
+from dn_lib.convert import INDEX, from_fla_state_dict, load_fla_checkpoint
 from dn_lib.delta_rule import recurrent_delta_rule
 
 VOCAB, WIDTH, HIDDEN, LAYERS, HEADS = 40, 24, 64, 3, 2
@@ -196,6 +196,210 @@ def test_checkpoint_folder_in_two_files(tmp_path):
     tokens = torch.arange(10)[None]
     expected = from_fla_state_dict(weights, CONFIG)(tokens)
     assert torch.equal(load_fla_checkpoint(tmp_path)(tokens), expected)
+
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Weights in three shards with an index, as Hugging Face writes them, and the same weights in memory."""
+    from safetensors.torch import save_file
+
+    weights = {name: t.float() for name, t in fla_weights().items()}
+    placed = {name: SHARDS[i % 3] for i, name in enumerate(sorted(weights))}
+    for shard in SHARDS:
+        save_file({n: weights[n] for n in weights if placed[n] == shard}, tmp_path / shard)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": placed}))
+    return tmp_path, weights
+
+
+def loads_the(weights, folder):
+    tokens = torch.arange(10)[None]
+    return torch.equal(load_fla_checkpoint(folder)(tokens), from_fla_state_dict(weights, CONFIG)(tokens))
+
+
+def test_the_index_says_which_files_are_read(sharded):
+    """Stale files, older and newer in name, with the same tensors or of another kind, change nothing."""
+    from safetensors.torch import save_file
+
+    folder, weights = sharded
+    zeros = {name: torch.zeros_like(t) for name, t in weights.items()}
+    for stale in ("a.safetensors", "model.safetensors", "model-00001-of-00002.safetensors", "zz.safetensors"):
+        save_file(zeros, folder / stale)
+    (folder / "model-00009-of-00009.safetensors").write_bytes(b"half a download")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert loads_the(weights, folder)
+
+
+def test_numbered_shards_without_an_index_are_read_if_all_are_there(sharded):
+    folder, weights = sharded
+    (folder / INDEX).unlink()
+    assert loads_the(weights, folder)
+    (folder / SHARDS[2]).unlink()
+    with pytest.raises(ValueError, match="shards 1 to 3, number 3 is missing"):
+        load_fla_checkpoint(folder)
+
+
+def test_pickled_weights_are_never_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    torch.save(fla_weights(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="no weights in"):
+        load_fla_checkpoint(tmp_path)
+
+
+def indexed(change):
+    def damage(folder):
+        index = json.loads((folder / INDEX).read_text())
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def unindexed(extra):
+    def damage(folder):
+        (folder / INDEX).unlink()
+        (folder / extra).write_bytes((folder / SHARDS[0]).read_bytes())
+
+    return damage
+
+
+NORM = "model.norm.weight"
+DAMAGE = {
+    "a shard is missing": (lambda f: (f / SHARDS[1]).unlink(), FileNotFoundError, SHARDS[1]),
+    "half a shard": (lambda f: (f / SHARDS[1]).write_bytes(b"12345678{"), ValueError, f"{SHARDS[1]} cannot be read"),
+    "a tensor that no shard holds": (indexed(lambda m: m.update(more=SHARDS[0])), ValueError, "must hold more, as"),
+    "a tensor in no place": (
+        indexed(lambda m: m.pop(NORM)),
+        ValueError,
+        f"holds {NORM}, which .* does not place there",
+    ),
+    "a tensor in another place": (
+        indexed(lambda m: m.update({NORM: SHARDS[0] if m[NORM] != SHARDS[0] else SHARDS[1]})),
+        ValueError,
+        f"holds {NORM}, which .* does not place there",
+    ),
+    "a file elsewhere": (
+        indexed(lambda m: m.update(a="../a.safetensors")),
+        ValueError,
+        "must name .* of its own folder",
+    ),
+    "a pickle": (indexed(lambda m: m.update(a="a.bin")), ValueError, "must name .*safetensors files"),
+    "a number for a file": (indexed(lambda m: m.update(a=3)), ValueError, "must name .*safetensors files"),
+    "no weight_map": (lambda f: (f / INDEX).write_text("{}"), ValueError, "must have a weight_map"),
+    "an index that is none": (lambda f: (f / INDEX).write_text("{"), ValueError, "index.json cannot be read"),
+    "a configuration that is none": (
+        lambda f: (f / "config.json").write_text("[]"),
+        ValueError,
+        "config.json must hold",
+    ),
+    "no index, a second checkpoint": (unindexed("other.safetensors"), ValueError, "to say which of its files"),
+    "no index, a shard of another count": (unindexed("model-00004-of-00004.safetensors"), ValueError, "to say which"),
+    "no index, a shard too many": (unindexed("model-00004-of-00003.safetensors"), ValueError, "shards 1 to 3"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_told(name, sharded):
+    damage, error, message = DAMAGE[name]
+    damage(sharded[0])
+    with pytest.raises(error, match=message):
+        load_fla_checkpoint(sharded[0])
+
+
+def test_a_tensor_in_two_shards_is_told(sharded):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = sharded
+    (folder / INDEX).unlink()
+    save_file(load_file(folder / SHARDS[0]) | load_file(folder / SHARDS[1]), folder / SHARDS[1])
+    with pytest.raises(ValueError, match=r"must hold .* once: it is in model-00002-of-00003"):
+        load_fla_checkpoint(folder)
+
+
+@pytest.mark.parametrize("index", [0, 1, LAYERS - 1])
+def test_a_missing_layer_is_told(index):
+    weights = {n: t for n, t in fla_weights().items() if f"layers.{index}." not in n}
+    with pytest.raises(ValueError, match=r"state_dict must hold (layers 0 to 2, layer|config.num_hidden_layers = 3)"):
+        from_fla_state_dict(weights, CONFIG)
+
+
+def test_every_tensor_must_be_there_in_its_shape():
+    weights = fla_weights(gate=True)
+    for name in weights:
+        with pytest.raises(ValueError, match="state_dict must"):
+            from_fla_state_dict({n: t for n, t in weights.items() if n != name}, CONFIG | {"use_gate": True})
+        for wrong in (weights[name][:-1], weights[name].unsqueeze(0), weights[name].sum()):
+            with pytest.raises(ValueError, match="state_dict must"):
+                from_fla_state_dict(weights | {name: wrong}, CONFIG | {"use_gate": True})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_hidden_layers": 4}, "config.num_hidden_layers = 4 layers, it holds 3"),
+        ({"num_hidden_layers": 2}, "config.num_hidden_layers = 2 layers, it holds 3"),
+        ({"vocab_size": 41}, "config.vocab_size = 41, its weights are of 40"),
+        ({"hidden_size": 25}, "config.hidden_size = 25, its weights are of 24"),
+        ({"num_heads": 3}, "config.num_heads = 3, its weights are of 2"),
+        ({"intermediate_size": 65}, "config.intermediate_size = 65, its weights are of 64"),
+        ({"conv_size": 3}, "config.conv_size = 3, its weights are of 4"),
+        ({"use_short_conv": False}, "config.use_short_conv = False, its weights are of True"),
+        ({"use_gate": True}, "config.use_gate = True, its weights are of False"),
+        ({"norm_eps": "small"}, "config.norm_eps must be a number, got 'small'"),
+        ({"attn": {"layers": [0]}}, "config.attn must have num_heads"),
+        ({"attn": {"num_heads": 2}}, "config.attn must have layers"),
+        ({"attn": {"num_heads": 2, "layers": [7]}}, "config.attn.layers must be from 0 to 2, got 7"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_fla_state_dict(fla_weights(), CONFIG | options)
+
+
+def test_fla_counts_24_layers_where_the_configuration_does_not():
+    config = {name: value for name, value in CONFIG.items() if name != "num_hidden_layers"}
+    with pytest.raises(ValueError, match=r"config\.num_hidden_layers = 24 layers, it holds 3"):
+        from_fla_state_dict(fla_weights(), config)
+
+
+@pytest.mark.parametrize("wide", ["o_norm", "norm", "conv1d"])
+@pytest.mark.parametrize("options", [{}, {"attention": [1]}], ids=["pure", "with attention"])
+def test_float32_norms_and_convolutions_in_a_bfloat16_model(wide, options):
+    """They stay in float32, and the model runs, backwards and under autocast too."""
+    weights = {n: t.float() if wide in n else t.bfloat16() for n, t in fla_weights(gate=True, **options).items()}
+    config = CONFIG | {"use_gate": True} | ({"attn": ATTENTION | {"window_size": 5}} if options else {})
+    model = from_fla_state_dict(weights, config)
+    kept = {p.dtype for n, p in model.named_parameters() if "conv" in n or "norm" in n}
+    assert torch.float32 in kept and model.head.weight.dtype == torch.bfloat16
+    tokens = torch.arange(17)[None]
+    logits = model(tokens)
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert logits.dtype == torch.bfloat16
+
+    def error(state, autocast=False):
+        """Of the logits against the same numbers computed in float64."""
+        exact = from_fla_state_dict({n: t.double() for n, t in state.items()}, config)(tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return (from_fla_state_dict(state, config)(tokens) - exact).norm() / exact.norm()
+
+    # With less in bfloat16 the error is that of bfloat16 throughout, or less; twice, since it is one draw of roundings.
+    throughout = error({n: t.bfloat16() for n, t in weights.items()})
+    assert error(weights) < 2 * throughout and error(weights, autocast=True) < 2 * throughout < 0.2
+
+
+def test_matrices_of_two_dtypes_are_refused():
+    weights = fla_weights() | {
+        "model.layers.1.attn.b_proj.weight": fla_weights()["model.layers.1.attn.b_proj.weight"].float()
+    }
+    with pytest.raises(ValueError, match=r"matrices of one dtype, .* has torch.float64 and blocks.1.mixer.beta.weight"):
+        from_fla_state_dict(weights, CONFIG)
+    quantised = fla_weights() | {"model.norm.weight": torch.ones(WIDTH, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"norm\.weight has torch\.int8"):
+        from_fla_state_dict(quantised, CONFIG)
 
 
 @pytest.mark.parametrize(
