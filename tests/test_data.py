@@ -139,6 +139,23 @@ class TestBPE:
         with pytest.raises(DataError, match="prepared with"):
             load_corpus(tmp_path / "prepared", vocab=999)
 
+    @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe", b"[" * 10_000])
+    def test_a_tokenizer_that_is_gone_or_damaged(self, source_folder, tmp_path, content):
+        pytest.importorskip("tokenizers")
+        load_corpus(source_folder, vocab=300).save(tmp_path / "prepared")
+        path = tmp_path / "prepared" / "tokenizer.json"
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(DataError, match=r"holds no tokenizer that can be read|was prepared with tokenizer bpe-"):
+            load_corpus(tmp_path / "prepared")
+
+    def test_the_tokenizer_of_another_corpus(self, source_folder, tmp_path):
+        pytest.importorskip("tokenizers")
+        for size in (300, 310):
+            load_corpus(source_folder, vocab=size).save(tmp_path / str(size))
+        (tmp_path / "310" / "tokenizer.json").replace(tmp_path / "300" / "tokenizer.json")
+        with pytest.raises(DataError, match=r"was prepared with tokenizer bpe-\w+, but holds bpe-"):
+            load_corpus(tmp_path / "300")
+
     def test_too_small(self, source_folder):
         with pytest.raises(DataError, match="at least 257"):
             load_corpus(source_folder, vocab=100)
@@ -218,6 +235,22 @@ class TestBatches:
     def test_context_longer_than_data(self):
         with pytest.raises(DataError, match="length must be below the number of training tokens, 1000"):
             Batches(self.tokens, 1000, 4)
+
+    @pytest.mark.parametrize("name", ["length", "batch", "accumulate", "world"])
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", None, float("nan")])
+    def test_counts_are_whole_numbers(self, name, value):
+        with pytest.raises(DataError, match=f"{name} must be a whole number"):
+            Batches(self.tokens, **{"length": 16, "batch": 4, "accumulate": 1, "world": 1, name: value})
+
+    @pytest.mark.parametrize("rank", [-1, 2, 0.5])
+    def test_a_rank_that_is_none(self, rank):
+        with pytest.raises(DataError, match="rank must be from 0 to 1"):
+            Batches(self.tokens, 16, 4, rank=rank, world=2)
+
+    @pytest.mark.parametrize("tokens", [tokens[None], tokens.astype(np.float32), tokens > 3])
+    def test_tokens_are_a_row_of_integers(self, tokens):
+        with pytest.raises(DataError, match=r"tokens must be integers \[n\]"):
+            Batches(tokens, 16, 4)
 
     def test_batch_must_divide(self):
         with pytest.raises(DataError, match="batch must be a multiple"):

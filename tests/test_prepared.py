@@ -294,7 +294,10 @@ def changed(**values):
         path = folder / "corpus.json"
         about = json.loads(path.read_text())
         about.update(values)
-        path.write_text(json.dumps({key: value for key, value in about.items() if value != "absent"}))
+        about = {key: value for key, value in about.items() if value != "absent"}
+        if "digest" in about and "digest" not in values:  # so that the check behind it is met
+            about["digest"] = corpus_module._digest(about)
+        path.write_text(json.dumps(about))
 
     return damage
 
@@ -361,6 +364,11 @@ DAMAGES = {
     "tokens strings": changed(tokens={"train": "5", "validation": "5"}),
     "tokens negative": changed(tokens={"train": -5, "validation": 5}),
     "tokens of others": changed(tokens={"train": 7, "validation": 5}),
+    "another digest": changed(digest="0" * 64),
+    "no digest": changed(digest="absent"),
+    "another rate": lambda folder: (folder / "corpus.json").write_text(
+        (folder / "corpus.json").read_text().replace('"bytes_per_token": 1.0', '"bytes_per_token": 1.5')
+    ),
     "no hashes": changed(sha256="absent"),
     "another format": changed(format="dn_lib corpus 99"),
     "another tokenizer": changed(facts={"tokenizer": "bpe-0123456789ab"}),
@@ -391,7 +399,7 @@ class TestDamaged:
 
     def test_one_from_before_formats_had_names_is_read(self, corpus, tmp_path):
         corpus.save(tmp_path / "p")
-        changed(format="absent", tokens="absent", sha256="absent")(tmp_path / "p")
+        changed(format="absent", tokens="absent", sha256="absent", digest="absent")(tmp_path / "p")
         assert np.array_equal(Corpus.open(tmp_path / "p").train, corpus.train)
         corpus.save(tmp_path / "p")
 

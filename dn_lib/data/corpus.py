@@ -84,7 +84,7 @@ class Corpus:
         make_folder(target.parent, "the parent of the corpus")
         remove_leftovers(target.parent, FILES)
         work = temporary_name(target.parent)
-        work.mkdir()
+        make_folder(work, "the new corpus")
         try:
             self._write(work)
             replace_folder(work, target, _check_contents, FILES)
@@ -107,6 +107,8 @@ class Corpus:
             "bytes_per_token": self.bytes_per_token,
             "facts": self.facts,
         }
+        about = json.loads(json.dumps(about))  # as it will be read: a tuple is a list then
+        about["digest"] = _digest(about)
         (folder / "corpus.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -186,8 +188,15 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
         and 0 < rate < float("inf")
         and isinstance(about.get("facts"), dict)
         and (older or (_are_counts(tokens) and isinstance(about.get("sha256"), dict)))
+        and (older or about.get("digest") == _digest(about))
     )
     return about if whole else None
+
+
+def _digest(about: dict[str, Any]) -> str:
+    """The hash of all that `corpus.json` says."""
+    rest = {key: value for key, value in about.items() if key != "digest"}
+    return _hash(json.dumps(rest, sort_keys=True).encode())
 
 
 def _are_counts(tokens: Any) -> bool:
@@ -556,7 +565,10 @@ def unpack(archive: str | Path) -> Path:
     work.mkdir()
     try:
         _extract(archive, work)
-        Corpus.open(work, verify=True)
+        try:
+            Corpus.open(work, verify=True)
+        except DataError as error:  # of the archive, which the caller knows
+            raise DataError(str(error).replace(str(work), str(archive))) from None
         if not _is_whole(folder):  # another process may have been faster
             replace_folder(work, folder, _check_contents, FILES)
     finally:
