@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import io
 import keyword
 import math
-import tokenize
+import re
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -110,29 +110,80 @@ def document_windows(tokens: np.ndarray, length: int, limit: int = 64) -> torch.
 Span = tuple[int, int]
 
 
+# A comment, the beginning of a string, a name, a number, or a mark that may end a field of an f-string.
+_TOKEN = re.compile(
+    rb"""\#[^\n]*
+    | (?P<prefix>[bfrtu]?|[bft]r|r[bft])(?P<quotes>'{3}|"{3}|'|")
+    | (?P<name>[a-z_\x80-\xff][\w\x80-\xff]*)
+    | \.?[0-9][\w.]*
+    | (?P<mark>[]()[{}:])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def _names(text: bytes, place: int = 0, in_field: bool = False) -> Generator[Span, None, int]:
+    """Spans of the names (keywords too) in the code that begins at `place`; returns the place behind that code.
+
+    Python's own `tokenize` would not do: from version to version it finds other names in f-strings.
+    """
+    depth = 0
+    while found := _TOKEN.search(text, place):
+        place, mark = found.end(), found["mark"]
+        if found["name"]:
+            yield found.span("name")
+        elif found["quotes"]:
+            place = yield from _names_in_string(text, place, found["quotes"], found["prefix"].lower())
+        elif mark and in_field:
+            if depth == 0 and mark == b"}":
+                return place
+            if depth == 0 and mark == b":":
+                return (yield from _names_in_string(text, place, b"}", b"f"))
+            depth += (mark in b"([{") - (mark in b")]}")
+    return len(text)
+
+
+def _names_in_string(text: bytes, place: int, end: bytes, prefix: bytes) -> Generator[Span, None, int]:
+    """The same for a string of this prefix, or the format of a field, that goes on to `end`.
+
+    Only f-strings and t-strings hold names, in their fields.  A string that is not closed ends the code.
+    """
+    parts = [re.escape(end)] if len(end) == 3 else [re.escape(end), rb"\n"]
+    if not {*b"ft"} & {*prefix}:
+        parts.append(rb"\\.")
+    elif end == b"}":
+        parts.append(rb"\{")
+    else:
+        parts += ([] if b"r" in prefix else [rb"\\N\{"]) + [rb"\{\{", rb"\\[^{]", rb"\{"]
+    part = re.compile(rb"|".join(parts), re.DOTALL)
+    while found := part.search(text, place):
+        place = found.end()
+        if found[0] == end:
+            return place
+        if found[0] == b"{":
+            place = yield from _names(text, place, in_field=True)
+        elif found[0] == b"\n":
+            break
+    return len(text)
+
+
 def name_occurrences(text: bytes) -> tuple[list[Span], list[Span]]:
     """Where names stand in Python source: (first occurrences, later ones), each (begin, end) in bytes.
 
-    Keywords and names of fewer than four characters are left out.  `text` may break off anywhere.
+    Keywords and names of fewer than four characters are left out; names in the fields of f-strings count.
+    `text` may break off anywhere.
 
     >>> name_occurrences(b"total = 0\\nprint(total)\\n")
     ([(0, 5), (10, 15)], [(16, 21)])
+    >>> name_occurrences(b"f'total {total:>{width}}'")
+    ([(9, 14), (17, 22)], [])
     """
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     first, later = [], []
-    starts = [0]
-    for line in text.split(b"\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    try:
-        # Latin-1 has one character for every byte, so that columns are bytes.
-        for token in tokenize.generate_tokens(io.StringIO(text.decode("latin-1")).readline):
-            if token.type != tokenize.NAME or len(token.string) < 4 or keyword.iskeyword(token.string):
-                continue
-            begin = starts[token.start[0] - 1] + token.start[1]
-            (later if token.string in seen else first).append((begin, begin + len(token.string)))
-            seen.add(token.string)
-    except (tokenize.TokenError, SyntaxError):
-        pass  # the window ends inside a bracket or a string: what was found before stands
+    for begin, end in _names(text):
+        name = text[begin:end]
+        if len(name) >= 4 and not keyword.iskeyword(name.decode("latin-1")):
+            (later if name in seen else first).append((begin, end))
+            seen.add(name)
     return first, later
 
 
