@@ -73,8 +73,8 @@ def test_pieces_equal_the_whole_when_compiled():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     cache = model.new_cache(2)
     with torch.no_grad():
-        pieces = [compiled(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 9), (9, 24))]
-        assert relative(torch.cat(pieces, dim=1), model(tokens)) < SINGLE
+        pieces = [compiled(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 9))]
+        assert relative(torch.cat(pieces, dim=1), model(tokens[:, :9])) < SINGLE
 
 
 def test_what_maps_over_arguments_passes_a_cache_on():
