@@ -13,6 +13,7 @@ import dn_lib  # noqa: F401
 from dn_lib import data
 from dn_lib.data import Batches, Corpus, DataError, build_corpus, load_corpus
 from dn_lib.data import wheels as wheels_module
+from dn_lib.training import windows
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +252,11 @@ class TestBatches:
     def test_tokens_are_a_row_of_integers(self, tokens):
         with pytest.raises(DataError, match=r"tokens must be integers \[n\]"):
             Batches(tokens, 16, 4)
+
+    @pytest.mark.parametrize("length", [0, -1])
+    def test_windows_that_follow_each_other_have_a_length(self, length):
+        with pytest.raises(DataError, match="length must be at least 1"):
+            windows(self.tokens, length)
 
     def test_batch_must_divide(self):
         with pytest.raises(DataError, match="batch must be a multiple"):

@@ -22,11 +22,13 @@ def windows(tokens: np.ndarray, length: int, limit: int | None = None) -> torch.
     token but the first is predicted once.  At most `limit` tokens are predicted (but one window at least).
     They are spread evenly over `tokens` if that is longer.
 
-    Raises DataError if `tokens` is shorter than a window.
+    Raises DataError if `tokens` is shorter than a window, or `length` below 1.
 
     >>> windows(np.arange(9), length=4).tolist()
     [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
     """
+    if length < 1:
+        raise DataError(f"length must be at least 1, got {length}")
     count = (len(tokens) - 1) // length
     if count < 1:
         raise DataError(
