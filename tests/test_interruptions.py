@@ -1,5 +1,8 @@
 """What happens around a run and must not cost it: signals, a reader that leaves, a full disk, a number that is none."""
 
+import builtins
+import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -144,6 +147,17 @@ class TestNobodyListens:
         assert len(told) == 1 and len(refused) == 2
         assert [record["step"] for record in records if "step" in record] == list(range(1, 9))
 
+    def test_a_log_that_never_could_be_written_is_in_the_checkpoint(self, tmp_path, monkeypatch):
+        def full(path, content):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="could not write"):
+            patch.setattr(interruptions, "append_whole", full)
+            history = train(model(), corpus(), QUICK, folder=tmp_path)
+        assert last_logged(tmp_path) == 0
+        again = train(model(), corpus(), QUICK, folder=tmp_path, resume=True)
+        assert again.steps == history.steps and again.evaluations == history.evaluations and last_logged(tmp_path) == 8
+
     def test_a_line_is_appended_whole_or_not_at_all(self, tmp_path):
         resource = pytest.importorskip("resource")
         path = tmp_path / "log.jsonl"
@@ -287,6 +301,61 @@ class TestTheCommandGoesOn:
         with held(begun):
             result = self.train("--out", begun, "--resume", "--quiet", "--device", "cpu")
         assert result.exit_code == 2 and "is in use by another run" in result.stderr
+
+
+class FailsAt:
+    """While it is entered, the `number`-th file operation in `folder` fails as a broken disk does."""
+
+    names = ("listdir", "mkdir", "open", "rename", "replace", "scandir", "stat", "unlink")
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number, self.seen = str(folder), number, 0
+
+    def wrapped(self, function):
+        def call(path, *rest, **named):
+            if self.folder in str(path):
+                self.seen += 1
+                if self.seen == self.number:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return function(path, *rest, **named)
+
+        return call
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in self.names:
+            self.patch.setattr(os, name, self.wrapped(getattr(os, name)))
+        self.patch.setattr(builtins, "open", self.wrapped(open))
+        return self
+
+    def __exit__(self, *problem):
+        self.patch.undo()
+
+
+def test_whichever_file_operation_fails_nothing_is_lost(tmp_path):
+    """Each in turn: training goes on or ends with a CheckpointError, and the run can be gone on with, exactly."""
+    config = replace(QUICK, steps=2, checkpoint_every=1, keep=1, evaluate_every=0, evaluation_tokens=0, log_every=1)
+    text, ended = corpus(), set()
+
+    def trained(folder, **options) -> list[float]:
+        return losses(train(model(width=8, layers=1, heads=1, hybrid="none"), text, config, folder=folder, **options))
+
+    wanted = trained(None)
+    for number in itertools.count(1):
+        folder = tmp_path / str(number) / "run"
+        with FailsAt(folder, number) as disk, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a log that could not be written
+            try:
+                trained(folder)
+                ended.add("trained")
+            except CheckpointError as error:
+                assert "Input/output error" in str(error) or "cannot be" in str(error)
+                ended.add("told")
+        if disk.seen < number:
+            break
+        assert all(read(path) for path in checkpoint.numbered(folder))
+        assert trained(folder, resume=True) == wanted
+    assert number > 30 and ended == {"trained", "told"}
 
 
 def test_an_unwritable_folder_is_told_before_training():

@@ -164,11 +164,17 @@ def step_of(path: str | Path) -> int | None:
 
 
 def numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints in `folder`, the oldest first, by number: not by name, which fails at ten million steps."""
+    """The checkpoints in `folder`, the oldest first, by number: not by name, which fails at ten million steps.
+
+    Raises CheckpointError if the folder cannot be listed.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    found = [(step_of(path), path) for path in folder.iterdir() if step_of(path) is not None and path.is_file()]
+    try:
+        if not folder.is_dir():
+            return []
+        found = [(step_of(path), path) for path in folder.iterdir() if step_of(path) is not None and path.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}") from None
     return [path for _, path in sorted(found)]
 
 
@@ -205,22 +211,28 @@ def write(checkpoint: Checkpoint, folder: str | Path, *, keep: int = 2) -> Path:
             set_aside(path)
         write_file(path, to_bytes(checkpoint.tensors, metadata=metadata), checkpoint.about["run"])
     except OSError as error:
-        last = latest(folder)
-        kept = f"the last good one is {last}" if last else "there is none before it"
         raise CheckpointError(
-            f"could not write checkpoint {path}: {error.strerror or error}; {kept}; "
+            f"could not write checkpoint {path}: {error.strerror or error}; {_last_good(folder)}; "
             "free some space and run again with --resume"
         ) from None
-    _prune(folder, checkpoint.about["run"], checkpoint.about["step"], keep)
+    with contextlib.suppress(CheckpointError, OSError):  # one checkpoint too many is no reason to end a run
+        _prune(folder, checkpoint.about["run"], checkpoint.about["step"], keep)
     return path
+
+
+def _last_good(folder: Path) -> str:
+    try:
+        last = latest(folder)
+    except CheckpointError as error:
+        return str(error)
+    return f"the last good one is {last}" if last else "there is none before it"
 
 
 def _prune(folder: Path, run: str, step: int, keep: int) -> None:
     """Delete the run's own checkpoints but the newest `keep`: what it did not write, it does not delete."""
     own = [path for path in numbered(folder) if step_of(path) <= step and run_of(path) == run]
     for old in own[:-keep]:
-        with contextlib.suppress(OSError):  # one checkpoint too many is no reason to end a run
-            old.unlink()
+        old.unlink()
 
 
 def run_of(path: str | Path) -> str | None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from dn_lib.training import checkpoint as checkpoints
 from dn_lib.training.checkpoint import CheckpointError
-from dn_lib.training.interruptions import read_log, warn
+from dn_lib.training.interruptions import lines, read_log, warn
 
 LOCK, RUN, LOG = "run.lock", "run.json", "log.jsonl"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that cannot lock
@@ -72,18 +72,25 @@ def begin(folder: Path, notes: dict[str, Any], again: bool) -> str:
     """
     if checkpoints.latest(folder) is not None:
         raise CheckpointError(f"{folder} holds a run already: go on with --resume, or take another folder")
-    if (folder / "model").exists():
-        raise CheckpointError(f"{folder} holds a model and no checkpoint to go on from: take another folder")
     began = run_facts(folder).get("run")
-    for name in (LOG, "tokenizer.json"):
-        path = folder / name
-        if path.exists() and path.stat().st_size and not (began and again):
-            remedy = "begin it again with --resume, or take" if began else "take"
-            whose = "a run that wrote no checkpoint" if began else "something else"
-            raise CheckpointError(f"{path} is there already, from {whose}: {remedy} another folder")
+    there = _first_with_content(folder, ("model", LOG, "tokenizer.json"))
+    if there == "model":
+        raise CheckpointError(f"{folder} holds a model and no checkpoint to go on from: take another folder")
+    if there and not (began and again):
+        remedy = "begin it again with --resume, or take" if began else "take"
+        whose = "a run that wrote no checkpoint" if began else "something else"
+        raise CheckpointError(f"{folder / there} is there already, from {whose}: {remedy} another folder")
     run = began if isinstance(began, str) else secrets.token_hex(8)
     enter(folder, run, notes, [])
     return run
+
+
+def _first_with_content(folder: Path, names: Iterable[str]) -> str | None:
+    """The first of `names` that is in `folder`, empty files left out."""
+    try:
+        return next((name for name in names if (folder / name).exists() and (folder / name).stat().st_size), None)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
 def enter(folder: Path, run: str, notes: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -95,11 +102,10 @@ def enter(folder: Path, run: str, notes: dict[str, Any], records: list[dict[str,
         "host": platform.node(),
         "notes": notes,
     }
-    log = "".join(json.dumps(record) + "\n" for record in records)
     try:
         checkpoints.remove_parts(folder, run)
         checkpoints.write_file(folder / RUN, (json.dumps(about, indent=1) + "\n").encode(), run)
-        checkpoints.write_file(folder / LOG, log.encode(), run)
+        checkpoints.write_file(folder / LOG, lines(records), run)
     except OSError as error:
         raise CheckpointError(f"could not write into {folder}: {error.strerror or error}") from None
 
@@ -116,6 +122,7 @@ def go_on(folder: Path, saved: checkpoints.Checkpoint, notes: dict[str, Any]) ->
         raise CheckpointError(f"the checkpoint of step {step} is of another run than {folder}: take another folder")
     try:
         records = read_log(folder / LOG, step)
+        records += [record for record in saved.about.get("unlogged", []) if record not in records]
         for path in checkpoints.numbered(folder):
             if checkpoints.step_of(path) > step:
                 checkpoints.set_aside(path)

@@ -94,17 +94,19 @@ class Log:
     """`log.jsonl`: one line for each record.
 
     A disk that refuses does not end the run: the records wait in memory and are tried again with the next one.
+    `waiting` goes into checkpoints, so that no record is lost.
     """
 
     def __init__(self, path: Path | None):
-        self.path, self.waiting, self.told = path, [], False
+        self.path, self.told = path, False
+        self.waiting: list[dict[str, Any]] = []
 
     def add(self, *records: dict[str, Any]) -> None:
-        if self.path is None:
+        self.waiting += records if self.path is not None else ()
+        if not self.waiting:
             return
-        self.waiting += [json.dumps(record) + "\n" for record in records]
         try:
-            append_whole(self.path, "".join(self.waiting).encode())
+            append_whole(self.path, lines(self.waiting))
         except OSError as error:
             if not self.told:
                 reason = error.strerror or error
@@ -112,6 +114,11 @@ class Log:
             self.told = True
         else:
             self.waiting = []
+
+
+def lines(records: list[dict[str, Any]]) -> bytes:
+    """Records as the lines of a log."""
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def append_whole(path: Path, content: bytes) -> None:

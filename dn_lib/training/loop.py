@@ -208,6 +208,7 @@ class _Run:
                     if stops:
                         break
                     mark = time.perf_counter()
+        self.log.add()  # once more, what waits
         self.history.tokens_per_second = self.speed(started_at)
         return self.history
 
@@ -320,7 +321,7 @@ class _Run:
         return self.history.stopped is not None
 
     def save(self) -> None:
-        about = {**self.about, "step": self.done, "seconds": self.busy}
+        about = {**self.about, "step": self.done, "seconds": self.busy, "unlogged": self.log.waiting}
         state = checkpoints.capture(self.model, self.optimiser, self.batches.state(), about)
         self.history.checkpoint = in_first(
             self.place, lambda: checkpoints.write(state, self.folder, keep=self.config.keep)
