@@ -245,6 +245,8 @@ def active_transform(*tensors: Tensor | None) -> str | None:
         return None
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
+        return "several gradients at once (torch.autograd.grad with is_grads_batched)"
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):

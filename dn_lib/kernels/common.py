@@ -153,9 +153,11 @@ def state_mask(keys, values, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def only_if(condition, mask):
-    """`mask` where the scalar `condition` holds, else nothing.  Written out, since not every version of Triton's
-    interpreter takes `&` of a scalar and a block."""
-    return mask & tl.broadcast_to(condition, mask.shape)
+    """`mask` where the scalar `condition` holds, else nothing.
+
+    Not `mask & condition`: interpreters make int32 of a scalar and a block, which that of Triton 3.9 takes for no mask.
+    """
+    return tl.where(condition, mask, False)
 
 
 @triton.jit
