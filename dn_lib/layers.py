@@ -698,7 +698,9 @@ class LinearAttention(_RecurrentMixer):
         self.activation = _choice("activation", activation, ACTIVATIONS)
         self.qk_norm = _choice("qk_norm", qk_norm, QK_NORMS)
 
-    def _query_key_value(self, x: Tensor, cache: LayerCache | None, documents: Documents | None) -> tuple[Tensor, ...]:
+    def _query_key_value(
+        self, x: Tensor, cache: LayerCache | None, documents: Documents | None = None
+    ) -> tuple[Tensor, ...]:
         """q, k, v `[B, steps L, H, d]`, a token's steps one after the other; q, k not normalised."""
         activation = ACTIVATIONS[self.activation]
         q, k, v = (self._project(name, x, cache, documents) for name in ("query", "key", "value"))
