@@ -169,12 +169,10 @@ def decode_cost(model, options) -> dict:
     for context in (256, 1024, 4096, 16384):
         tokens = torch.randint(1, 128, (1, context), device=device)
         cache = model.new_cache(1)
-        # The first piece fits in the window: FlexAttention, which compiles for every length, is not called.
-        first = min(context, options.window)
+        # In pieces, so that a long context needs no more memory than a short one.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            for piece in (tokens[:, :first], *tokens[:, first:].split(2048, dim=1)):
-                if piece.shape[1]:
-                    model.features(piece, cache)
+            for piece in tokens.split(2048, dim=1):
+                model.features(piece, cache)
             for step in range(24):
                 if step == 8:
                     if device.type == "cuda":

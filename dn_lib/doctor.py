@@ -163,6 +163,14 @@ def cache() -> Finding:
     return Finding("Cache", f"{folder}, but {there} cannot be written", remedy)
 
 
+def checks() -> Finding:
+    """Whether values are read before a GPU reads them, which explains its device-side assertions."""
+    if os.environ.get("DN_LIB_CHECKED") == "1":
+        return Finding("Checks", "of values in every call (DN_LIB_CHECKED=1)")
+    text = "of values off; DN_LIB_CHECKED=1 names what a GPU ends in a device-side assert over, as tokens out of range"
+    return Finding("Checks", text)
+
+
 def _look(subject: str, part: Callable[[], Finding | list[Finding]]) -> list[Finding]:
     """What `part` finds. On a broken machine any part may fail; it must not take the rest of the report along."""
     try:
@@ -187,6 +195,7 @@ def report() -> str:
         ("C compiler", c_compiler),
         ("Packages", extras),
         ("Cache", cache),
+        ("Checks", checks),
     ]
     findings = [finding for subject, part in parts for finding in _look(subject, part)]
     problems = sum(bool(finding.remedy) for finding in findings)

@@ -50,6 +50,13 @@ def test_interpreter_asked_for_beside_a_gpu(monkeypatch):
     assert "unset it" in doctor.triton().remedy
 
 
+def test_checks_of_values_are_named_where_a_gpu_would_only_assert(monkeypatch):
+    monkeypatch.delenv("DN_LIB_CHECKED", raising=False)
+    assert "DN_LIB_CHECKED=1" in doctor.checks().found and "tokens" in doctor.checks().found
+    monkeypatch.setenv("DN_LIB_CHECKED", "1")
+    assert "in every call" in doctor.checks().found
+
+
 def test_missing_compiler(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "install one" in doctor.c_compiler().remedy

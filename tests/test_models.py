@@ -332,7 +332,7 @@ WITH_KERNELS = {"delta", "attention", "window"}  # the mixers that a GPU runs in
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", MODELS)
 def test_on_a_gpu(name):
-    """The CPU's numbers, a cache's and a compiled model's: Triton and FlexAttention in the PyTorch forms' place.
+    """The CPU's numbers, a cache's and a compiled model's: Triton and fused attention in the PyTorch forms' place.
 
     Code is generated for the models whose mixers all have kernels, each of which is one node of the graph. The
     other recurrences are PyTorch forms that go from chunk to chunk, or token to token, and are unrolled: up to 3,890
@@ -349,7 +349,7 @@ def test_on_a_gpu(name):
         pieces = [model(tokens[:, :300], cache), model(tokens[:, 300:505], cache)]
         pieces += [model(tokens[:, t : t + 1], cache) for t in range(505, 515)]
     scale = reference.norm()
-    # FlexAttention's float32 products are TF32 on some versions: a relative rounding of 2^-11 each.
+    # Where float32 products are TF32: a relative rounding of 2^-11 each.
     assert (whole.cpu() - reference).norm() < 2e-3 * scale
     assert (torch.cat(pieces, 1) - whole).norm() < 2e-3 * scale
     backend = "inductor" if set(model.config.mixers()) <= WITH_KERNELS else "aot_eager"
