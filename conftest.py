@@ -3,18 +3,18 @@
 import importlib.util
 import os
 
-import matplotlib
-import pytest
-import torch
+from tools.isolation import isolate
 
-import dn_lib  # noqa: F401 - before Triton, so that it asks for the interpreter where there is no GPU
+isolate()  # before anything reads personal settings; kernels of notebooks find dn_lib also where it is not installed
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import dn_lib  # noqa: E402, F401 - before Triton, so that it asks for the interpreter where there is no GPU
 
 INTERPRET = os.environ.get("TRITON_INTERPRET")  # as dn_lib has left it
 matplotlib.use("agg")
-os.environ.pop("MPLBACKEND", None)  # in the kernels of notebooks it would take the place of the inline one
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    part for part in (os.path.dirname(__file__), os.environ.get("PYTHONPATH")) if part
-)  # kernels of notebooks find dn_lib also where it is not installed
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from tools.isolation import isolate
 from tools.lowering import Book, lower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +31,11 @@ class ChapterError(RuntimeError):
 def execute(notebook: NotebookNode, folder: Path) -> float:
     """Run `notebook` in place, in a fresh kernel whose working directory is `folder`; returns the seconds.
 
+    Personal settings are kept out of it (see `tools.isolation`).
     Raises ChapterError if a cell raises, shows something that cannot be shown, or writes to standard error
     (a warning, a progress bar).
     """
-    os.environ.pop("MPLBACKEND", None)  # it would take the place of the kernel's own, and show no figure
+    isolate()
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
@@ -67,6 +70,9 @@ def execute_all(jobs: Sequence[tuple[str, Callable[[], float]]], workers: int = 
     Raises SystemExit, after all have run, if any raised ChapterError.
     """
     failed = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that has no tick ends no run
     # One thread for each of two kernels: chapters are small, and two fit the cores of any laptop.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -14,6 +14,7 @@ from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.read import read_myst_markdown_notebook
 
+from tools.isolation import isolate
 from tools.notebooks import ROOT, ChapterError, execute, execute_all
 
 
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sources-dir", type=Path, default=ROOT / "book", help="where the chapters are")
     options = parser.parse_args(arguments)
     sources = options.sources_dir.resolve()
+    isolate()
     start = time.perf_counter()
     try:
         fill_cache(sources)
