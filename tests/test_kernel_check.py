@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -137,6 +138,18 @@ def test_a_kernel_that_ends_its_process_is_survived():
     with pytest.raises(kc.KernelError, match=r"it ended the process that ran it \(SIGSEGV\)"):
         kc.interpret(deadly, vector_plan())
     assert kc.interpret(ADD, vector_plan()).outside == []  # a new child answers
+
+
+def test_what_start_up_files_and_kernels_print_is_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello ' * 100, flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    child = kc.Child(interpret=True)
+    talkative = ADD.replace("    i = ", "    print('hello')\n    i = ", 1)
+    try:
+        request = ("interpret", kc.kernel_source(talkative), "add", vector_plan())
+        assert child.ask(*request).outside == []
+    finally:
+        child.stop()
 
 
 def test_a_kernel_that_never_ends_is_stopped():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -236,20 +237,26 @@ class Child:
     def start(self) -> None:
         if self.process is not None and self.process.poll() is None:
             return
+        self.stop()
+        # Answers have a pipe of their own: start-up files of the user's may print before `serve` begins.
+        self.answers, writing = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from dn_lib.teaching.kernel_check import serve; serve()"],
+            [sys.executable, "-c", f"from dn_lib.teaching.kernel_check import serve; serve({writing})"],
             env={**os.environ, **self.environment},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            pass_fds=(writing,),
         )
+        os.close(writing)
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):  # of a request that was never read
+                self.process.stdin.close()
+            os.close(self.answers)
             self.process = None
 
     def ask(self, *request: Any, seconds: float = SECONDS) -> Any:
@@ -275,10 +282,10 @@ class Child:
     def _read(self, size: int, deadline: float) -> bytes:
         data = b""
         while len(data) < size:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select([self.answers], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError
-            piece = os.read(self.process.stdout.fileno(), size - len(data))
+            piece = os.read(self.answers, size - len(data))
             if not piece:
                 raise EOFError
             data += piece
@@ -303,10 +310,9 @@ def _send(stream: Any, value: Any) -> None:
     stream.flush()
 
 
-def serve() -> None:
-    """The child's loop: requests from stdin, answers to stdout; what kernels print goes nowhere."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def serve(descriptor: int) -> None:
+    """The child's loop: requests from stdin, answers to the pipe `descriptor`."""
+    answers = os.fdopen(descriptor, "wb")
     handlers = {"observe": _observe, "interpret": _interpret, "compile": _compile}
     torch.set_num_threads(1)
     while header := sys.stdin.buffer.read(8):
