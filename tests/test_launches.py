@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from delta_reference import error, forward_and_gradients, leaves, make, recurrence
@@ -191,6 +193,47 @@ def test_tensors_that_handle_operators_themselves_go_through_the_dispatcher():
         assert o.shape == x[2].shape and state.shape == (1, 1, 4, 5) and type(o) is type(x[0])
         with pytest.raises(ValueError, match=r"^state must hold its own values"):
             decode_delta_rule(*(y[:, 0] for y in x), state)
+
+
+LADDER = {
+    "scaled_add": ("x y", {"a": 2.0}),
+    "matmul": ("a b", {}),
+    "round_to_tf32": ("x", {}),
+    "linear_attention": ("q k v", {}),
+    "ut_transform": ("k beta", {}),
+    "delta_rule_in_steps": ("q k v beta", {}),
+    "delta_rule_in_one": ("q k v beta", {}),
+}
+
+
+def flat(results):
+    """The tensors of a result, those in its dictionaries too."""
+    for x in results if isinstance(results, tuple) else (results,):
+        yield from x.values() if isinstance(x, dict) else (x,)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LADDER)
+def test_the_kernels_of_the_ladder_read_any_layout_and_name_what_does_not_fit(name):
+    from dn_lib.kernels import ladder
+
+    function, (names, options) = getattr(ladder, name), LADDER[name]
+    known = dict(zip(("q", "k", "v", "beta"), make(1, 20, 2, 8, 8)[:4], strict=True))
+    known |= {x: torch.rand(9, 9) for x in "xyab"}
+    x = {key: known[key] for key in names.split()}
+    expected = list(flat(function(**x, **options)))
+    for change in LAYOUTS.values():
+        odd = {key: change(y) for key, y in x.items()}
+        assert all(map(torch.equal, flat(function(**odd, **options)), expected))
+    for key in x:
+        malformed = [None, x[key].long(), x[key].to("meta"), x[key][None]]
+        for bad in malformed[: 3 if name == "round_to_tf32" else 4]:  # which takes any shape
+            with pytest.raises((TypeError, ValueError), match=f"^({'|'.join(x)}) must"):
+                function(**x | {key: bad}, **options)
+    for argument, bad in [("scale", "x"), ("chunk_size", 24), ("chunk_size", True), ("block_v", 8), ("method", "lu")]:
+        if argument in inspect.signature(function).parameters:
+            with pytest.raises((TypeError, ValueError), match=f"^{argument} must"):
+                function(**x, **options, **{argument: bad})
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------

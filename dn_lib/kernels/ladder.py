@@ -1,9 +1,10 @@
 """Chapter 5's ladder: small kernels, from a first program to the delta rule in four steps and in one.
 
 They are written to be read and compared, not to be fast; the operator uses the kernels beside this file.
-Tensors are `[B, L, H, d]` and contiguous, as in `dn_lib.delta_rule`.  A program that owns a head finds row
-t of it `H * d` elements after row t - 1.  Every dot is taken in `DOT`: the tensors' own type where the
-kernel is compiled, float32 in the interpreter, which would multiply the bit patterns of bfloat16.
+Tensors are `[B, L, H, d]`, as in `dn_lib.delta_rule`; what is not contiguous is copied first.  A program that
+owns a head finds row t of it `H * d` elements after row t - 1.  Every dot is taken in `DOT`: the tensors' own
+type where the kernel is compiled, float32 in the interpreter, which would multiply the bit patterns of bfloat16.
+An argument that does not fit raises a TypeError or ValueError that names it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 import dn_lib.kernels.interpreter  # noqa: F401  (mends the interpreter of older versions of Triton)
+from dn_lib.common import check_integer, check_shape, check_tensors, describe, scale_or_default
+from dn_lib.kernels.arguments import readable
 
 LEAST_DOT = 16
 """The smallest side of a `tl.dot` that the hardware takes."""
@@ -44,6 +47,47 @@ def block_width(d: int) -> int:
     return max(LEAST_DOT, triton.next_power_of_2(d))
 
 
+def check_block(name: str, size: int, least: int = LEAST_DOT) -> None:
+    """Raise ValueError unless `size` is a power of two of at least `least`, as blocks are.
+
+    >>> check_block("chunk_size", 24)
+    Traceback (most recent call last):
+    ValueError: chunk_size must be a power of two of at least 16, got 24
+    """
+    check_integer(name, size)
+    if size < least or size & (size - 1):
+        raise ValueError(f"{name} must be a power of two of at least {least}, got {size}")
+
+
+def _prepared(**given: Tensor) -> list[Tensor]:
+    """The tensors of a rung of the ladder (some of q, k, v and beta), checked against the first, and contiguous."""
+    check_tensors(**given)
+    first, reference = next(iter(given.items()))
+    if reference.ndim != 4:
+        raise ValueError(f"{first} must be [B, L, H, d_k], got {list(reference.shape)}")
+    rows = tuple(reference.shape[:3])
+    for name, x in given.items():
+        width = {"beta": (), "v": (x.shape[-1] if x.ndim else 1,)}.get(name, (reference.shape[3],))
+        axes = {"beta": "B, L, H", "v": "B, L, H, d_v"}.get(name, "B, L, H, d_k")
+        check_shape(name, x, axes, (*rows, *width), first)
+    return readable(**given)
+
+
+def _blocks(chunk_size: int, block_v: int | None, d_v: int) -> int:
+    """The width of a block of values, after a check of both sizes."""
+    check_block("chunk_size", chunk_size)
+    if block_v is None:
+        return block_width(d_v)
+    check_block("block_v", block_v)
+    return block_v
+
+
+def _inverse(method: str):
+    if not isinstance(method, str) or method not in INVERSES:
+        raise ValueError(f"method must be one of {sorted(INVERSES)}, got {describe(method)}")
+    return INVERSES[method]
+
+
 # --- First programs -------------------------------------------------------------------------------------
 
 
@@ -57,11 +101,15 @@ def scaled_add_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
 
 
 def scaled_add(x: Tensor, y: Tensor, a: float, *, block: int = 128) -> Tensor:
-    """a x + y for contiguous `x` and `y` of one shape.
+    """a x + y for `x` and `y` of one shape.
 
     >>> scaled_add(torch.ones(5), torch.arange(5.0), 2.0).tolist()
     [2.0, 3.0, 4.0, 5.0, 6.0]
     """
+    check_tensors(x=x, y=y)
+    check_shape("y", y, "...", x.shape, "x")
+    check_block("block", block, least=1)
+    x, y = readable(x=x, y=y)
     out = torch.empty_like(x)
     n = x.numel()
     scaled_add_kernel[(triton.cdiv(n, block),)](x, y, out, a, n, BLOCK=block)
@@ -95,11 +143,17 @@ def matmul_kernel(a_ptr, b_ptr, out_ptr, M, N, K, DOT: tl.constexpr, BLOCK: tl.c
 
 
 def matmul(a: Tensor, b: Tensor, *, block: int = 16) -> Tensor:
-    """a @ b for contiguous matrices `[M, K]` and `[K, N]`, each program one block of the product.
+    """a @ b for matrices `[M, K]` and `[K, N]`, each program one block of the product.
 
     >>> matmul(torch.eye(3), torch.arange(6.0).reshape(3, 2)).tolist()
     [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
     """
+    check_tensors(a=a, b=b)
+    if a.ndim != 2:
+        raise ValueError(f"a must be [M, K], got {list(a.shape)}")
+    check_shape("b", b, "K, N", (a.shape[1], b.shape[-1] if b.ndim else 1), "a")
+    check_block("block", block)
+    a, b = readable(a=a, b=b)
     (M, K), N = a.shape, b.shape[1]
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     grid = (triton.cdiv(M, block), triton.cdiv(N, block))
@@ -116,7 +170,11 @@ def round_to_tf32(x: Tensor) -> Tensor:
     >>> round_to_tf32(torch.tensor([1.0 + 2**-11, 1.0 + 2**-12])).tolist()
     [1.0009765625, 1.0]
     """
-    bits = x.contiguous().view(torch.int32)
+    check_tensors(x=x)
+    if x.dtype != torch.float32:
+        raise ValueError(f"x must be float32, got {x.dtype}")
+    (x,) = readable(x=x)
+    bits = x.view(torch.int32)
     return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
 
 
@@ -150,17 +208,19 @@ def linear_attention_kernel(
 def linear_attention(q, k, v, *, scale=None, chunk_size=16, block_v=None):
     """Chunkwise linear attention in one kernel (eq-triton-linear).
 
-    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, contiguous -> o like v, state `[B, H, d_k, d_v]` float32.
+    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]` -> o like v, state `[B, H, d_k, d_v]` float32.
 
     >>> q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
     >>> [list(x.shape) for x in linear_attention(q, k, v)]
     [[1, 40, 2, 16], [1, 2, 16, 16]]
     """
+    q, k, v = _prepared(q=q, k=k, v=v)
+    scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
-    BV = block_v or block_width(d_v)
+    BV = _blocks(chunk_size, block_v, d_v)
     o, state = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     linear_attention_kernel[(B * H, triton.cdiv(d_v, BV))](
-        q, k, v, o, state, d_k**-0.5 if scale is None else scale, L, H, d_k, d_v,
+        q, k, v, o, state, scale, L, H, d_k, d_v,
         DOT=dot_type(q), C=chunk_size, BK=block_width(d_k), BV=BV,
     )  # fmt: skip
     return o, state
@@ -304,13 +364,14 @@ def ut_transform(k: Tensor, beta: Tensor, *, method: str = "merging", chunk_size
     >>> ut_transform(torch.zeros(1, 2, 1, 16), torch.full((1, 2, 1), 0.5))[0, :, 0, :2].tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
-    if method not in INVERSES:
-        raise ValueError(f"method must be one of {sorted(INVERSES)}, got {method!r}")
+    inverse = _inverse(method)
+    k, beta = _prepared(k=k, beta=beta)
+    check_block("chunk_size", chunk_size)
     B, L, H, d_k = k.shape
     T = torch.empty(B, L, H, chunk_size, dtype=k.dtype, device=k.device)
     ut_kernel[(triton.cdiv(L, chunk_size), B * H)](
         k, beta, T, L, H, d_k,
-        INVERSE=INVERSES[method], DOT=dot_type(k), C=chunk_size, BK=block_width(d_k),
+        INVERSE=inverse, DOT=dot_type(k), C=chunk_size, BK=block_width(d_k),
     )  # fmt: skip
     return T
 
@@ -318,7 +379,7 @@ def ut_transform(k: Tensor, beta: Tensor, *, method: str = "merging", chunk_size
 def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="merging", block_v=None):
     """The delta rule as four kernels (eq-steps-bytes), each of which writes its result to memory.
 
-    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, beta `[B, L, H]`, contiguous.  Returns o like v, the final
+    q, k `[B, L, H, d_k]`, v `[B, L, H, d_v]`, beta `[B, L, H]`.  Returns o like v, the final
     state `[B, H, d_k, d_v]` float32, and the intermediates by name: T, W, U, new (U - W S) and S, the
     state before each chunk, `[B, chunks, H, d_k, d_v]` float32.
 
@@ -327,10 +388,12 @@ def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="mer
     >>> list(o.shape), list(steps["S"].shape)
     ([1, 40, 2, 16], [1, 3, 2, 16, 16])
     """
+    q, k, v, beta = _prepared(q=q, k=k, v=v, beta=beta)
+    scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
+    narrow = _blocks(chunk_size, block_v, d_v)
     chunks = triton.cdiv(L, chunk_size)
     BK, BV = block_width(d_k), block_width(d_v)
-    narrow = block_v or BV
     sizes = dict(DOT=dot_type(q), C=chunk_size, BK=BK)
     T = ut_transform(k, beta, method=method, chunk_size=chunk_size)
     W, U, new, o = torch.empty_like(k), *(torch.empty_like(v) for _ in range(3))
@@ -338,7 +401,6 @@ def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="mer
     final = torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     wu_kernel[(chunks, B * H)](T, k, v, W, U, L, H, d_k, d_v, **sizes, BV=BV)
     state_kernel[(B * H, triton.cdiv(d_v, narrow))](k, W, U, new, S, final, L, H, d_k, d_v, **sizes, BV=narrow)
-    scale = d_k**-0.5 if scale is None else scale
     output_kernel[(chunks, B * H)](q, k, new, S, o, scale, L, H, d_k, d_v, **sizes, BV=BV)
     return o, final, dict(T=T, W=W, U=U, new=new, S=S)
 
@@ -382,11 +444,14 @@ def delta_rule_in_one(q, k, v, beta, *, scale=None, chunk_size=16, method="mergi
     >>> [list(x.shape) for x in delta_rule_in_one(q, k, v, torch.rand(1, 40, 2))]
     [[1, 40, 2, 16], [1, 2, 16, 16]]
     """
+    inverse = _inverse(method)
+    q, k, v, beta = _prepared(q=q, k=k, v=v, beta=beta)
+    scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
-    BV = block_v or block_width(d_v)
+    BV = _blocks(chunk_size, block_v, d_v)
     o, final = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     one_kernel[(B * H, triton.cdiv(d_v, BV))](
-        q, k, v, beta, o, final, d_k**-0.5 if scale is None else scale, L, H, d_k, d_v,
-        INVERSE=INVERSES[method], DOT=dot_type(q), C=chunk_size, BK=block_width(d_k), BV=BV,
+        q, k, v, beta, o, final, scale, L, H, d_k, d_v,
+        INVERSE=inverse, DOT=dot_type(q), C=chunk_size, BK=block_width(d_k), BV=BV,
     )  # fmt: skip
     return o, final
