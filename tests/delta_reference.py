@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def error(x: Tensor, reference: Tensor, size: float = 0.0) -> float:
     return difference / max(reference.norm().item(), size, 1e-300)
 
 
-def sensitivity(fn, inputs: tuple[Tensor | None, ...], sizes: tuple[float, ...] = (), *, draws: int = 4) -> list[float]:
+def sensitivity(fn, inputs: tuple[Tensor | None, ...], sizes: Sequence[float] = (), *, draws: int = 2) -> list[float]:
     """For each result of `fn(*inputs)`, its condition number: its relative change per relative change of the inputs.
 
     Every number of every input is changed by a factor of its own, at most 1 +- 2^-24, in float64, where the changes of
@@ -92,7 +93,7 @@ def sensitivity(fn, inputs: tuple[Tensor | None, ...], sizes: tuple[float, ...] 
     whose every step is exact for operands that are off by a relative e gives results that are off by e times this.
     """
     step = 2.0**-24
-    exact = [x.double() if x is not None else None for x in inputs]
+    exact = [None if x is None else x.double() for x in inputs]
     results = fn(*exact)
     sizes = (*sizes, *(0.0 for _ in results[len(sizes) :]))
     g = torch.Generator().manual_seed(0)

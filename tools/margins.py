@@ -27,11 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 2.0  # the factor that has to be left
 LARGEST = 0.05  # no tolerance is above it; what is compared with more is a count, a probability or a score
-FOLDER = "DN_LIB_MARGINS"  # where the plugin writes what it saw, one file for each process
-WITHOUT_ONEDNN = "DN_LIB_MARGINS_WITHOUT_ONEDNN"
+FOLDER = "MARGINS_FOLDER"  # where the plugin writes what it saw, one file for each process
+WITHOUT_ONEDNN = "MARGINS_WITHOUT_ONEDNN"
 
 # Three libraries multiply matrices: MKL and oneDNN in torch, OpenBLAS in numpy (and so in Triton's interpreter); ATen
-# sums. One run moves all of them, since hardly a comparison depends on two. A processor without AVX-512 ignores it.
+# sums. One run moves all of them, since hardly a comparison depends on two. The last needs a processor with AVX-512.
 SETTINGS = {
     "as it is": {},
     "oldest": {
@@ -59,24 +59,40 @@ NUMERICAL = [
 
 OPERATORS = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
 BY_NAME = {kind.__name__: function for kind, function in OPERATORS.items()}
-least: dict[str, dict] = {}  # the least room at each place, and where it was found
+least: dict[tuple[str, str], dict] = {}  # the least room at each place in each test
 
 
 def record(where: str, value: float, bound: float) -> None:
-    """Keeps the smallest ratio of the larger to the smaller side for each place."""
-    small, large = sorted((abs(value), abs(bound)))
+    """Keeps the smallest ratio of the larger to the smaller side for each place and test."""
+    small, large = sorted((value, bound))
     if not 0 < small <= LARGEST or large != large:
         return
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
     room = large / small
-    if where not in least or room < least[where]["room"]:
-        test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
-        least[where] = {"room": room, "value": float(value), "bound": float(bound), "test": test}
+    if (where, test) not in least or room < least[where, test]["room"]:
+        least[where, test] = {"room": room, "value": value, "bound": bound, "where": where, "test": test}
+
+
+def record_tensors(where: str, value, bound) -> None:
+    """The narrowest of the entries that are positive on both sides."""
+    import torch
+
+    a, b = torch.broadcast_tensors(*(torch.as_tensor(x).detach().double().cpu() for x in (value, bound)))
+    inside = (a > 0) & (b > 0)
+    if inside.any():
+        a, b = a[inside], b[inside]
+        i = (a / b).log().abs().argmin()
+        record(where, a[i].item(), b[i].item())
+
+
+def is_real(x) -> bool:
+    return isinstance(x, float) or (hasattr(x, "is_floating_point") and x.is_floating_point())
 
 
 def compare(name: str, where: str, left, right):
-    """`left < right` (or another comparison, by its name), recorded where both sides are real numbers."""
-    if all(isinstance(x, float) or getattr(x, "ndim", None) == 0 for x in (left, right)):
-        record(where, float(left), float(right))
+    """`left < right` (or another comparison, by its name), recorded where both sides are real numbers or tensors."""
+    if is_real(left) and is_real(right):
+        record_tensors(where, left, right)
     return BY_NAME[name](left, right)
 
 
@@ -109,6 +125,9 @@ def rewrite_before_pytest_does() -> None:
         original(tree, source, module_path, config)
 
     rewrite.rewrite_asserts = rewrite_asserts
+    # What ordinary runs have compiled is not used, and not written over.
+    rewrite._read_pyc = lambda *arguments: None
+    rewrite._write_pyc = lambda *arguments: True
 
 
 def wrap_allclose() -> None:
@@ -120,11 +139,8 @@ def wrap_allclose() -> None:
         return f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}"
 
     def worst(where, a, b, rtol, atol):
-        a, b = (torch.as_tensor(x).double().cpu() for x in (a, b))
-        allowed, off = (atol + rtol * b.abs()).expand_as(a - b), (a - b).abs()
-        if off.numel() and off.max() > 0:
-            i = (off / allowed.clamp(min=1e-300)).argmax()
-            record(where, off.flatten()[i].item(), allowed.flatten()[i].item())
+        a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+        record_tensors(where, (a - b).abs(), atol + rtol * b.abs())
 
     def wrap(original):
         def allclose(a, b, rtol=1e-5, atol=1e-8, **options):
@@ -145,16 +161,33 @@ def wrap_allclose() -> None:
     torch.testing.assert_close = wrapped
 
 
+def wrap_approx() -> None:
+    import pytest
+
+    scalar = type(pytest.approx(1.0))
+    original = scalar.__eq__
+
+    def equal(self, actual):
+        if isinstance(actual, float) and isinstance(self.expected, float):
+            frame = sys._getframe(1)
+            where = f"{os.path.relpath(frame.f_code.co_filename, ROOT)}:{frame.f_lineno}"
+            record(where, abs(actual - self.expected), self.tolerance)
+        return original(self, actual)
+
+    scalar.__eq__ = equal
+
+
 def pytest_configure(config) -> None:
     import torch
 
     if WITHOUT_ONEDNN in os.environ:
         torch.backends.mkldnn.enabled = False
     wrap_allclose()
+    wrap_approx()
 
 
 def pytest_sessionfinish() -> None:
-    Path(os.environ[FOLDER], f"{os.getpid()}.json").write_text(json.dumps(least))
+    Path(os.environ[FOLDER], f"{os.getpid()}.json").write_text(json.dumps(list(least.values())))
 
 
 if FOLDER in os.environ:  # pytest has loaded this module as a plugin
@@ -166,20 +199,20 @@ if FOLDER in os.environ:  # pytest has loaded this module as a plugin
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+def has_avx512() -> bool:
+    """ATen runs AVX-512 where it is told to, and a processor without it ends the process."""
+    about = Path("/proc/cpuinfo")
+    return about.exists() and "avx512f" in about.read_text().split()
+
+
 def run(arguments: list[str], setting: dict[str, str], folder: Path) -> tuple[int, list[dict]]:
     """pytest's exit code and what was recorded, each entry with its place."""
     seen = folder / "seen"
     seen.mkdir()
-    # The rewritten modules are compiled to a folder of their own, not over those of ordinary runs.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting}
-    environment |= {FOLDER: str(seen), "PYTHONPYCACHEPREFIX": str(folder / "pyc")}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting, FOLDER: str(seen)}
     command = [sys.executable, "-m", "pytest", "-p", "tools.margins", "-p", "no:cacheprovider", *arguments]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    entries = [
-        {"where": where, **entry}
-        for file in seen.glob("*.json")
-        for where, entry in json.loads(file.read_text()).items()
-    ]
+    entries = [entry for file in seen.glob("*.json") for entry in json.loads(file.read_text())]
     return code, entries
 
 
@@ -199,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(argv)
     failed, entries = [], []
     for name in options.setting or SETTINGS:
+        if "avx512" in name and not has_avx512():
+            print(f"--- {name}: not on this processor", flush=True)
+            continue
         print(f"--- {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             code, seen = run(arguments or NUMERICAL, SETTINGS[name], Path(folder))

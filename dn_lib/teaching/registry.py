@@ -141,7 +141,7 @@ def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int
         inputs = equation.sample(generator)
         a, b = equation.left(*inputs), right(*inputs)
         if equation.kind == "bound":
-            ok = all(bool((x <= y + 1e-12 * y.abs()).all()) for x, y in zip(leaves(a), leaves(b), strict=True))
+            ok = all(bool((x - y <= 1e-12 * y.abs()).all()) for x, y in zip(leaves(a), leaves(b), strict=True))
         elif equation.kind == "count":
             ok = relative_error(a, b) == 0.0
         else:
