@@ -287,6 +287,181 @@ def test_offsets_beyond_31_bits(monkeypatch, d, H):
         assert torch.equal(a, b)
 
 
+# --- What is read and written -------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every-second": lambda x: torch.stack([x, x * 0 + 9], dim=-1)[..., 0],
+    "negative-view": lambda x: torch._neg_view(-x),
+    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].reshape(x.shape),  # not aligned to 16 bytes
+}
+
+
+@pytest.mark.parametrize("layout, compiled", [*((name, False) for name in LAYOUTS), ("transposed", True)])
+def test_any_layout_is_read_as_its_values(layout, compiled):
+    """Of every input and of both upstream gradients, one after the other and all at once."""
+    torch._dynamo.reset()
+    run = torch.compile(triton_rule, fullgraph=True) if compiled else triton_rule
+    x = [*cuda_inputs(1, 1024, 2, 64, 64, dtype=BF16, state=1)]
+    x += upstream(x[0], x[2], 1)
+    plain = forward_and_gradients(run, leaves(*x[:5]), *x[5:])
+    for changed in [[i] for i in range(7)] + [range(7)]:
+        odd = [LAYOUTS[layout](y) if i in changed else y for i, y in enumerate(x)]
+        odd[:5] = [y.detach().requires_grad_() for y in odd[:5]]
+        for a, b in zip(plain, forward_and_gradients(run, odd[:5], *odd[5:]), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_expanded_inputs_are_read_as_their_values():
+    x = cuda_inputs(1, 300, 2, 64, 64, dtype=BF16, state=1)
+    do, dS = upstream(x[0], x[2], 1)
+    for i in range(5):
+        narrow = [y[:, :1].expand_as(y) if i == j else y for j, y in enumerate(x)]
+        for function in (triton_rule, lambda *y, **o: triton_rule(*(t[:, :9] for t in y), **o)):
+            with torch.no_grad():
+                got = function(*narrow[:4], initial_state=narrow[4])
+                expected = function(*(y.contiguous() for y in narrow[:4]), initial_state=narrow[4].contiguous())
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        odd = [y.detach().requires_grad_() for y in narrow]
+        got = forward_and_gradients(triton_rule, odd, do[:, :1].expand_as(do), dS)
+        whole = leaves(*(y.contiguous() for y in narrow))
+        expected = forward_and_gradients(triton_rule, whole, do[:, :1].expand_as(do).contiguous(), dS)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def packed_results(x, do, dS, cu, **options):
+    """Training, inference, the recurrent kernel, and compiled training, on one packed row."""
+    results = forward_and_gradients(triton_rule, leaves(*x), do, dS, cu_seqlens=cu, **options)
+    with torch.no_grad():
+        results += triton_rule(*x[:4], initial_state=x[4], cu_seqlens=cu, **options)
+        results += fused_recurrent_delta_rule(*x[:4], initial_state=x[4], output_final_state=True, cu_seqlens=cu)
+    compiled = torch.compile(triton_rule, fullgraph=True)
+    return results + forward_and_gradients(compiled, leaves(*x), do, dS, cu_seqlens=cu, **options)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_offsets_of_any_layout(kind):
+    torch._dynamo.reset()
+    x = cuda_inputs(1, 200, 2, 64, 64, dtype=BF16, state=3)
+    do, dS = upstream(x[0], x[2], 3)
+    cu = torch.tensor([0, 70, 70, 200], dtype=kind, device="cuda")
+    column = torch.stack([cu, cu * 0 + 10**6], dim=1)[:, 0]
+    assert not column.is_contiguous()
+    for a, b in zip(packed_results(x, do, dS, cu), packed_results(x, do, dS, column), strict=True):
+        assert torch.equal(a, b)
+    with dn_lib.checked():
+        assert torch.equal(triton_rule(*x[:4], cu_seqlens=column)[0], triton_rule(*x[:4], cu_seqlens=cu)[0])
+
+
+UNSAFE = {
+    "padded": ([0, 70, 150], [0, 70, 150]),
+    "late": ([30, 70, 200], [30, 70, 200]),
+    "negative": ([-5, -1, 200], [0, 0, 200]),
+    "overlong": ([0, 90, 2**31 - 1], [0, 90, 200]),
+    "falling": ([0, 150, 40, 200], [0, 150, 150, 200]),
+    "again-and-again": ([0, 200, 0, 200, 0, 200], [0, 200, 200, 200, 200, 200]),
+    "empty": ([0, 0, 0], [0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("kind, d", [(BF16, 64), (BF16, 128), (F32, 64)])
+@pytest.mark.parametrize("offsets, safe", UNSAFE.values(), ids=UNSAFE)
+def test_offsets_lead_nowhere_outside_and_other_tokens_get_zeros(monkeypatch, offsets, safe, kind, d):
+    """Inside what memory there is around the tensors nothing is read or written; results are as for safe offsets."""
+    from dn_lib.kernels import launch
+
+    torch._dynamo.reset()
+    N, first, last = len(offsets) - 1, safe[0], safe[-1]
+    # The tensors are the middle of larger ones, so that a step outside shows instead of failing.
+    around = cuda_inputs(1, 600, 2, d, d, dtype=kind, state=3 * N)
+    views = [y[:, 200:400] for y in around[:4]]
+    state = around[4][N : 2 * N]
+    kept = [y.clone() for y in around]
+    for y in (*around[:4],):
+        y[:, :200], y[:, 400:] = float("nan"), float("nan")
+    x = [*views, state]
+    do, dS = upstream(x[0], x[2], N)
+    cu = torch.tensor(offsets, device="cuda")
+    monkeypatch.setattr(launch, "torch", Poisoned())
+    got = packed_results(x, do, dS, cu)
+    monkeypatch.undo()
+    inside = [*(y[:, first:last] for y in x[:4]), state]
+    expected = packed_results(inside, do[:, first:last], dS, torch.tensor(safe, device="cuda") - first)
+    for a, b in zip(got, expected, strict=True):
+        if a.shape == state.shape:
+            assert error(a, b.double()) < BOUND[kind] or torch.equal(a, b)
+            continue
+        assert not a[:, :first].any() and not a[:, last:].any()
+        assert last == first or error(a[:, first:last], b.double()) < BOUND[kind]
+    for y, before in zip(views, kept, strict=False):
+        assert torch.equal(y, before[:, 200:400])
+    with dn_lib.checked():
+        if safe != [0, *sorted(offsets[1:-1]), 200] or offsets != safe:
+            with pytest.raises(ValueError, match=r"^cu_seqlens must rise from 0 to L = 200"):
+                triton_rule(*x[:4], cu_seqlens=cu)
+
+
+def test_decoding_raises_the_version_of_its_state():
+    *x, S = leaves(*cuda_inputs(2, 100, 2, 64, 64, dtype=BF16, state=2))
+    o, state = triton_rule(*x, initial_state=S)
+    token = [y[:, 0].detach() for y in x]
+    loss = state.square().sum()
+    version = state._version
+    decode_delta_rule(*token, state.detach())
+    assert state._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # small heads keep it for the backward
+        o.sum().backward()
+    with torch.inference_mode():
+        inside = torch.zeros_like(state)
+        decode_delta_rule(*token, inside)
+    assert inside.any()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_state_of_no_tokens_is_a_copy(gradient):
+    *x, S = cuda_inputs(2, 0, 2, 64, 64, dtype=BF16, state=2)
+    given = S.clone().requires_grad_(gradient)
+    for backend in ("triton", "chunkwise"):
+        _, state = delta_rule(*x, initial_state=given, output_final_state=True, backend=backend)
+        assert torch.equal(state, S)
+        state.detach().add_(1)
+        assert torch.equal(given, S)
+
+
+def test_torch_func_takes_the_pytorch_form():
+    """ "auto" inside a transform; Triton asked for by name says what to use instead."""
+    x = [y.float() for y in cuda_inputs(1, 20, 1, 16, 16)[:4]]
+    run = lambda *y, **o: delta_rule(*y, **o)[0].square().sum()  # noqa: E731
+    expected = torch.func.grad(lambda *y: run(*y, backend="chunkwise"))(*x)
+    assert torch.equal(torch.func.grad(run)(*x), expected)
+    assert torch.func.hessian(run, argnums=3)(*x).isfinite().all()
+    for transform in (torch.func.grad, torch.func.jacrev, torch.vmap):
+        with pytest.raises(RuntimeError, match=r"backend 'triton' does not support torch\.func.*'chunkwise'"):
+            transform(lambda *y: run(*y, backend="triton"))(
+                *(torch.stack([y, y]) if transform is torch.vmap else y for y in x)
+            )
+    y = leaves(*x)
+    with pytest.raises(RuntimeError, match="use backend='chunkwise'"):
+        torch.autograd.grad(triton_rule(*y)[0].sum(), y[0], torch.ones(2, device="cuda"), is_grads_batched=True)
+    (dq, *_) = torch.autograd.grad(triton_rule(*y)[0].sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.square().sum().backward()
+
+
+def test_a_compiled_decoding_step():
+    """Equal to the eager one, again and again, on one state."""
+    torch._dynamo.reset()
+    *x, S = cuda_inputs(2, 4, 2, 64, 64, dtype=BF16, state=2)
+    states = S.clone(), S.clone()
+    compiled = torch.compile(decode_delta_rule)
+    for t in range(4):
+        token = [y[:, t] for y in x]
+        a, b = decode_delta_rule(*token, states[0]), compiled(*token, states[1])
+        assert error(b, a.double()) < BOUND[BF16] and error(states[1], states[0].double()) < 1e-5
+
+
 # --- PyTorch ----------------------------------------------------------------------------------------------------
 
 
