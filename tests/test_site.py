@@ -193,7 +193,13 @@ CUT_OFF = """
   const boxes = [...document.querySelectorAll(".math, mjx-container")];
   const scrolls = (element) => ["auto", "scroll"].includes(getComputedStyle(element).overflowY);
   const upright = boxes.filter((element) => scrolls(element) && element.scrollHeight > element.clientHeight);
-  return { count, cut, upright: upright.length };
+  const fits = (element) => {  // all of its glyphs are seen without scrolling
+    const { left, width } = element.getBoundingClientRect();
+    const boxes = [...element.querySelectorAll("mjx-c")].map((glyph) => glyph.getBoundingClientRect());
+    return boxes.every((box) => box.left >= left && box.right <= left + width);
+  };
+  const barred = boxes.filter((element) => element.offsetHeight > element.clientHeight && fits(element));
+  return { count, cut, upright: upright.length, barred: barred.length };
 })()
 """
 DRAWN = """
@@ -236,6 +242,7 @@ def test_no_glyph_of_any_formula_is_cut_off(site, browser):
             assert found["count"]["glyphs"] > 3 * (len(displayed) + len(inline))
             assert found["cut"] == {"display": 0, "inline": 0}, f"{width} pixels wide, density {density}"
             assert not found["upright"], "a formula scrolls up and down"
+            assert not found["barred"], "a formula that fits has a scroll bar"
     browser.ask("for (const sheet of document.styleSheets) sheet.disabled ||= /book[.]css/.test(sheet.href)")
     spoilt = browser.ask(CUT_OFF)["cut"]  # as the theme alone has it
     assert spoilt["display"] > 10 and spoilt["inline"] > 10
