@@ -408,19 +408,17 @@ def _for_triton(x: Tensor | None) -> Tensor | None:
 
 def _triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, chunk):
     from dn_lib.kernels import configs
-    from dn_lib.kernels.arguments import readable
 
     _check_scale_in_float32(scale)
     beta, initial_state = _for_triton(beta), _for_triton(initial_state)
     needs_gradient = _needs_gradient(q, k, v, beta, initial_state)
     size = chunk or configs.default_chunk(q.dtype)
-    tensors = (q, k, v, beta, initial_state)
+    # A launch would do this too; here a copy that has to be made is kept for the backward.
+    tensors = tuple(None if x is None else x.contiguous() for x in (q, k, v, beta, initial_state))
+    q, k, v, beta, initial_state = tensors
     if torch.compiler.is_compiling() or not all(map(_is_plain, (*tensors, cu_seqlens))):
-        q, k, v, beta, initial_state = (None if x is None else x.contiguous() for x in tensors)
         o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, size, needs_gradient)
         return o, state if final_state else None
-    # Here rather than in the launches, so that a copy that has to be made is made once and kept for the backward.
-    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
     if needs_gradient:
         return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, norm, size, final_state)
     if chunk is None and q.shape[1] <= RECURRENT_MAX_LENGTH:

@@ -23,17 +23,32 @@ def readable(**tensors: Tensor | None) -> list[Tensor | None]:
     [True, True]
     """
     first, reference = next(iter(tensors.items()))
-    results = []
-    for name, x in tensors.items():
-        if x is not None:
-            check_is_tensor(name, x)
-            if x.device != reference.device:
-                raise ValueError(f"{name} must be on {reference.device} like {first}, got {x.device}")
-            if x.is_meta:
-                raise ValueError(f"{name} must have values, got a tensor on meta")
-            x = x.resolve_neg().contiguous()
-        results.append(x)
-    return results
+    device = reference.device if isinstance(reference, Tensor) else None
+    return [
+        x if x is None or _is_ready(x, device) else _made_ready(name, x, first, device) for name, x in tensors.items()
+    ]
+
+
+def _is_ready(x: Tensor, device: torch.device | None) -> bool:
+    """Whether there is nothing to do, as in nearly every call."""
+    return (
+        isinstance(x, Tensor)
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.device == device
+        and x.is_contiguous()
+        and not x.is_neg()
+        and not x.is_meta
+    )
+
+
+def _made_ready(name: str, x: Tensor, first: str, device: torch.device | None) -> Tensor:
+    check_is_tensor(name, x)
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like {first}, got {x.device}")
+    if x.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on meta")
+    return x.resolve_neg().contiguous()
 
 
 def writable(name: str, x: Tensor, reference: Tensor) -> Tensor:
