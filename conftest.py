@@ -21,7 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Compiles for GPUs that are not there, and so turns the interpreter off for its process when imported; it has tests
 # of its own, in a process of their own.
-collect_ignore_glob = ["dn_lib/kernels/aot.py"]
+collect_ignore_glob = ["dn_lib/kernels/aot.py", "dn_lib/kernels/hopper/aot.py"]
+if INTERPRET == "1":
+    # Gluon has no interpreter.
+    collect_ignore_glob += ["dn_lib/kernels/hopper/*.py"]
 if importlib.util.find_spec("triton") is None:
     # Without Triton the rest of the suite still runs; chapter 5 says itself what is missing.
     collect_ignore_glob += ["dn_lib/kernels/*.py", "book/notebooks/05_*.ipynb"]
