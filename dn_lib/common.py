@@ -239,12 +239,18 @@ def describe(value: Any) -> str:
 # --- What a hand-written derivative cannot do -----------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def _in_torch_func() -> bool:
+    """Asked for when a call is compiled, once: inside a transform the compiler is inside it too."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def active_transform(*tensors: Tensor | None) -> str | None:
     """What transforms this call or differentiates it forwards, in words; None where plain tensors are passed."""
-    if torch.compiler.is_compiling():  # which refuses for itself what it cannot trace
-        return None
-    if torch._C._are_functorch_transforms_active():
+    if _in_torch_func():
         return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
+    if torch.compiler.is_compiling():  # the compiler refuses the rest for itself
+        return None
     if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
         return "several gradients at once (torch.autograd.grad with is_grads_batched)"
     if forward_ad._current_level >= 0 and any(

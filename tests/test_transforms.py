@@ -132,3 +132,15 @@ def test_decoding_names_what_can_be_differentiated():
     with fwad.dual_level(), pytest.raises(RuntimeError, match=r"^decode_delta_rule does not support forward-mode"):
         decode_delta_rule(fwad.make_dual(x[0], x[0]), *x[1:], state)
     assert not state.any()
+
+
+@needs_triton
+def test_compiled_transforms_too(monkeypatch):
+    torch._dynamo.reset()
+    x = inputs()
+    compiled = torch.compile(lambda *y, **o: grad(lambda *z: loss(*z, **o))(*y), backend="aot_eager")
+    expected = grad(lambda *y: loss(*y, backend="chunkwise"))(*x)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' does not support torch\.func.*use backend='chunkwise'"):
+        compiled(*x, backend="triton")
+    monkeypatch.setattr(ops, "_choose_backend", lambda q, v, chunk, name: "triton" if name == "auto" else name)
+    assert error(compiled(*x), expected.double()) < 1e-6  # 8 eps: the compiler may sum in another order
