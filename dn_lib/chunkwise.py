@@ -52,23 +52,32 @@ def _check(
     check_chunk_size(chunk_size)
 
 
-def _check_chunks(k: Tensor, v: Tensor, beta: Tensor) -> None:
-    """As `_check`, for tokens that are cut into chunks already, and without queries."""
+def _check_chunks(k: Tensor, v: Tensor, beta: Tensor, time: str = "C") -> None:
+    """As `_check`, for tokens that are cut into chunks already (or not: `time` is "L"), and without queries."""
     check_tensors(k=k, v=v, beta=beta)
     if k.ndim < 2:
-        raise ValueError(f"k must be [..., C, d_k], got {list(k.shape)}")
-    check_shape("v", v, "..., C, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
+        raise ValueError(f"k must be [..., {time}, d_k], got {list(k.shape)}")
+    check_shape("v", v, f"..., {time}, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
     check_channels(k=k, v=v)
-    check_shape("beta", beta, "..., C", k.shape[:-1], "k")
+    check_shape("beta", beta, f"..., {time}", k.shape[:-1], "k")
 
 
-def _check_state(name: str, state: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless `state` is `[..., d_k, d_v]`, with leading dimensions that broadcast to those of k."""
+def _check_state(name: str, state: Tensor, k: Tensor, v: Tensor, rank: int = 2) -> None:
+    """Raise unless `state` is `[..., d_k, d_v]`, with leading dimensions that broadcast to those of k.
+
+    rank: how many of k's dimensions are no leading ones, 3 where they are cut into chunks.
+    """
     check_tensors(k=k, **{name: state})
     if tuple(state.shape[-2:]) != (k.shape[-1], v.shape[-1]):
         raise ValueError(
             f"{name} must be [..., d_k, d_v] = [..., {k.shape[-1]}, {v.shape[-1]}], got {list(state.shape)}"
         )
+    wanted, given = tuple(k.shape[:-rank]), tuple(state.shape[:-2])
+    fits = len(given) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(given), reversed(wanted), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have leading dimensions {list(wanted)} to match k, got {list(state.shape)}")
 
 
 # One chunk, and all chunks -----------------------------------------------------------------------------
@@ -120,9 +129,10 @@ def chunk_states(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Ten
     _check_chunks(k, v, beta)
     if k.ndim < 3:
         raise ValueError(f"k must be [..., n, C, d_k], got {list(k.shape)}")
-    _check_state("state", state, k, v)
+    _check_state("state", state, k, v, rank=3)
     dtype = working_dtype(k, v, beta, state)
-    k, v, state = k.to(dtype), v.to(dtype), state.to(dtype)
+    k, v = k.to(dtype), v.to(dtype)
+    state = state.to(dtype).expand(*k.shape[:-3], *state.shape[-2:])
     w, u = chunk_wy(k, v, beta)  # every chunk at once: nothing here needs a state
     states, pseudo = [], []
     for w_i, u_i, k_i in zip(w.unbind(-3), u.unbind(-3), k.unbind(-3), strict=True):
@@ -326,19 +336,24 @@ def chunk_errors(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     return R + scaled_inverse(k, beta, method="solve") @ (beta[..., None] * R)
 
 
-def _check_backward(q: Tensor, k: Tensor, beta: Tensor, errors: Tensor, do: Tensor, **states: Tensor) -> None:
-    """Check the arguments of a backward pass by hand, which computes in one dtype."""
-    check_tensors(q=q, k=k, beta=beta, errors=errors, do=do)
-    for name, x in (("q", q), ("k", k), ("errors", errors), ("do", do)):
+def _check_backward(q: Tensor, k: Tensor, beta: Tensor, values: dict[str, Tensor], **states: Tensor) -> None:
+    """Check the arguments of a backward pass by hand, which computes in one dtype.
+
+    values: do, and before it errors where the caller was given them, under their names.
+    """
+    check_tensors(q=q, k=k, beta=beta, **values)
+    for name, x in (("q", q), ("k", k), *values.items()):
         if x.ndim < 2:
             raise ValueError(f"{name} must be [..., L, d], got {list(x.shape)}")
     check_shape("k", k, "..., L, d_k", q.shape, "q")
     check_shape("beta", beta, "..., L", k.shape[:-1], "k")
-    check_shape("errors", errors, "..., L, d_v", (*k.shape[:-1], errors.shape[-1]), "k")
-    check_shape("do", do, "..., L, d_v", errors.shape, "errors")
+    first, reference = next(iter(values.items()))
+    check_shape(first, reference, "..., L, d_v", (*k.shape[:-1], reference.shape[-1]), "k")
+    for name, x in values.items():
+        check_shape(name, x, "..., L, d_v", reference.shape, first)
     for name, state in states.items():
-        _check_state(name, state, k, do)
-    check_one_dtype(q=q, k=k, beta=beta, errors=errors, do=do, **states)
+        _check_state(name, state, k, reference)
+    check_one_dtype(q=q, k=k, beta=beta, **values, **states)
 
 
 def chunk_backward(
@@ -354,7 +369,7 @@ def chunk_backward(
     >>> chunk_backward(x, x, torch.ones(2), x, s, x, s)[3].tolist()
     [1.0, 1.0]
     """
-    _check_backward(q, k, beta, errors, do, state=state, dstate=dstate)
+    _check_backward(q, k, beta, {"errors": errors, "do": do}, state=state, dstate=dstate)
     N, b = scaled_inverse(k, beta, method="solve"), beta[..., None]
     pseudo = b * errors
     P, dP = (q @ k.mT).tril(), (do @ pseudo.mT).tril()
@@ -421,7 +436,7 @@ def chunkwise_delta_rule_backward(
     >>> chunkwise_delta_rule_backward(x, x, torch.ones(2), errors, state, x, z, scale=1.0)[2].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check_backward(q, k, beta, errors, do, final_state=final_state, dstate=dstate)
+    _check_backward(q, k, beta, {"errors": errors, "do": do}, final_state=final_state, dstate=dstate)
     check_chunk_size(chunk_size)
     scale, state = scale_or_default(scale, q), final_state
     dq, dk = torch.empty_like(q), torch.empty_like(k)
@@ -545,6 +560,12 @@ def compose_affine(second: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor]) 
             f"got one of [{M1.shape[-1]}, {X1.shape[-1]}]"
         )
     check_one_dtype(second=M2, first=M1)
+    try:
+        torch.broadcast_shapes(*(x.shape[:-2] for x in (M2, X2, M1, X1)))
+    except RuntimeError:
+        raise ValueError(
+            f"first must have leading dimensions that fit second's {list(M2.shape[:-2])}, got {list(M1.shape[:-2])}"
+        ) from None
     return M2 @ M1, M2 @ X1 + X2
 
 
@@ -565,7 +586,12 @@ def segment_affine(
     >>> M.abs().max().item(), X.tolist()
     (0.0, [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
     """
-    _check(k, k, v, beta, initial_state, chunk_size)
+    _check_chunks(k, v, beta, "L")
+    check_chunk_size(chunk_size)
+    if initial_state is not None:
+        check_tensors(k=k, initial_state=initial_state)
+        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
+        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
     dtype, d_k = working_dtype(k, v, beta, initial_state), k.shape[-1]
     X = initial_state_or_zeros(k, v, initial_state, dtype)
     eye = torch.eye(d_k, dtype=dtype, device=k.device).expand(*k.shape[:-2], d_k, d_k)
@@ -588,7 +614,7 @@ def segment_state_gradient(
     >>> segment_state_gradient(x, x, torch.ones(2), x, z).tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
-    _check_backward(q, k, beta, do, do, dstate=dstate)
+    _check_backward(q, k, beta, {"do": do}, dstate=dstate)
     check_chunk_size(chunk_size)
     for c in reversed(list(_chunks(q.shape[-2], chunk_size))):
         qc, kc, dc = q[..., c, :], k[..., c, :], do[..., c, :]

@@ -27,33 +27,36 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> N
         raise ValueError(f"{name} must be [{expected}] {reason}, got {list(tensor.shape)}")
 
 
-def _check(time: bool, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: Tensor | None) -> None:
-    """Check tensors and their shapes, with (`time`) or without a dimension of length L before the features."""
+def _check(time: bool, vectors: dict[str, Tensor], gates: dict[str, Tensor], state: Tensor | None) -> None:
+    """Check tensors and their shapes, with (`time`) or without a dimension of length L before the features.
+
+    vectors: k, and those of q and v that the caller was given, under their names.
+    """
     rank = 2 if time else 1
     given = {"initial_state": state} if time else {"state": state}
-    check_tensors(q=q, k=k, v=v, **gates, **given)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    check_tensors(**vectors, **gates, **given)
+    for name, tensor in vectors.items():
         if tensor.ndim < rank:
             wanted = "[..., L, d]" if time else "[..., d]"
             raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
+    k, v = vectors["k"], vectors.get("v", vectors["k"])
     check_channels(k=k, v=v)
     length = tuple(k.shape[-2:-1]) if time else ()
-    _expect("q", q, (*length, k.shape[-1]), "to match k")
-    _expect("v", v, (*length, v.shape[-1]), "to match k")
+    for name, tensor in vectors.items():
+        _expect(name, tensor, (*length, k.shape[-1] if name == "q" else tensor.shape[-1]), "to match k")
     for name, gate in gates.items():
         _expect(name, gate, length, "to match k")
-    leading = [x.shape[:-rank] for x in (q, k, v)] + [g.shape[: g.ndim - rank + 1] for g in gates.values()]
+    leading = [x.shape[:-rank] for x in vectors.values()] + [g.shape[: g.ndim - rank + 1] for g in gates.values()]
     if state is not None:
         name = "initial_state" if time else "state"
         _expect(name, state, (k.shape[-1], v.shape[-1]), "to match k and v")
         leading.append(state.shape[:-2])
-    for name, shape in zip(["q", "k", "v", *gates, "initial_state" if time else "state"], leading, strict=False):
+    own = k.shape[:-rank]
+    for name, shape in zip([*vectors, *gates, *given], leading, strict=False):
         try:
-            torch.broadcast_shapes(leading[1], shape)
+            torch.broadcast_shapes(own, shape)
         except RuntimeError:
-            raise ValueError(
-                f"{name} must have leading dimensions {list(leading[1])} to match k, got {list(shape)}"
-            ) from None
+            raise ValueError(f"{name} must have leading dimensions {list(own)} to match k, got {list(shape)}") from None
 
 
 def erase_write(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,7 @@ def erase_write(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tens
     >>> erase_write(k, v, torch.tensor(0.5), state)
     (tensor([2.]), tensor([3.]))
     """
-    _check(False, k, k, v, {"beta": beta}, state)
+    _check(False, {"k": k, "v": v}, {"beta": beta}, state)
     check_one_dtype(k=k, v=v, beta=beta, state=state)
     v_old = (k[..., None, :] @ state)[..., 0, :]
     return v_old, beta[..., None] * v + (1 - beta[..., None]) * v_old
@@ -91,7 +94,7 @@ def delta_rule_step(
     >>> delta_rule_step(k, k, v, torch.tensor(1.0), torch.ones(2, 2), scale=1.0)[0]  # beta = 1 stores v
     tensor([4., 5.])
     """
-    _check(False, q, k, v, {"beta": beta}, state)
+    _check(False, {"q": q, "k": k, "v": v}, {"beta": beta}, state)
     return _step(q, k, v, torch.ones_like(beta), beta, state, scale_or_default(scale, q))
 
 
@@ -109,7 +112,7 @@ def gated_delta_rule_step(
     >>> gated_delta_rule_step(k, k, v, torch.tensor(0.5), zero, torch.ones(2, 1))[1].tolist()
     [[0.5], [0.5]]
     """
-    _check(False, q, k, v, {"alpha": alpha, "beta": beta}, state)
+    _check(False, {"q": q, "k": k, "v": v}, {"alpha": alpha, "beta": beta}, state)
     return _step(q, k, v, alpha, beta, state, scale_or_default(scale, q))
 
 
@@ -147,7 +150,7 @@ def recurrent_delta_rule(
     >>> torch.equal(o, v) and torch.equal(state, v)
     True
     """
-    _check(True, q, k, v, {"beta": beta}, initial_state)
+    _check(True, {"q": q, "k": k, "v": v}, {"beta": beta}, initial_state)
     return _scan(q, k, v, torch.ones_like(beta), beta, scale, initial_state)
 
 
@@ -170,7 +173,7 @@ def recurrent_gated_delta_rule(
     >>> torch.equal(gated[0], plain[0])
     True
     """
-    _check(True, q, k, v, {"alpha": alpha, "beta": beta}, initial_state)
+    _check(True, {"q": q, "k": k, "v": v}, {"alpha": alpha, "beta": beta}, initial_state)
     return _scan(q, k, v, alpha, beta, scale, initial_state)
 
 
@@ -189,8 +192,8 @@ def _scan(q, k, v, alpha, beta, scale, initial_state):
     ):
         o, state = _step(q_t, k_t, v_t, alpha_t, beta_t, state, scale)
         outputs.append(o)
-    if not outputs:  # no tokens: the state that is handed back must not be the caller's own
-        return v.new_zeros(*leading, 0, v.shape[-1]), fresh(state)
+    if not outputs:  # no tokens: what is handed back must not be the caller's own, nor lose the way to its gradient
+        return v.expand(*leading, *v.shape[-2:]).clone(), fresh(state)
     return torch.stack(outputs, dim=-2).to(v.dtype), state
 
 
@@ -205,7 +208,7 @@ def sweep_matrix(k: Tensor, beta: Tensor) -> Tensor:
     tensor([[0., 0.],
             [0., 1.]])
     """
-    _check(True, k, k, k, {"beta": beta}, None)
+    _check(True, {"k": k}, {"beta": beta}, None)
     eye = torch.eye(k.shape[-1], dtype=working_dtype(k, beta), device=k.device)
     zeros = torch.zeros(*k.shape[:-1], k.shape[-1], dtype=k.dtype, device=k.device)
     return recurrent_delta_rule(k, k, zeros, beta, initial_state=eye)[1]
@@ -222,7 +225,7 @@ def sweep_rate(k: Tensor, beta: Tensor) -> Tensor:
     >>> round(sweep_rate(k, torch.ones(2)).item(), 6)
     0.36
     """
-    _check(True, k, k, k, {"beta": beta}, None)
+    _check(True, {"k": k}, {"beta": beta}, None)
     if k.shape[-2] > k.shape[-1]:
         raise ValueError(f"k must have at most d = {k.shape[-1]} keys to be independent, got {k.shape[-2]}")
     basis = torch.linalg.qr(k.double().mT).Q

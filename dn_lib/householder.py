@@ -102,10 +102,16 @@ def apply_householder(k: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     check_tensors(k=k, state=state)
     if state.dim() < 2 or state.shape[-2] != k.shape[-1]:
         raise ValueError(f"state must be [..., {k.shape[-1]}, d_v] to match k, got {list(state.shape)}")
+    try:
+        leading = torch.broadcast_shapes(k.shape[:-2], state.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"state must have leading dimensions {list(k.shape[:-2])} to match k, got {list(state.shape)}"
+        ) from None
     dtype = working_dtype(k, state)
     k, beta, state = k.to(dtype), beta.to(dtype), state.to(dtype)
     if k.shape[-2] == 0:  # what is handed back must not be the caller's own tensor
-        return fresh(state.expand(*torch.broadcast_shapes(k.shape[:-2], state.shape[:-2]), *state.shape[-2:]))
+        return fresh(state.expand(*leading, *state.shape[-2:]))
     for t in range(k.shape[-2]):
         k_t = k[..., t : t + 1, :]
         state = state - beta[..., t, None, None] * (k_t.mT @ (k_t @ state))

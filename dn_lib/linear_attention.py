@@ -184,7 +184,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple
 def _stacked(outputs: list[Tensor], v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs in v's dtype, token after token, and the state; of no tokens, neither is the caller's own tensor."""
     if not outputs:
-        return torch.empty_like(v), fresh(state)
+        return v.clone(), fresh(state)
     return torch.stack(outputs, dim=-2).to(v.dtype), state
 
 
@@ -314,7 +314,11 @@ def retrieval_error(k: Tensor, v: Tensor) -> Tensor:
     >>> retrieval_error(torch.eye(3), torch.randn(3, 2)).sum()
     tensor(0.)
     """
-    check_sequence(k, k, v)
+    check_tensors(k=k, v=v)
+    if k.ndim < 2:
+        raise ValueError(f"k must be [..., n, d_k], got {list(k.shape)}")
+    check_shape("v", v, "..., n, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
+    check_channels(k=k, v=v)
     dtype = working_dtype(k, v)
     k, v = k.to(dtype), v.to(dtype)
     return (k @ (k.mT @ v) - v).square().sum(-1)

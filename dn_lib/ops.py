@@ -622,6 +622,14 @@ def _refuse(function: str, options: dict) -> None:
         raise TypeError(f"{function} has no argument {', '.join(map(repr, sorted(options)))}")
 
 
+def _check_copy(cu_seqlens: Tensor, copy: Tensor) -> None:
+    """Raise ValueError where the two can be compared, on a CPU, and differ."""
+    if torch.compiler.is_compiling() or not (_is_plain(cu_seqlens) and _is_plain(copy)):
+        return
+    if cu_seqlens.device.type == "cpu" and cu_seqlens.layout is torch.strided and cu_seqlens.tolist() != copy.tolist():
+        raise ValueError("cu_seqlens_cpu must be a copy of cu_seqlens, got other offsets")
+
+
 def chunk_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -637,8 +645,8 @@ def chunk_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
 
-    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked and not needed: no length is
-    read on the host.  Raises TypeError for an argument that neither function has, else errors as `delta_rule` does.
+    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked (its values where
+    cu_seqlens is on the CPU too) and not needed: no length is read on the host.  Raises TypeError for an argument that neither function has, else errors as `delta_rule` does.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> chunk_delta_rule(q, k, v, torch.ones(1, 16, 1))[0].shape
@@ -648,12 +656,15 @@ def chunk_delta_rule(
     check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
     if cu_seqlens_cpu is not None:
         check_is_tensor("cu_seqlens_cpu", cu_seqlens_cpu, "like cu_seqlens")
+        if cu_seqlens_cpu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens_cpu must be int32 or int64, got {cu_seqlens_cpu.dtype}")
         expected = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
         if cu_seqlens_cpu.device.type != "cpu" or _size(cu_seqlens_cpu) != expected:
             raise ValueError(
                 f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {_size(cu_seqlens_cpu)} "
                 f"on {cu_seqlens_cpu.device}"
             )
+        _check_copy(cu_seqlens, cu_seqlens_cpu)
     return delta_rule(
         q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import numpy as np
@@ -110,7 +111,7 @@ FUNCTIONS = {
         dn_lib.chunk_delta_rule,
         {"q": q, "k": k, "v": v, "beta": beta},
         "q k v beta",
-        FLA | {"cu_seqlens_cpu": {"list": [0, L], "alone": torch.tensor([0, L])}},
+        FLA | {"cu_seqlens_cpu": {"list": [0, L], "alone": torch.tensor([0, L]), "float": torch.tensor([0.0, L])}},
     ),
     "fused_recurrent_delta_rule": (
         dn_lib.fused_recurrent_delta_rule,
@@ -370,9 +371,41 @@ def test_a_malformed_argument_is_named(function, sound, argument, value):
     with pytest.raises((TypeError, ValueError)) as caught:
         function(**sound | {argument: value})
     message = str(caught.value)
-    names = [argument, *PARTNERS.get(argument, "").split()]
+    taken = inspect.signature(function).parameters  # a name that the caller cannot find in the call is no help
+    names = [argument, *(name for name in PARTNERS.get(argument, "").split() if name in taken)]
     assert any(re.match(rf"{name}\b", message) for name in names), message
     assert "\n" not in message and len(message) < 250
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        (name, argument)
+        for name, (_, sound, *_) in FUNCTIONS.items()
+        for argument in ("state", "dstate", "final_state")
+        if argument in sound and name != "decode_delta_rule"
+    ],
+)
+def test_leading_dimensions_of_a_state_that_do_not_fit_are_named(name, argument):
+    function, sound, *_ = FUNCTIONS[name]
+    three = {key: torch.stack([x] * 3) if torch.is_tensor(x) else x for key, x in sound.items()}
+    function(**three)
+    with pytest.raises(ValueError, match=rf"^{argument} must "):
+        function(**three | {argument: torch.stack([sound[argument]] * 2)})
+
+
+def test_one_state_serves_all_sequences():
+    k, v, beta = (torch.stack([one[name]] * 2)[:, None].expand(-1, 3, *one[name].shape) for name in ("k", "v", "beta"))
+    alone = cw.chunk_states(k[0], v[0], beta[0], one["state"])
+    for both, single in zip(cw.chunk_states(k, v, beta, one["state"]), alone, strict=True):
+        assert both.shape == (2, *single.shape) and torch.allclose(both[1], single)
+
+
+def test_offsets_on_the_cpu_are_those_of_the_copy():
+    offsets = torch.tensor([0, 2, L])
+    dn_lib.chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets, cu_seqlens_cpu=offsets.int())
+    with pytest.raises(ValueError, match="^cu_seqlens_cpu must be a copy of cu_seqlens"):
+        dn_lib.chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets, cu_seqlens_cpu=torch.tensor([0, 3, L]))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

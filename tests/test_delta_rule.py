@@ -281,3 +281,13 @@ def test_bad_shapes_of_one_token(name, bad):
 def test_more_keys_than_dimensions():
     with pytest.raises(ValueError, match=r"^k must have at most d = 2"):
         sweep_rate(torch.zeros(3, 2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("form", [recurrent_delta_rule, recurrent_gated_delta_rule, recurrent_linear_attention])
+def test_the_outputs_of_no_tokens_have_a_gradient(form):
+    """So that a batch that happens to be empty goes through a training loop; its gradients are empty."""
+    q, k, v, beta, state = (x.requires_grad_() for x in draw(0, 3, 2, (2,), seed=0))
+    gates = {recurrent_delta_rule: [beta], recurrent_gated_delta_rule: [beta.exp(), beta]}.get(form, [])
+    o, final = form(q, k, v, *gates, initial_state=state)
+    (o.sum() + final.sum()).backward()
+    assert v.grad.shape == v.shape and torch.equal(state.grad, torch.ones_like(state))

@@ -157,6 +157,19 @@ class Deceiver:
         raise RuntimeError("no")
 
 
+class Leaver:
+    def __repr__(self):
+        raise SystemExit
+
+
+class Breaker(list):
+    def __iter__(self):
+        raise RuntimeError("no items")
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+
 class Subclass(torch.Tensor):
     """Turns every difference into zero."""
 
@@ -187,6 +200,9 @@ class Subclass(torch.Tensor):
         (),
         iter([1.0]),
         math.inf,
+        10**6000,
+        (-(10**6000), 1.0),
+        Leaver(),
     ],
     ids=lambda answer: type(answer).__name__,
 )
@@ -271,6 +287,17 @@ def test_nested_outputs():
     assert evaluate("9.2", lambda x, factor: (x.sum(), (x * factor, False))).status == "wrong"
 
 
+def test_lists_of_a_class_of_their_own_raise_no_traceback():
+    class Ring(list):
+        pass
+
+    ring = Ring()
+    ring.append(ring)
+    assert evaluate("9.1", lambda *_: ring).status == "error"
+    assert "raised RuntimeError: no items" in evaluate("9.1", lambda *_: Breaker([1.0])).message
+    assert evaluate("9.2", lambda x, factor: Ring([x.sum(), (x * factor, True)])).status == "right"
+
+
 def test_check_prints_the_verdict(capsys):
     assert check("9.1", lambda *inputs: ...) is None
     assert capsys.readouterr().out == "○ 9.1 not attempted yet.\n"
@@ -279,6 +306,9 @@ def test_check_prints_the_verdict(capsys):
 def test_unknown_number_names_those_there_are():
     with pytest.raises(KeyError, match=r"number must be one of \['9.1', '9.2', '9.3'\], got '9.4'"):
         check("9.4", scaled)
+    for number in (["9.1"], {}, 9.1, None, np.zeros(2)):
+        with pytest.raises(KeyError, match="number must be one of"):
+            check(number, scaled)
 
 
 def test_relative_error():
