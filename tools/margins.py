@@ -74,12 +74,12 @@ def record(where: str, value: float, bound: float) -> None:
 
 
 def record_tensors(where: str, value, bound) -> None:
-    """The narrowest of the entries that are positive on both sides."""
+    """The narrowest of the entries that are positive on both sides, if all fall on one side of the bound."""
     import torch
 
     a, b = torch.broadcast_tensors(*(torch.as_tensor(x).detach().double().cpu() for x in (value, bound)))
     inside = (a > 0) & (b > 0)
-    if inside.any():
+    if inside.any() and (a < b)[inside].unique().numel() == 1:  # else it picks entries, and is no tolerance
         a, b = a[inside], b[inside]
         i = (a / b).log().abs().argmin()
         record(where, a[i].item(), b[i].item())
