@@ -161,6 +161,19 @@ def check_offsets(offsets: list[int], length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to L = {length}, got {shown}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number above 0.
+
+    >>> check_positive("rope_base", -1.0)
+    Traceback (most recent call last):
+    ValueError: rope_base must be a finite number above 0, got -1.0
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a finite number above 0, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {describe(value)}")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False.
 

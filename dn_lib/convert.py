@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dn_lib.models import LanguageModel, ModelConfig
-from dn_lib.stored import FLOATS, read_json, read_tensors
+from dn_lib.stored import FLOATS, as_folder, read_json, read_tensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LAYERS = 24  # fla's default for config.num_hidden_layers
@@ -64,6 +64,13 @@ def from_fla_state_dict(state_dict: dict[str, Tensor], config) -> LanguageModel:
         Traceback (most recent call last):
         ValueError: config.use_beta must be True to be converted, got False
     """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dict of tensors, got {type(state_dict).__name__}")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"state_dict must be a dict of tensors, got {name!r}: {type(tensor).__name__}")
+    if not isinstance(config, dict) and not hasattr(config, "to_dict"):
+        raise TypeError(f"config must be a configuration or its dict, got {type(config).__name__}")
     options = config if isinstance(config, dict) else config.to_dict()
     _refuse_unsupported(options)
     weights = {name.removeprefix("model."): t for name, t in state_dict.items() if ".rotary." not in name}
@@ -96,7 +103,7 @@ def load_fla_checkpoint(folder: str | os.PathLike) -> LanguageModel:
     Raises FileNotFoundError if a file is missing, ValueError, naming it, if one is damaged or contradicts the index,
     and what `from_fla_state_dict` raises.
     """
-    folder = Path(folder)
+    folder = as_folder(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"folder must hold {CONFIG} and *.safetensors: no {CONFIG} in {folder}")
     config = read_json(folder / CONFIG)

@@ -36,14 +36,18 @@ from torch.utils.checkpoint import checkpoint
 
 from dn_lib.common import (
     check_chunk_size,
+    check_flag,
     check_integer,
     check_is_tensor,
     check_offsets,
+    check_positive,
     check_sequence,
     check_shape,
     check_tensors,
+    describe,
     fresh,
     initial_state_or_zeros,
+    is_integer,
     is_number,
     scale_or_default,
     working_dtype,
@@ -79,12 +83,14 @@ ACTIVATIONS = {
 
 def l1_norm(x: Tensor) -> Tensor:
     """x / max(|x|_1, 1e-6) along the last dimension, computed in float32 at least."""
+    check_tensors(x=x)
     wide = x.to(working_dtype(x))
     return (wide / wide.abs().sum(-1, keepdim=True).clamp(min=1e-6)).to(x.dtype)
 
 
 def l2_norm(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6) along the last dimension, computed in float32 at least."""
+    check_tensors(x=x)
     return l2_normalise(x).to(x.dtype)
 
 
@@ -95,9 +101,12 @@ def without_autocast(function):
     """Run `function` outside autocast: it chooses its own precision, and a state needs float32."""
 
     @functools.wraps(function)
-    def wrapped(x: Tensor, *args, **kwargs):
-        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            return function(x, *args, **kwargs)
+    def wrapped(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        kind = first.device.type if isinstance(first, Tensor) else "cpu"
+        # Tensors on "meta" have no arithmetic that autocast could change, and it does not know them.
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped
 
@@ -255,6 +264,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
+    check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != x.device:
@@ -350,6 +360,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         check_integer("channels", channels)
         check_integer("size", size)
+        check_flag("bias", bias)
         bound = size**-0.5
         weight = torch.empty(channels, 1, size).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight.permute(2, 1, 0).contiguous())
@@ -368,7 +379,13 @@ class ShortConvolution(nn.Module):
         documents = cu_seqlens
         if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
             documents = Documents(cu_seqlens, x)
+        if cache is not None and not isinstance(cache, LayerCache):
+            raise TypeError(f"cache must be a LayerCache, got {describe(cache)}")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {describe(name)}")
         past = None if cache is None else cache.get(name)
+        if past is not None and past.shape[0] != x.shape[0]:
+            raise ValueError(f"x must have the cache's batch size {past.shape[0]}, got {list(x.shape)}")
         past = x.new_zeros(x.shape[0], size - 1, channels) if past is None else past.to(x.dtype)
         padded = torch.cat([past, x], dim=1)
         if cache is not None:
@@ -404,7 +421,10 @@ def rotary_embedding(x: Tensor, start: int | Tensor = 0, base: float = 10000.0) 
     check_tensors(x=x)
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must be [B, L, H, d] with d even, got {list(x.shape)}")
+    check_positive("base", base)
     if not isinstance(start, Tensor):
+        if not is_integer(start):
+            raise TypeError(f"start must be a whole number or a tensor [L], got {describe(start)}")
         start = torch.arange(start, start + x.shape[1], device=x.device)
     elif start.shape != (x.shape[1],):
         raise ValueError(f"start must be a number or [L] = [{x.shape[1]}], got {list(start.shape)}")
@@ -620,6 +640,8 @@ class _RecurrentMixer(nn.Module):
         super().__init__()
         check_integer("conv_size", conv_size, least=0)
         check_integer("steps", steps)
+        check_flag("output_gate", output_gate)
+        check_positive("norm_eps", norm_eps)
         self.width, self.heads, self.steps = width, heads, steps
         self.key_dim, self.value_dim = key_dim, value_dim
         sizes = {"query": heads * key_dim, "key": steps * heads * key_dim, "value": steps * heads * value_dim}
@@ -827,6 +849,7 @@ class RetNet(_RecurrentMixer):
     ):
         head_dim = _even(_head_dim(width, heads, head_dim))
         super().__init__(width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps)
+        check_positive("rope_base", rope_base)
         self.rope_base = rope_base
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -965,8 +988,11 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) 
         raise ValueError(f"k must be [B, H, L + past, d] with L = {q.shape[2]} to match q, got {list(k.shape)}")
     keys = (*q.shape[:2], k.shape[2], q.shape[3])
     check_shape("k", k, "B, H, L + past, d", keys, "q")
-    check_shape("v", v, "B, H, L + past, d_v", (*keys[:3], v.shape[-1]), "k")
+    check_shape("v", v, "B, H, L + past, d_v", (*keys[:3], v.shape[-1] if v.dim() else 1), "k")
     if documents is not None:
+        check_is_tensor("documents", documents, "[B or 1, L + past]")
+        if documents.device != q.device:
+            raise ValueError(f"documents must be on {q.device} like q, got {documents.device}")
         rows = 1 if documents.dim() and documents.shape[0] == 1 else q.shape[0]
         check_shape("documents", documents, "B or 1, L + past", (rows, k.shape[2]), "k")
 
@@ -1071,6 +1097,7 @@ class Attention(nn.Module):
         super().__init__()
         if window is not None:
             check_integer("window", window)
+        check_positive("rope_base", rope_base)
         self.width, self.heads, self.window, self.rope_base = width, heads, window, rope_base
         self.head_dim = _even(_head_dim(width, heads, head_dim))
         for name in ("query", "key", "value"):

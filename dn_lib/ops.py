@@ -449,9 +449,14 @@ def _recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, nor
 # --- The public functions ---------------------------------------------------------------------------------------
 
 
+def _under_autocast(q: Tensor) -> bool:
+    """Whether autocast is on where q lies; on "meta", which it does not know, it is not."""
+    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+
+
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v take its dtype, as a matrix product's operands do; beta and states keep theirs."""
-    if torch.is_autocast_enabled(q.device.type):
+    if _under_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
@@ -459,7 +464,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
     """What follows computes in the dtypes that it was given: states and the triangular solve stay float32."""
-    if torch.is_autocast_enabled(q.device.type):
+    if _under_autocast(q):
         return torch.autocast(q.device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -645,8 +650,9 @@ def chunk_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
 
-    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked (its values where
-    cu_seqlens is on the CPU too) and not needed: no length is read on the host.  Raises TypeError for an argument that neither function has, else errors as `delta_rule` does.
+    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked (its values where cu_seqlens
+    is on the CPU too) and not needed: no length is read on the host.  Raises TypeError for an argument that neither
+    function has, else errors as `delta_rule` does.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> chunk_delta_rule(q, k, v, torch.ones(1, 16, 1))[0].shape

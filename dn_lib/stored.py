@@ -17,6 +17,19 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_JSON = 64 * 2**20  # bytes; the index of a model with 100,000 tensors has some ten million
 
 
+def as_folder(folder: Any) -> Path:
+    """`folder` as a Path. Raises TypeError, naming the argument, for what is no path.
+
+    >>> as_folder(5)
+    Traceback (most recent call last):
+    TypeError: folder must be a path, got int
+    """
+    try:
+        return Path(folder)
+    except TypeError:
+        raise TypeError(f"folder must be a path, got {type(folder).__name__}") from None
+
+
 def digest(tensors: dict[str, Tensor], about: str) -> str:
     """SHA-256, in hexadecimal, of `about` and of every tensor's name, dtype, shape and bytes. Tensors on the CPU.
 

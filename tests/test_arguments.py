@@ -404,7 +404,7 @@ def test_one_state_serves_all_sequences():
 def test_offsets_on_the_cpu_are_those_of_the_copy():
     offsets = torch.tensor([0, 2, L])
     dn_lib.chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets, cu_seqlens_cpu=offsets.int())
-    with pytest.raises(ValueError, match="^cu_seqlens_cpu must be a copy of cu_seqlens"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens_cpu must be a copy of cu_seqlens"):
         dn_lib.chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets, cu_seqlens_cpu=torch.tensor([0, 3, L]))
 
 

@@ -432,3 +432,17 @@ def test_weights_that_do_not_fit():
         from_fla_state_dict(wrong, CONFIG)
     with pytest.raises(ValueError, match="must be of a fla DeltaNetForCausalLM"):
         from_fla_state_dict({"weight": torch.zeros(1)}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: from_fla_state_dict(None, {}), "state_dict must be a dict of tensors, got NoneType"),
+        (lambda: from_fla_state_dict({"a": 1.0}, {}), "state_dict must be a dict of tensors, got 'a': float"),
+        (lambda: from_fla_state_dict({}, None), "config must be a configuration or its dict, got NoneType"),
+        (lambda: load_fla_checkpoint(5), "folder must be a path, got int"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -306,10 +306,15 @@ def test_caches_grow_as_they_should():
         (lambda: Mamba(8, state_size=1.5), "state_size must be an integer of at least 1, got 1.5"),
         (lambda: SwiGLU(8, None), "hidden must be an integer of at least 1, got None"),
         (lambda: DeltaNet(8, 0), "heads must be an integer of at least 1, got 0"),
+        (lambda: DeltaNet(8, 2, norm_eps=math.nan), "norm_eps must be a finite number above 0, got nan"),
+        (lambda: LinearAttention(8, 2, output_gate="no"), "output_gate must be True or False, got 'no'"),
+        (lambda: RetNet(8, 2, rope_base=0), "rope_base must be a finite number above 0, got 0"),
+        (lambda: Attention(8, 2, rope_base="1"), "rope_base must be a finite number above 0, got '1'"),
+        (lambda: ShortConvolution(4, 2, bias=None), "bias must be True or False, got None"),
     ],
 )
 def test_errors_name_the_argument(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
 
 
@@ -348,12 +353,54 @@ def zeros(*shape):
         ),
         (lambda q: SwiGLU(8, 6)(q), "x must be [..., width] with width = 8, got [2, 5, 4]"),
         (lambda q: ShortConvolution(8, 3)(q), "x must be [B, L, channels] with channels = 8, got [2, 5, 4]"),
+        (lambda q: ShortConvolution(4, 3)(q, {}), "cache must be a LayerCache, got dict"),
+        (lambda q: ShortConvolution(4, 3)(q, LayerCache(), 5), "name must be a string, got 5"),
+        (lambda q: convolve_twice(q, q[:1]), "x must have the cache's batch size 2, got [1, 5, 4]"),
+        (lambda q: window_attention(q[None], q[None], zeros(()), 3), "v must be [B, H, L + past, d_v]"),
+        (lambda q: window_attention(*[q[None]] * 3, 2, [0]), "documents must be a tensor [B or 1, L + past], got list"),
+        (
+            lambda q: window_attention(*[q[None]] * 3, 2, torch.zeros(1, 5, device="meta")),
+            "documents must be on cpu like q, got meta",
+        ),
+        (lambda q: rotary_embedding(q[None], 1.5), "start must be a whole number or a tensor [L], got 1.5"),
+        (lambda q: rotary_embedding(q[None], base=-1), "base must be a finite number above 0, got -1"),
+        (lambda q: layers.l1_norm(None), "x must be a tensor, got NoneType"),
+        (lambda q: layers.l2_norm(q.long()), "x must be a floating-point tensor"),
+        (
+            lambda q: DeltaNet(4, 1)(q[:1], cu_seqlens=torch.tensor([0, 5]).to_sparse()),
+            "cu_seqlens must be a dense tensor of offsets, got layout torch.sparse_coo",
+        ),
         (lambda q: DeltaNet(4, 1)(q.long()), "x must be a floating-point tensor, got torch.int64 [2, 5, 4]"),
     ],
 )
 def test_wrong_shapes_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call(zeros(2, 5, 4))
+
+
+def convolve_twice(first, second):
+    convolution, cache = ShortConvolution(4, 3), LayerCache()
+    convolution(first, cache)
+    return convolution(second, cache)
+
+
+def test_functions_take_their_arguments_by_name():
+    q, x = torch.randn(2, 5, 4), torch.rand(2, 5, 3)
+    for function, arguments in (
+        (retention, {"q": q, "k": q, "v": q, "log_decay": -x[..., 0]}),
+        (gated_linear_attention, {"q": q, "k": q, "v": q, "log_decay": -q.abs()}),
+        (selective_scan, {"x": x, "delta": x, "A": -x[0, :3], "B": x, "C": x}),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            named = function(**arguments)
+        for a, b in zip(named, function(*arguments.values()), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_shapes_can_be_worked_out_on_meta(name):
+    x = torch.empty(2, 5, 24, device="meta")
+    assert MIXERS[name]().to("meta")(x).shape == x.shape
 
 
 def test_at_length_zero_the_state_is_a_copy():
