@@ -235,6 +235,7 @@ class TestInterrupted:
 
     def test_old_leftovers_that_are_ours_are_removed_and_no_others(self, corpus, tmp_path):
         made = {"ours": ["train.bin"], "young": ["train.bin"], "mixed": ["train.bin", "notes.txt"], "empty": []}
+        made["half written"] = ["train.bin", f"{files_module.TEMPORARY}tokenizer"]
         for name, contents in made.items():
             folder = tmp_path / f"{files_module.TEMPORARY}{name}"
             folder.mkdir()
@@ -282,6 +283,40 @@ class TestAtOnce:
     def test_saves_into_one_folder(self, tmp_path):
         together(_save_and_open, str(tmp_path / "p"))
         assert [p.name for p in tmp_path.glob(".*")] == []
+
+    def test_a_folder_that_is_moved_away_is_no_file(self, tmp_path, monkeypatch):
+        folder, stat = tmp_path / "p", Path.stat
+        folder.mkdir()
+
+        def moved_after(path, **options):
+            about = stat(path, **options)
+            if path == folder:
+                path.rename(tmp_path / "moved")
+            return about
+
+        monkeypatch.setattr(Path, "stat", moved_after)
+        with pytest.raises(FileNotFoundError):
+            corpus_module._check_contents(folder)
+
+    def test_another_corpus_that_was_there_for_a_moment(self, tmp_path, monkeypatch):
+        one, other = (
+            Corpus(np.full(9, seed, np.uint8), np.full(9, seed, np.uint8), ByteTokenizer(), facts={"seed": seed})
+            for seed in (1, 2)
+        )
+        one.save(tmp_path / "p")
+        mapped = corpus_module._map
+
+        def between(*arguments):
+            monkeypatch.setattr(corpus_module, "_map", mapped)
+            other.save(tmp_path / "p")
+            found = mapped(*arguments)
+            time.sleep(0.05)  # the clock of a file system may be that coarse
+            one.save(tmp_path / "p")
+            return found
+
+        monkeypatch.setattr(corpus_module, "_map", between)
+        found = Corpus.open(tmp_path / "p")
+        assert set(found.train) == set(found.validation) == {found.facts["seed"]}
 
     def test_unpackings_of_one_archive(self, corpus, tmp_path):
         corpus.save(tmp_path / "p")

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
@@ -119,17 +120,19 @@ class Corpus:
         Raises DataError if a file is missing, damaged, or does not fit the others.
         """
         folder = Path(folder)
-        for wait in (0.02, 0.1, 0.5, None):
-            before = _note(folder)
+        for wait in (0.02, 0.05, 0.1, 0.2, 0.4, None):
+            before = _stamp(folder)
             try:
                 corpus = cls._open(folder, verify)
             except (DataError, FileNotFoundError):
                 absent = before is None and is_being_replaced(folder)
-                if wait is None or (before == _note(folder) and not absent):
+                if wait is None or (before == _stamp(folder) and not absent):
                     raise
             else:
-                if wait is None or before == _note(folder):
+                if before == _stamp(folder):
                     return corpus
+                if wait is None:
+                    raise DataError(f"{folder} is being replaced by other processes all the time: stop them")
             time.sleep(wait)  # it was replaced while we read it
         raise AssertionError("unreachable")
 
@@ -155,11 +158,22 @@ PARTS = ("train", "validation")
 REMEDY = "it is damaged; prepare it again"
 
 
-def _note(folder: Path) -> bytes | None:
-    """The bytes of `folder/corpus.json`, which hold the hashes of all else; None if they cannot be read.
+def _stamp(folder: Path) -> tuple | None:
+    """What tells one corpus in `folder` from the next; None if there is none.
 
-    A folder's inode would not tell one corpus from the next: it is used again as soon as it is free.
+    The note alone would not, where another corpus was there for a moment; nor would an inode alone, which is used
+    again as soon as it is free.
     """
+    note = _note(folder)
+    try:
+        about = (folder / "corpus.json").stat()
+    except OSError:
+        return None
+    return None if note is None else (note, about.st_ino, about.st_mtime_ns)
+
+
+def _note(folder: Path) -> bytes | None:
+    """The bytes of `folder/corpus.json`, which hold the hashes of all else; None if they cannot be read."""
     path = folder / "corpus.json"
     try:
         return path.read_bytes() if path.is_file() and path.stat().st_size <= LARGEST_NOTE else None
@@ -255,7 +269,7 @@ def _check_contents(folder: Path) -> None:
     """Raise DataError unless `folder` is empty or holds a prepared corpus and nothing else, FileNotFoundError if it
     is not there (any more)."""
     about = folder.stat()
-    if not folder.is_dir():
+    if not stat.S_ISDIR(about.st_mode):
         raise DataError(f"folder must be a folder for the corpus, {folder} is a file")
     names = sorted(os.listdir(folder))
     others = [name for name in names if name not in FILES or not (folder / name).is_file()]

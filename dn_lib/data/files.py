@@ -34,10 +34,15 @@ def make_folder(folder: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed otherwise."""
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed otherwise.
+
+    It is forced to the disk first: a power cut leaves the old file or the new one, never an empty one.
+    """
     part = temporary_name(path.parent)
     try:
         yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -109,20 +114,22 @@ def is_being_replaced(folder: Path) -> bool:
 
 
 def remove_files(folder: Path, names: frozenset[str]) -> None:
-    """Remove the files called `names` from `folder`, and the folder if nothing else is in it."""
+    """Remove the files called `names`, and temporary ones, from `folder`, and the folder if nothing else is in it."""
     with contextlib.suppress(OSError):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+        for name in os.listdir(folder):
+            if name in names or name.startswith(TEMPORARY):
+                (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def remove_leftovers(parent: Path, names: frozenset[str]) -> None:
     """Remove what killed processes left in `parent`: our temporary folders, older than a day, that hold nothing but
-    files called `names`."""
+    files called `names` and temporary ones."""
     with contextlib.suppress(OSError):
         for folder in parent.glob(f"{TEMPORARY}*"):
             about = folder.lstat()
             newest = max(about.st_mtime, about.st_ctime)  # to be moved aside changes the second only
-            ours = folder.is_dir() and not folder.is_symlink() and names.issuperset(os.listdir(folder))
+            ours = folder.is_dir() and not folder.is_symlink()
+            ours = ours and all(name in names or name.startswith(TEMPORARY) for name in os.listdir(folder))
             if ours and time.time() - newest > DAY:
                 remove_files(folder, names)

@@ -107,8 +107,11 @@ class BPETokenizer:
         return self.tokenizer.decode([int(token) for token in tokens])
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` into `folder`."""
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        """Write `tokenizer.json` into `folder`: whole, or the one that was there stays.  Raises OSError."""
+        from dn_lib.data.files import written_aside  # which needs this module
+
+        with written_aside(Path(folder) / "tokenizer.json") as part:
+            part.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
