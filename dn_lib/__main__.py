@@ -26,7 +26,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Folder = Annotated[Path, typer.Argument(help="A run folder of `train`, or a folder of `save_model`.")]
+
+def path(text: str) -> Path:
+    """The type of all options that are paths: `Path("")` would be the current folder, which nobody meant."""
+    if not str(text).strip():
+        raise typer.BadParameter("a path must not be empty (the current folder is '.')")
+    return Path(text)
+
+
+Folder = Annotated[Path, typer.Argument(help="A run folder of `train`, or a folder of `save_model`.", parser=path)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 CorpusName = Annotated[
     str,
@@ -126,7 +134,7 @@ def _settings(ctx: typer.Context, begun_with: dict) -> dict:
 @app.command()
 def train(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log.jsonl and the finished model.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log.jsonl and the finished model.", parser=path)],
     corpus: CorpusName = "stdlib",
     vocab: Vocab = 0,
     resume: Annotated[
@@ -134,7 +142,7 @@ def train(
     ] = False,
     resume_from: Annotated[
         Path | None,
-        typer.Option(help="Go on from this checkpoint; newer ones in --out are set aside, not deleted."),
+        typer.Option(help="Go on from this checkpoint; newer ones in --out are set aside, not deleted.", parser=path),
     ] = None,
     change: Annotated[
         list[str] | None,
@@ -182,7 +190,8 @@ def train(
 
     begun = resume_from.parent if resume_from else out
     resuming = resume or resume_from is not None
-    settings = _settings(ctx, notes(begun) if resuming else {})
+    begun_with = notes(begun) if resuming else {}
+    settings = _settings(ctx, begun_with)
     corpus, vocab, seed = settings["corpus"], settings["vocab"], settings["seed"]
     shape = {name: settings[name] for name in ("width", "layers", "heads", "mixer", "hybrid", "window")}
     config = TrainConfig(
@@ -196,10 +205,10 @@ def train(
     ModelConfig(vocab_size=max(vocab, 256), **shape)  # a wrong shape is told before the corpus is read
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
-    tokenizer = load_tokenizer(begun) if resuming else None
-    if tokenizer is None or tokenizer.vocab_size != vocab:  # to resume, the run's own encoding is read again
-        tokenizer = vocab or None
-    data = load_corpus(corpus, vocab=tokenizer, progress=not quiet and _first_process())
+    own = load_tokenizer(begun) if resuming and vocab else None  # to resume, the run's own encoding is read again
+    if own is None or own.name == "bytes" or vocab not in (own.vocab_size, begun_with.get("vocab")):
+        own = vocab or None  # (a small text gives fewer tokens than were asked for)
+    data = load_corpus(corpus, vocab=own, progress=not quiet and _first_process())
     torch.manual_seed(seed)
     model = LanguageModel(ModelConfig(vocab_size=data.vocab_size, **shape))
     _tell(f"{model.num_parameters():,} parameters, {len(data.train):,} training tokens of {corpus}")
@@ -296,11 +305,12 @@ def prepare_data(
         Path | None,
         typer.Option(
             help="Folder for the token files: new, empty, or prepared before (default: one in the cache, with a name "
-            "of the corpus's own)."
+            "of the corpus's own).",
+            parser=path,
         ),
     ] = None,
     vocab: Vocab = 0,
-    archive: Annotated[Path | None, typer.Option(help="Also pack them into this .tar.xz.")] = None,
+    archive: Annotated[Path | None, typer.Option(help="Also pack them into this .tar.xz.", parser=path)] = None,
 ):
     """Tokenise a corpus into memory-mapped files, once."""
     from dn_lib.data import (

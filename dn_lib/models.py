@@ -46,6 +46,7 @@ from dn_lib.stored import FLOATS, digest, parse_json, read_tensors, read_text
 
 MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
 HYBRIDS = ("none", "window", "global")
+LARGEST_SIZE, LARGEST_WINDOW = 2**31 - 1, 2**63 - 1  # beyond, PyTorch refuses in words of its own
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            most = LARGEST_WINDOW if name == "window" else LARGEST_SIZE
+            if type(value) is int and value > most and type(field.default) is not float:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if self.conv_size < 0:
             raise ValueError(f"conv_size must be 0 (no convolution) or more, got {self.conv_size}")
         if not 0 <= self.mlp_ratio < math.inf:
@@ -499,7 +505,9 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    # The largest logit is taken off first, so that a very small temperature cannot make inf - inf.
+    # The largest logit is taken off first, so that a very small temperature cannot make inf - inf; and one that
+    # is 0 in the precision of the logits would make 0 / 0.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,17 @@ from test_training import CONFIG, corpus, losses, model
 from torch import nn
 
 from dn_lib.data import split_text
-from dn_lib.training import CheckpointError, TrainConfig, checkpoint, latest, make_optimiser, read, same_run, train
+from dn_lib.training import (
+    CheckpointError,
+    TrainConfig,
+    checkpoint,
+    folder,
+    latest,
+    make_optimiser,
+    read,
+    same_run,
+    train,
+)
 from dn_lib.training.runs import export, load_run, notes
 
 SHORT = replace(CONFIG, steps=4, batch=2, length=16, checkpoint_every=1, keep=9, evaluate_every=0, evaluation_tokens=32)
@@ -94,6 +105,14 @@ class TestNames:
         (run / "checkpoint_best.safetensors").write_bytes(b"mine")
         go_on(run, replace(SHORT, steps=6, keep=1), allow_changes=["steps"])
         assert steps(run) == [1, 2, 6] and (run / "checkpoint_best.safetensors").read_bytes() == b"mine"
+
+    def test_a_copy_under_a_shorter_number_is_the_users(self, run):
+        shutil.copy(checkpoint.checkpoint_path(run, 1), run / "checkpoint_1.safetensors")
+        go_on(run, replace(SHORT, steps=6, keep=1), allow_changes=["steps"])
+        assert sorted(path.name for path in checkpoint.numbered(run)) == [
+            "checkpoint_0000006.safetensors",
+            "checkpoint_1.safetensors",
+        ]
 
     def test_another_runs_file_of_that_name_is_set_aside(self, run):
         saved = read(latest(run))
@@ -296,7 +315,7 @@ class TestOneRunPerFolder:
         train(model(), corpus(), replace(SHORT, evaluate_every=4), folder=tmp_path, report=nested)
         assert len(found) == 1
 
-    @pytest.mark.parametrize("name", ["log.jsonl", "tokenizer.json", "model/model.safetensors"])
+    @pytest.mark.parametrize("name", ["log.jsonl", "tokenizer.json", "run.json", "model/model.safetensors"])
     def test_what_is_there_already_is_not_written_over(self, tmp_path, name):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -305,6 +324,27 @@ class TestOneRunPerFolder:
             with pytest.raises(CheckpointError, match="another folder"):
                 train(model(), corpus(), SHORT, folder=tmp_path, resume=resume)
         assert path.read_text() == "mine\n"
+
+    def test_a_run_json_that_is_no_runs_is_set_aside_to_go_on(self, run):
+        (run / "run.json").write_text("mine\n")
+        go_on(run)
+        assert (run / "set_aside_run.json").read_text() == "mine\n"
+        assert folder.run_facts(run)["run"] == read(latest(run)).about["run"]
+
+    def test_a_log_with_a_damaged_line_is_kept_and_told(self, run):
+        flip(run / "log.jsonl", 2, 7)
+        damaged = (run / "log.jsonl").read_bytes()
+        with pytest.warns(RuntimeWarning, match=r"line 1 of .*log.jsonl is no record .* as it was is .*set_aside_log"):
+            go_on(run)
+        assert (run / "set_aside_log.jsonl").read_bytes() == damaged
+        go_on(run)  # and this once only
+        assert len(list(run.glob("set_aside*"))) == 1
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are of Linux")
+    def test_a_name_that_is_no_utf8_is_refused_at_the_start(self, tmp_path):
+        with pytest.raises(CheckpointError, match="folder must have a name in UTF-8, got "):
+            train(model(), corpus(), SHORT, folder=tmp_path / "bad\udcff")
+        assert list(tmp_path.iterdir()) == []
 
     def test_only_its_own_unfinished_files_are_removed(self, run):
         own = run / f"checkpoint_0000009.safetensors.{read(latest(run)).about['run']}.abcd.part"

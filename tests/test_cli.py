@@ -1,5 +1,6 @@
 """The command line: a run from training to generation, and one-line errors for what users get wrong."""
 
+import errno
 import functools
 import http.server
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 
 import dn_lib  # noqa: F401
 from dn_lib.__main__ import app
-from dn_lib.data import DOWNLOADS
+from dn_lib.data import DOWNLOADS, load_corpus
 from dn_lib.data.downloads import Download
 
 SHAPE = ["--width", "16", "--layers", "2", "--heads", "2", "--window", "8"]
@@ -79,6 +81,50 @@ def test_bpe_run_keeps_its_tokenizer(text, tmp_path):
     assert result.exit_code == 0, result.output
     assert "name" in run("generate", out, "--prompt", "name", "--tokens", 5, "--device", "cpu").stdout
     assert run("train", "--corpus", text, "--out", out, *SMALL, "--vocab", 280, "--resume").exit_code == 0
+
+
+def test_bpe_run_goes_on_with_its_tokenizer_where_the_text_gave_fewer_tokens(text, tmp_path):
+    pytest.importorskip("tokenizers")
+    out, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text("".join(f"value_{i % 37} = other({i % 11})\n" for i in range(300)))
+    assert run("train", "--corpus", text, "--out", out, *SMALL, "--vocab", 5000).exit_code == 0
+    before = (out / "tokenizer.json").read_bytes()
+    result = run("train", "--corpus", other, "--out", out, *SMALL, "--vocab", 5000, "--resume", "--change", "corpus")
+    assert result.exit_code == 0, result.output
+    assert (out / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_tokenizer_that_was_changed_is_told(text, tmp_path, exported):
+    pytest.importorskip("tokenizers")
+    out = tmp_path / "run"
+    assert run("train", "--corpus", text, "--out", out, *SMALL, "--vocab", 280).exit_code == 0
+    if not exported:
+        (out / "model").rename(tmp_path / "kept")
+    path = out / "model" / "tokenizer.json" if exported else out / "tokenizer.json"
+    about = json.loads(path.read_text())
+    words = about["model"]["vocab"]
+    a, b = list(words)[-2:]
+    words[a], words[b] = words[b], words[a]  # as many tokens, with other numbers
+    path.write_text(json.dumps(about))
+    for command in ("generate", "eval"):
+        result = run(command, out, "--device", "cpu")
+        assert result.exit_code == 2 and "must hold the tokenizer of its run, bpe-" in result.stderr
+
+
+def test_a_tokenizer_is_written_whole_or_the_old_one_stays(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    one, two = (load_corpus(Path(__file__), vocab=size).tokenizer for size in (260, 280))
+    one.save(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        two.save(tmp_path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("tokenizer.json", before)]
 
 
 def test_prepare_data(text, tmp_path):

@@ -94,6 +94,12 @@ WRONG = [
         for value in ("gpu", "cuda:999", "cuda:256", "cuda:-1", "1", "cpu:x", "=")
     ],
     (f"{GENERATE} --prompt=", "--prompt must not be empty"),
+    # An empty path is not the current folder.
+    (f"{TRAIN} --out=", "--out': a path must not be empty"),
+    (f"{TRAIN} --resume-from=", "--resume-from': a path must not be empty"),
+    (f"{PREPARE} --out=", "--out': a path must not be empty"),
+    (f"{PREPARE} --archive=", "--archive': a path must not be empty"),
+    *[(f"{TRAIN} --{name} {'9' * 20}", f"{name} must be at most") for name in ("width", "batch", "warmup", "steps")],
     ("generate nowhere", "nowhere holds neither"),
     ("generate empty", "empty holds neither"),
     ("generate notes", "notes holds neither"),
@@ -132,7 +138,6 @@ WRONG = [
         for place in (".", "..", "./", "../here", "../../../..", "/", "../cache", "~", "notes/..")
         if place != "~"
     ],
-    ("prepare-data text.txt --out=", "--out: folder must be one of its own"),
     ("prepare-data text.txt --out notes", "--out: folder must be new, empty or a prepared corpus"),
     ("prepare-data text.txt --out model", "--out: folder must be new, empty or a prepared corpus"),
     ("prepare-data text.txt --out text.txt", "is or holds the text to be prepared"),
@@ -187,6 +192,11 @@ def test_is_one_line_that_names_what_is_wrong_and_changes_nothing(line, message)
     said = error_of(*line.split())
     assert message.replace("-", "_") in said.replace("-", "_")
     assert tree() == before
+
+
+def test_an_empty_folder_is_not_the_current_one():
+    for command in ("generate", "eval"):
+        assert "a path must not be empty" in error_of(command, "")
 
 
 def config(change):

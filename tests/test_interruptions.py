@@ -175,7 +175,7 @@ class TestNobodyListens:
         (tmp_path / "log.jsonl").write_bytes(
             b'\xff\xfe\n{"step": 1}\n[3]\n7\n{"step": "x"}\n{"other": 1}\n{"step": 2}\n{"st'
         )
-        assert interruptions.read_log(tmp_path / "log.jsonl", 1) == [{"step": 1}]
+        assert interruptions.read_log(tmp_path / "log.jsonl", 1) == ([{"step": 1}], [1, 3, 4, 5, 6])
 
 
 class Poison(torch.autograd.Function):

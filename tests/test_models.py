@@ -162,6 +162,7 @@ def test_configurations_survive_json(options):
         ({"qk_norm": "l3"}, "qk_norm must be one of l2, l1, none, got 'l3'"),
         ({"beta_range": 2.5}, r"beta_range must be in \(0, 2\], got 2.5"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        *[({name: 10**20}, f"{name} must be at most ") for name in ("vocab_size", "width", "hidden", "window")],
         ({"layers": 3, "hybrid": "global"}, "layers must be at least 4 with hybrid='global', got 3"),
         ({"layers": 2, "pattern": ("delta",)}, "pattern must name 2 mixers"),
         ({"pattern": ("delta", "x", "delta", "delta")}, "pattern must name 4 mixers"),
@@ -242,7 +243,8 @@ def test_sampling():
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(1, top_k=1), generate(model, tokens, 20, temperature=0))
-    assert torch.equal(draw(1, temperature=1e-30), generate(model, tokens, 20, temperature=0))
+    for smallest in (1e-30, 1e-300):
+        assert torch.equal(draw(1, temperature=smallest), generate(model, tokens, 20, temperature=0))
     made = draw(3, top_k=3)
     with torch.no_grad():
         best = model(made).topk(3).indices[:, 2:-1]

@@ -283,8 +283,9 @@ DAMAGE = {
     "a pattern of numbers": (edited(pattern=[1, [2]]), "config.json holds no usable configuration"),
     "no width": (edited(width="gone"), "does not fit config.json"),
     "a million million layers": (edited(layers=10**12), "2 layers, not 1000000000000"),
+    "a size that no tensor has": (edited(vocab_size=10**30), "vocab_size must be at most 2147483647"),
     "sizes that no tensor has": (
-        edited(vocab_size=10**30),
+        edited(vocab_size=2**31 - 1, width=2**31 - 4),
         "holds no usable configuration: config asks for tensors that cannot",
     ),
 }

@@ -230,7 +230,8 @@ def _last_good(folder: Path) -> str:
 
 def _prune(folder: Path, run: str, step: int, keep: int) -> None:
     """Delete the run's own checkpoints but the newest `keep`: what it did not write, it does not delete."""
-    own = [path for path in numbered(folder) if step_of(path) <= step and run_of(path) == run]
+    named = [path for path in numbered(folder) if path == checkpoint_path(folder, step_of(path))]  # no user's copy
+    own = [path for path in named if step_of(path) <= step and run_of(path) == run]
     for old in own[:-keep]:
         old.unlink()
 
@@ -249,11 +250,17 @@ def _metadata(path: str | Path) -> dict[str, str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Give a checkpoint a name that no run takes for its own; nothing is deleted.  Returns the new path."""
-    target, number = path.with_name(f"set_aside_{path.name}"), 2
-    while target.exists():
-        target, number = path.with_name(f"set_aside_{number}_{path.name}"), number + 1
+    """Give a file a name that no run takes for its own; nothing is deleted.  Returns the new path."""
+    target = name_aside(path)
     path.rename(target)
+    return target
+
+
+def name_aside(path: Path) -> Path:
+    """A free name beside `path` that no run takes for its own."""
+    target, number = path.with_name(f"set_aside_{path.name}"), 2
+    while os.path.lexists(target):
+        target, number = path.with_name(f"set_aside_{number}_{path.name}"), number + 1
     return target
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 AT_LEAST_ONE = ("steps", "batch", "length", "accumulate", "keep", "log_every")
 AT_LEAST_ZERO = ("warmup", "evaluate_every", "evaluation_tokens", "checkpoint_every")
+LARGEST = 2**63 - 1  # that a tensor's sizes and indices can be
 FLOATS = ("learning_rate", "min_learning_rate", "weight_decay", "clip")
 
 
@@ -56,9 +57,9 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in AT_LEAST_ONE:
-            self._set(name, _integer(name, getattr(self, name), 1))
+            self._set(name, _integer(name, getattr(self, name), 1, LARGEST))
         for name in AT_LEAST_ZERO:
-            self._set(name, _integer(name, getattr(self, name), 0))
+            self._set(name, _integer(name, getattr(self, name), 0, LARGEST))
         self._set("seed", _integer("seed", self.seed, -(2**63), 2**64 - 1))
         for name in FLOATS:
             self._set(name, _finite(name, getattr(self, name)))

@@ -31,7 +31,10 @@ def held(folder: Path) -> Iterator[None]:
     Raises CheckpointError at once if another run is in the folder, or if nothing can be written there.
     """
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:  # its checkpoints could be written, and not be read again
+        raise CheckpointError(f"folder must have a name in UTF-8, got {str(folder)!r}: take another") from None
     except OSError as error:
         raise CheckpointError(f"folder {folder} cannot be made: {error.strerror or error}") from None
     lock = FileLock(folder / LOCK, timeout=0)
@@ -73,7 +76,7 @@ def begin(folder: Path, notes: dict[str, Any], again: bool) -> str:
     if checkpoints.latest(folder) is not None:
         raise CheckpointError(f"{folder} holds a run already: go on with --resume, or take another folder")
     began = run_facts(folder).get("run")
-    there = _first_with_content(folder, ("model", LOG, "tokenizer.json"))
+    there = _first_with_content(folder, ("model", LOG, "tokenizer.json", *(() if began else (RUN,))))
     if there == "model":
         raise CheckpointError(f"{folder} holds a model and no checkpoint to go on from: take another folder")
     if there and not (began and again):
@@ -121,7 +124,13 @@ def go_on(folder: Path, saved: checkpoints.Checkpoint, notes: dict[str, Any]) ->
     if began != run:
         raise CheckpointError(f"the checkpoint of step {step} is of another run than {folder}: take another folder")
     try:
-        records = read_log(folder / LOG, step)
+        if not run_facts(folder) and _first_with_content(folder, (RUN,)):  # damaged, or the user's own
+            checkpoints.set_aside(folder / RUN)
+        records, damaged = read_log(folder / LOG, step)
+        if damaged:
+            kept = checkpoints.name_aside(folder / LOG)
+            checkpoints.write_file(kept, (folder / LOG).read_bytes(), run)
+            warn(f"line {damaged[0]} of {folder / LOG} is no record and is left out; the log as it was is {kept}")
         records += [record for record in saved.about.get("unlogged", []) if record not in records]
         for path in checkpoints.numbered(folder):
             if checkpoints.step_of(path) > step:

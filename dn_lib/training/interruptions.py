@@ -134,14 +134,15 @@ def append_whole(path: Path, content: bytes) -> None:
             raise
 
 
-def read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to `step`: what was logged after the checkpoint, or broke off, is left out."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+def read_log(path: Path, step: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records up to `step`, and the numbers of the lines that hold none (a last one that broke off left out)."""
+    records, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         try:
             record = json.loads(line)
             if record.get("evaluation", record)["step"] <= step:
                 records.append(record)
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return records
+            if line.endswith(b"\n"):
+                damaged.append(number)
+    return records, damaged

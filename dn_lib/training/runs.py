@@ -40,7 +40,8 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> tu
 
     A run folder gives its newest state: the exported model, or a checkpoint of more steps. A run may be writing into
     the folder meanwhile.
-    Raises FileNotFoundError if there is nothing to load, CheckpointError if a checkpoint is damaged.
+    Raises FileNotFoundError if there is nothing to load, CheckpointError if a checkpoint is damaged, or if the
+    tokenizer is not the one that the model was trained with.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -49,7 +50,8 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> tu
     if model is not None:
         about = _read_json(model / "run.json")
         if newest is None or checkpoints.step_of(newest) <= about.get("step", float("inf")):
-            return load_model(model, device), load_tokenizer(model), about.get("corpus", {})
+            facts = about.get("corpus", {})
+            return load_model(model, device), _tokenizer_of(model, facts), facts
     if newest is None:
         raise FileNotFoundError(f"folder must hold a model or a checkpoint, {folder} holds neither")
     return _from_checkpoint(_read_latest(folder), folder, device)
@@ -108,9 +110,21 @@ def _read_latest(folder: Path) -> checkpoints.Checkpoint:
 
 def _from_checkpoint(saved: checkpoints.Checkpoint, folder: Path, device: str | torch.device | None):
     facts = saved.about["corpus"]
-    if facts.get("tokenizer", "bytes") != ByteTokenizer.name and not (folder / "tokenizer.json").exists():
+    return _model_of(saved).to(device or "cpu"), _tokenizer_of(folder, facts), facts
+
+
+def _tokenizer_of(folder: Path, facts: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in `folder`, which has to be the one of `facts`: another would read and write other text."""
+    wanted = facts.get("tokenizer")
+    if wanted not in (None, ByteTokenizer.name) and not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"folder must hold the tokenizer.json of its run, {folder} does not")
-    return _model_of(saved).to(device or "cpu"), load_tokenizer(folder), facts
+    tokenizer = load_tokenizer(folder)
+    if wanted not in (None, tokenizer.name):
+        raise CheckpointError(
+            f"{folder} must hold the tokenizer of its run, {wanted}, it holds {tokenizer.name}: its tokenizer.json is "
+            "damaged, or another's"
+        )
+    return tokenizer
 
 
 def _model_of(saved: checkpoints.Checkpoint) -> LanguageModel:
