@@ -94,7 +94,8 @@ def to_chunks(x: Tensor, chunk_size: int) -> Tensor:
         raise ValueError(f"x must be [..., L, d], got {list(x.shape)}")
     check_chunk_size(chunk_size)
     count = math.ceil(x.shape[-2] / chunk_size)
-    x = F.pad(x, (0, 0, 0, count * chunk_size - x.shape[-2]))
+    # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
+    x = F.pad(x.contiguous(), (0, 0, 0, count * chunk_size - x.shape[-2]))
     return x.unflatten(-2, (count, chunk_size))
 
 

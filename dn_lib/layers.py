@@ -455,7 +455,8 @@ def _(positions, d, base, dtype):
 
 def _to_chunks(x: Tensor, chunk: int) -> Tensor:
     """`[..., L, d]` -> `[..., n, chunk, d]`; zeros fill the last: k = v = log-decay = 0 change no state."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % chunk)).unflatten(-2, (-1, chunk))
+    # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
+    return F.pad(x.contiguous(), (0, 0, 0, -x.shape[-2] % chunk)).unflatten(-2, (-1, chunk))
 
 
 def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -601,6 +601,9 @@ def decode_delta_rule(
         raise ValueError(f"state must be contiguous and {dtype}, got {state.dtype} with strides {state.stride()}")
     if state.is_neg() or not _is_plain(state):
         raise ValueError(f"state must hold its own values, got {'a negative view' * state.is_neg() or type(state)}")
+    compiling = torch.compiler.is_compiling()
+    if not compiling and state.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("state must not be made in inference mode to be updated outside of it: pass a clone")
     _refuse_gradients(q=q, k=k, v=v, beta=beta)
     with torch.no_grad(), _no_autocast(q):
         if _choose_backend(sequence[0], sequence[2], None, "auto") == "triton":

@@ -408,6 +408,14 @@ def test_offsets_on_the_cpu_are_those_of_the_copy():
         dn_lib.chunk_delta_rule(q, k, v, beta, cu_seqlens=offsets, cu_seqlens_cpu=torch.tensor([0, 3, L]))
 
 
+def test_a_state_of_inference_mode_is_updated_there_alone():
+    with torch.inference_mode():
+        made_there = torch.zeros_like(state)
+        dn_lib.decode_delta_rule(**token, state=made_there)
+    with pytest.raises(ValueError, match=r"^state must not be made in inference mode"):
+        dn_lib.decode_delta_rule(**token, state=made_there)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_sound_arguments_are_taken(name):
     function, sound, *_ = FUNCTIONS[name]
