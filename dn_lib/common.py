@@ -252,10 +252,14 @@ def describe(value: Any) -> str:
 # --- What a hand-written derivative cannot do -----------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def _in_torch_func() -> bool:
     """Asked for when a call is compiled, once: inside a transform the compiler is inside it too."""
     return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it: more than a second,
+# and the kernels could no longer turn Triton's interpreter off.
+_in_torch_func._dynamo_marked_constant = True
 
 
 def active_transform(*tensors: Tensor | None) -> str | None:

@@ -63,3 +63,10 @@ def test_both_regimes_and_options_are_among_them(compiled):
         for option in ("norm", "varlen"):
             assert {row[option] for row in mine} == {True, False}
         assert {row["segments"] for row in mine} >= {1, 2}
+
+
+def test_importing_the_package_leaves_triton_and_the_compiler_alone():
+    """Both take more than a second to import, and Triton asks for its interpreter once, when it is imported."""
+    code = "import sys, dn_lib; print([name for name in ('triton', 'torch._dynamo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
