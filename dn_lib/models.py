@@ -18,6 +18,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_lib.common import active_transform
+from dn_lib.common import active_transform, check_integer, check_is_tensor, describe, is_integer, is_number
 from dn_lib.layers import (
     ACTIVATIONS,
     QK_NORMS,
@@ -42,7 +43,7 @@ from dn_lib.layers import (
     SwiGLU,
 )
 from dn_lib.ops import BACKENDS, _checking
-from dn_lib.stored import FLOATS, digest, parse_json, read_tensors, read_text
+from dn_lib.stored import FLOATS, as_folder, digest, parse_json, read_tensors, read_text
 
 MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
 HYBRIDS = ("none", "window", "global")
@@ -104,6 +105,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.pattern is not None:
+            if not isinstance(self.pattern, (tuple, list)):
+                raise ValueError(f"pattern must be a list of mixers or None, got {describe(self.pattern)}")
             object.__setattr__(self, "pattern", tuple(self.pattern))
         self._check_types()
         self._check_sizes()
@@ -127,8 +130,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("head_dim", "attention_heads", "hidden", "mamba_state", "rope_base", "norm_eps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             most = LARGEST_WINDOW if name == "window" else LARGEST_SIZE
@@ -200,6 +203,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
         """The reverse of `to_dict`; a field that is missing has its default. Raises ValueError for an unknown one."""
+        if not isinstance(values, dict):
+            raise TypeError(f"values must be a dict, got {describe(values)}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -213,6 +218,7 @@ def build_mixer(name: str, config: ModelConfig) -> nn.Module:
     >>> type(build_mixer("gla", ModelConfig())).__name__
     'GatedLinearAttention'
     """
+    _check_config(config)
     c = config
     common = {"conv_size": c.conv_size, "norm_eps": c.norm_eps}
     linear = {"activation": c.activation, "qk_norm": c.qk_norm, "output_gate": c.output_gate}
@@ -231,7 +237,12 @@ def build_mixer(name: str, config: ModelConfig) -> nn.Module:
         return GatedLinearAttention(c.width, c.heads, c.head_dim, **common)
     if name == "mamba":
         return Mamba(c.width, expand=c.mamba_expand, state_size=c.mamba_state, conv_size=c.conv_size)
-    raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {name!r}")
+    raise ValueError(f"name must be one of {', '.join(MIXERS)}, got {describe(name)}")
+
+
+def _check_config(config: ModelConfig) -> None:
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig, got {describe(config)}")
 
 
 class Block(nn.Module):
@@ -298,6 +309,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        _check_config(config)
         self.config = config
         self._tokens_were_read = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
@@ -388,6 +400,7 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `batch_size` sequences."""
+        check_integer("batch_size", batch_size, least=0)
         return Cache(batch_size, len(self.blocks))
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
@@ -413,6 +426,7 @@ class LanguageModel(nn.Module):
             >>> model.flops_per_token(100) > 6 * model.num_parameters(embeddings=False) * 0.99
             True
         """
+        check_integer("length", length)
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear | ShortConvolution))
         weights += 0 if self.head is not None else self.embedding.weight.numel()
         return 3 * (2 * weights + sum(block.mixer.state_flops(length) for block in self.blocks))
@@ -445,19 +459,28 @@ def generate(
         >>> torch.equal(both[:1, 2:], generate(model, torch.tensor([[5]]), 8, temperature=0))
         True
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "new_cache"):
+        raise TypeError(f"model must be a LanguageModel, compiled or not, got {describe(model)}")
     if not isinstance(prompt, Tensor):
         raise TypeError(f"prompt must be a tensor of tokens [B, L], got {type(prompt).__name__}")
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise ValueError(f"prompt must be [B, L] with B and L at least 1, got shape {tuple(prompt.shape)}")
+    check_is_tensor("prompt", prompt, "of tokens [B, L]")
     if prompt.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"prompt must be int32 or int64, got {prompt.dtype}")
     lengths = _prompt_lengths(prompt, lengths)
     read = prompt if lengths is None else prompt[_is_prompt(prompt, lengths)]  # padding may be any number
     check_in_vocabulary("prompt", read, model.config.vocab_size)
+    if not is_integer(new_tokens):
+        raise TypeError(f"new_tokens must be a whole number of 0 or more, got {describe(new_tokens)}")
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
+    if not is_number(temperature):
+        raise TypeError(f"temperature must be a number, 0 (greedy) or more, got {describe(temperature)}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and not is_integer(top_k):
+        raise TypeError(f"top_k must be a whole number of at least 1 or None, got {describe(top_k)}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     cache, tokens = model.new_cache(prompt.shape[0]), [prompt]
@@ -503,8 +526,9 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        # By place, not by value: of equal logits, which are common in bfloat16, no more than top_k are left.
+        values, places = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, places, values)
     # The largest logit is taken off first, so that a very small temperature cannot make inf - inf; and one that
     # is 0 in the precision of the logits would make 0 / 0.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
@@ -575,12 +599,14 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | N
     from safetensors.torch import save_file
 
     model = unwrapped(model)
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict of tensors or None, got {describe(state_dict)}")
     given = model.state_dict() if state_dict is None else state_dict
     weights = {_plain_name(name): _to_store(name, t) for name, t in given.items()}
     missing, extra = _difference(_expected(model.config), weights)
     if missing or extra:
         raise ValueError(f"state_dict must be of this model: missing {missing}, not wanted {extra}")
-    folder = Path(folder)
+    folder = as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config.to_dict(), indent=2)
     metadata = {"config": config, "sha256": digest(weights, config)}
@@ -594,6 +620,8 @@ def _plain_name(name: str) -> str:
 
 def _to_store(name: str, tensor: Tensor) -> Tensor:
     """Whole, contiguous, on the CPU, in memory that it shares with no other (safetensors refuses that)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"state_dict must hold tensors, {name} is {describe(tensor)}")
     if hasattr(tensor, "full_tensor"):
         raise ValueError(f"state_dict must hold whole tensors (see DTensor.full_tensor), {name} is a shard")
     if tensor.dtype not in FLOATS:
@@ -618,7 +646,7 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
         >>> torch.equal(again.head.weight, model.head.weight)
         True
     """
-    folder = Path(folder)
+    folder, device = as_folder(folder), _device(device)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder must hold {CONFIG} and {WEIGHTS}: no {name} in {folder}")
@@ -630,7 +658,18 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
     with torch.device("meta"):
         model = LanguageModel(config)
     model.load_state_dict(weights, assign=True)
-    return model.to(device or "cpu")
+    return model.to(device)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cpu")
+    if not isinstance(device, (str, torch.device)) and not is_integer(device):
+        raise TypeError(f"device must be a torch.device, its name or None, got {describe(device)}")
+    try:
+        return torch.device(device)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"device must be one of PyTorch's, got {describe(device)}") from error
 
 
 def _check_metadata(folder: Path, metadata: dict[str, str], weights: dict[str, Tensor], text: str, values) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dn_lib.models import (
     WEIGHTS,
     LanguageModel,
     ModelConfig,
+    build_mixer,
     generate,
     load_model,
     save_model,
@@ -170,8 +172,11 @@ def test_configurations_survive_json(options):
         ({"delta_steps": 0}, "delta_steps must be at least 1, got 0"),
         ({"conv_size": -1}, "conv_size must be 0"),
         ({"mlp_ratio": -1.0}, "mlp_ratio must be 0"),
-        ({"hidden": 0}, "hidden must be positive, got 0"),
-        ({"norm_eps": 0.0}, "norm_eps must be positive, got 0.0"),
+        ({"hidden": 0}, "hidden must be positive and finite, got 0"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive and finite, got 0.0"),
+        ({"rope_base": math.inf}, "rope_base must be positive and finite, got inf"),
+        ({"pattern": 5}, "pattern must be a list of mixers or None, got 5"),
+        ({"pattern": "delta"}, "pattern must be a list of mixers or None, got 'delta'"),
         ({"width": 32.0}, "width must be of type int, got 32.0"),
         ({"width": True}, "width must be of type int, got True"),
         ({"tie_embeddings": 1}, "tie_embeddings must be of type bool, got 1"),
@@ -266,6 +271,56 @@ def test_sampling():
 def test_generation_errors(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         generate(LanguageModel(ModelConfig(**SMALL)), *arguments, **options)
+
+
+ONE = torch.zeros(1, 1, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: generate(None, ONE, 3), "model must be a LanguageModel, compiled or not, got None"),
+        (lambda model: generate(model, ONE.to_sparse(), 3), "prompt must be a dense tensor"),
+        (lambda model: generate(model, ONE, 2.5), "new_tokens must be a whole number of 0 or more, got 2.5"),
+        (lambda model: generate(model, ONE, "3"), "new_tokens must be a whole number of 0 or more, got '3'"),
+        (lambda model: generate(model, ONE, True), "new_tokens must be a whole number of 0 or more, got True"),
+        (lambda model: generate(model, ONE, 3, temperature=None), "temperature must be a number, .* got None"),
+        (lambda model: generate(model, ONE, 3, temperature=torch.ones(())), "temperature must be a number"),
+        (lambda model: generate(model, ONE, 3, top_k=2.0), "top_k must be a whole number of at least 1 or None"),
+        (lambda model: model.new_cache(-1), "batch_size must be an integer of at least 0, got -1"),
+        (lambda model: model.flops_per_token(0), "length must be an integer of at least 1, got 0"),
+        (lambda model: LanguageModel({"width": 8}), "config must be a ModelConfig, got dict"),
+        (lambda model: build_mixer("gla", None), "config must be a ModelConfig, got None"),
+        (lambda model: build_mixer(["gla"], model.config), "name must be one of delta, .*, got list"),
+        (lambda model: ModelConfig.from_dict(None), "values must be a dict, got None"),
+        (lambda model: save_model(5, model), "folder must be a path, got int"),
+        (lambda model: save_model("never-made", model, 5), "state_dict must be a dict of tensors or None, got 5"),
+        (
+            lambda model: save_model("never-made", model, {"norm.weight": 1}),
+            "state_dict must hold tensors, norm.weight",
+        ),
+        (lambda model: load_model(None), "folder must be a path, got NoneType"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call(LanguageModel(ModelConfig(**SMALL)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["gpu", 0.5, -1, {}, float("nan"), [0]])
+def test_what_is_no_device_is_named(tmp_path, device):
+    save_model(tmp_path, LanguageModel(ModelConfig(**SMALL)))
+    with pytest.raises((TypeError, ValueError), match=r"^device must be "):
+        load_model(tmp_path, device)
+
+
+def test_of_equal_logits_no_more_than_top_k_are_drawn_from():
+    model = LanguageModel(ModelConfig(**SMALL))
+    torch.nn.init.zeros_(model.head.weight)
+    made = generate(model, ONE.expand(40, 1), 3, top_k=2)
+    assert made[:, 1:].unique().numel() == 2
 
 
 def test_tokens_of_a_wrong_shape():
