@@ -244,6 +244,8 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return "a nested tensor" if value.is_nested else f"a tensor {list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write out very long ones
     if isinstance(value, (int, float, complex, bool, np.number, np.bool_)) or value is None:
         return str(value)
     return repr(value) if isinstance(value, str) and len(value) < 40 else type(value).__name__

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dn_lib.common import (
+    active_transform,
     check_chunk_size,
     check_flag,
     check_integer,
@@ -1024,7 +1025,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Te
     q `[B, H, L, d]`, k and v `[B, H, L + past, d]`; `documents` as in `full_attention`. The rows are cut into blocks
     of `window`: a block sees no key outside itself and the block before, and which of these 2 `window` keys a row
     sees is the same in every block. So all blocks after the first go through torch's SDPA as one batch with one small
-    mask: work and memory O(L window).
+    mask: work and memory O(L window). On a GPU in half precision FlashAttention skips what lies outside the window.
 
         >>> q, k, v = (torch.randn(1, 1, 5, 2) for _ in range(3))
         >>> torch.allclose(window_attention(q, k, v, window=1), v)
@@ -1033,6 +1034,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Te
     _check_attention(q, k, v, documents)
     check_integer("window", window)
     length, past = q.shape[2], k.shape[2] - q.shape[2]
+    if documents is None and length > window and _flash_takes(q, k, v):
+        return _flash_attention(q, k, v, window)
     oldest = max(0, past - window + 1)
     if oldest:
         k, v, past = k[:, :, oldest:], v[:, :, oldest:], past - oldest
@@ -1072,6 +1075,45 @@ def _to_blocks(x: Tensor, n: int, size: int) -> Tensor:
     pad = [0, 0] * (x.dim() - 2) + [0, n * size - x.shape[1]]
     # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
     return F.pad(x.contiguous(), pad).unflatten(1, (n, size))
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether FlashAttention computes these without a cache: on a GPU, in half precision, once differentiable.
+
+    Its backward adds in any order, so it is not taken where deterministic algorithms are asked for.
+    """
+    return (
+        q.device.type == "cuda"
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape == k.shape == v.shape
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and q.numel() > 0
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and not torch.are_deterministic_algorithms_enabled()
+        and active_transform(q, k, v) is None
+    )
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Causal attention within a window and within documents, through torch's FlashAttention: `[B, H, L, d]`.
+
+    Skips every block of keys that a row does not see. The kernel reads what the offsets say, so they are made to rise
+    from 0 to L here, at no wait for the GPU.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # here: it brings the compiler along
+
+    batch, _, length, _ = q.shape
+    if cu_seqlens is None:
+        offsets = torch.arange(0, batch * length + 1, length, device=q.device, dtype=torch.int32)
+    else:
+        offsets = cu_seqlens.to(torch.int32).clamp(0, length).cummax(0).values.clone()
+        offsets[0], offsets[-1] = 0, length
+    rows = [t.transpose(1, 2).reshape(batch * length, *t.shape[1::2]) for t in (q, k, v)]
+    size = (-1 if window is None else window - 1, 0)
+    o = varlen_attn(*rows, offsets, offsets, length, length, window_size=size)
+    return o.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -1119,7 +1161,10 @@ class Attention(nn.Module):
         elif cache is not None:
             k, v = (self._remember(cache, name, t) for name, t in (("k", k), ("v", v)))
             numbers = self._padding_as_document(cache, k)
-        o = self._attend(q, k, v, numbers)
+        if documents is not None and _flash_takes(q, k, v):
+            o = _flash_attention(q, k, v, self.window, documents.offsets)
+        else:
+            o = self._attend(q, k, v, numbers)
         return self.output(o.transpose(1, 2).flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:

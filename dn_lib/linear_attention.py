@@ -22,6 +22,7 @@ from dn_lib.common import (
     check_sequence,
     check_shape,
     check_tensors,
+    describe,
     fresh,
     initial_state_or_zeros,
     scale_or_default,
@@ -29,6 +30,8 @@ from dn_lib.common import (
 )
 
 FeatureMap = Callable[[Tensor], Tensor]
+LARGEST_DEGREE = 170  # of a Taylor polynomial: 171! is more than the largest float64
+MOST_NUMBERS = 2**31  # that one tensor of features may hold: 8 GiB in float32
 
 
 def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -77,7 +80,8 @@ def elu_feature_map(x: Tensor) -> Tensor:
 def taylor_feature_map(x: Tensor, degree: int) -> Tensor:
     """The features of exp up to `degree`: `[..., d]` -> `[..., 1 + d + d^2 + ... + d^degree]`.
 
-    The dot product of two such vectors is the Taylor polynomial of exp(x^T y): eq-exp-features.
+    The dot product of two such vectors is the Taylor polynomial of exp(x^T y): eq-exp-features. Raises ValueError
+    for a degree above 170, and for more than 2^31 features.
 
     >>> taylor_feature_map(torch.tensor([1.0, 2.0]), degree=2)
     tensor([1.0000, 1.0000, 2.0000, 0.7071, 1.4142, 1.4142, 2.8284])
@@ -86,11 +90,29 @@ def taylor_feature_map(x: Tensor, degree: int) -> Tensor:
     if x.ndim < 1:
         raise ValueError(f"x must be [..., d], got {list(x.shape)}")
     check_integer("degree", degree, least=0)
+    _check_size(x, degree)
     power, features = torch.ones_like(x[..., :1]), []
     for n in range(degree + 1):
         features.append(power / math.sqrt(math.factorial(n)))
         power = (power[..., :, None] * x[..., None, :]).flatten(-2)
     return torch.cat(features, dim=-1)
+
+
+def _check_size(x: Tensor, degree: int) -> None:
+    """Refuses a `degree` whose features no machine holds, before the first is computed."""
+    rows, d, features, power = max(1, math.prod(x.shape[:-1])), x.shape[-1], 1, 1
+    for n in range(1, degree + 1):
+        if n > LARGEST_DEGREE:
+            raise ValueError(
+                f"degree must be at most {LARGEST_DEGREE}, whose factorial float64 holds, got {describe(degree)}"
+            )
+        power *= d
+        features += power
+        if rows * features > MOST_NUMBERS:
+            raise ValueError(
+                f"degree must give at most {MOST_NUMBERS} features, got {describe(degree)} for x {list(x.shape)}: "
+                f"up to degree {n} there are {rows} x {features}"
+            )
 
 
 def _features(feature_map: FeatureMap, x: Tensor) -> Tensor:

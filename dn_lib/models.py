@@ -47,6 +47,7 @@ from dn_lib.stored import FLOATS, as_folder, digest, parse_json, read_tensors, r
 
 MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
 HYBRIDS = ("none", "window", "global")
+LONGEST = 2**31 - 1  # tokens of one generated sequence
 LARGEST_SIZE, LARGEST_WINDOW = 2**31 - 1, 2**63 - 1  # beyond, PyTorch refuses in words of its own
 
 
@@ -475,6 +476,8 @@ def generate(
         raise TypeError(f"new_tokens must be a whole number of 0 or more, got {describe(new_tokens)}")
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
+    if new_tokens > (most := LONGEST - prompt.shape[1]):
+        raise ValueError(f"new_tokens must be at most {most} after this prompt, got {describe(new_tokens)}")
     if not is_number(temperature):
         raise TypeError(f"temperature must be a number, 0 (greedy) or more, got {describe(temperature)}")
     if not 0 <= temperature < math.inf:

@@ -253,7 +253,10 @@ FUNCTIONS = {
         la.taylor_feature_map,
         {"x": one["q"], "degree": 2},
         "",
-        {"x": {"scalar": zeros(()), "integers": torch.arange(3)}, "degree": {"float": 2.0, "negative": -1}},
+        {
+            "x": {"scalar": zeros(()), "integers": torch.arange(3)},
+            "degree": {"float": 2.0, "negative": -1, "large": 60, "huge": 10**5000},
+        },
     ),
     "chunkwise_flops": (
         la.chunkwise_flops,

@@ -1,12 +1,14 @@
 """Models compiled, on a GPU: every length, decoding with CUDA graphs, what fits into memory.  `make gpu` runs it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dn_lib
-from dn_lib.layers import window_attention
+from dn_lib.layers import Attention, window_attention
 from dn_lib.models import LanguageModel, ModelConfig
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +96,48 @@ def test_window_attention_is_that_of_float64(length, window, dtype, bound):
     expected = (expected, *torch.autograd.grad(expected, wide, upstream.cpu().double()))
     for a, b in zip(got, expected, strict=True):
         assert distance(a.cpu(), b) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_attention_is_that_of_float64(window, dtype):
+    """In half precision FlashAttention takes the offsets; float64 goes through masks. Gradients of all weights."""
+    torch.manual_seed(1)
+    layer = Attention(width=128, heads=2, window=window).to("cuda", dtype)
+    x = torch.randn(1, 500, 128, device="cuda", dtype=dtype, requires_grad=True)
+    upstream = torch.randn_like(x)
+    offsets = torch.tensor([0, 1, 200, 200, 463, 500])
+    wide = copy.deepcopy(layer).double().cpu()
+    wide_x = x.detach().double().cpu().requires_grad_()
+    got = layer(x, cu_seqlens=offsets.cuda())
+    got = (got, *torch.autograd.grad(got, (x, *layer.parameters()), upstream))
+    expected = wide(wide_x, cu_seqlens=offsets)
+    expected = (expected, *torch.autograd.grad(expected, (wide_x, *wide.parameters()), upstream.double().cpu()))
+    for a, b in zip(got, expected, strict=True):
+        assert distance(a.cpu(), b) < 3 * torch.finfo(dtype).eps  # twice as many products in a row as attention alone
+
+
+def test_packed_attention_reads_nothing_outside_for_wrong_offsets():
+    layer = Attention(width=128, heads=2, window=40).to("cuda", torch.bfloat16)
+    x = torch.randn(1, 300, 128, device="cuda", dtype=torch.bfloat16)
+    for wrong in ([-500, 100, 300], [0, 2**30, 300], [0, 200, 100, 300], [0, 100, 200]):
+        assert layer(x, cu_seqlens=torch.tensor(wrong, device="cuda")).isfinite().all()
+
+
+def test_window_attention_compiles_a_few_times_and_can_be_deterministic():
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    fast = torch.compile(lambda *inputs: window_attention(*inputs, 64), backend=counter, fullgraph=True)
+    for length in (40, 64, 100, 128, 200, 333, 512, 700, 1000):
+        q, k, v = (torch.randn(2, 3, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        assert distance(fast(q, k, v), window_attention(q, k, v, 64)) < 2**-8
+    assert counter.frame_count <= 4
+    flash = window_attention(q, k, v, 64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert distance(window_attention(q, k, v, 64), flash) < 3 * 2**-8
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_window_attention_takes_memory_for_the_window():

@@ -264,6 +264,7 @@ def test_sampling():
         ((torch.zeros(3, dtype=torch.long), 3), {}, "prompt must be"),
         ((torch.tensor([[0, 50]]), 3), {}, "prompt must hold tokens from 0 to 49, got 0 to 50"),
         ((torch.zeros(1, 1, dtype=torch.long), -1), {}, "new_tokens must be 0 or more, got -1"),
+        ((torch.zeros(1, 1, dtype=torch.long), 10**400), {}, "new_tokens must be at most 2147483646 after this prompt"),
         ((torch.zeros(1, 1, dtype=torch.long), 3), {"temperature": -1}, "temperature must be 0"),
         ((torch.zeros(1, 1, dtype=torch.long), 3), {"top_k": 0}, "top_k must be at least 1, got 0"),
     ],

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dn_lib.common import check_integer
 from dn_lib.data import Corpus, DataError
 from dn_lib.data.tokens import SEPARATOR
 
@@ -84,12 +85,15 @@ def evaluate(
 def loss_by_position(loss: torch.Tensor, bins: int = 16) -> tuple[list[float], list[float]]:
     """Mean loss by position in the context: (last position of each bin, mean loss in it).
 
-    loss: `[n, L]` from `token_losses`.  Bins double in width, for the loss falls fastest at the start.
+    loss: `[n, L]` from `token_losses`.  Bins double in width, for the loss falls fastest at the start, and
+    number at most L.
 
     >>> loss_by_position(torch.tensor([[4.0, 2.0, 1.0, 1.0]]), bins=3)
     ([1.0, 2.0, 4.0], [4.0, 2.0, 1.0])
     """
+    check_integer("bins", bins)
     length = loss.shape[1]
+    bins = min(bins, length)
     edges = sorted({max(1, round(length ** (i / max(bins - 1, 1)))) for i in range(bins)} | {length})
     starts = [0, *edges[:-1]]
     means = [loss[:, a:b].mean().item() for a, b in zip(starts, edges, strict=True)]
