@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from tools.isolation import isolate
+from tools.isolation import PATIENCE, isolate
 
 isolate()  # before anything reads personal settings; kernels of notebooks find dn_lib also where it is not installed
 
@@ -39,9 +39,17 @@ else:
     settings.load_profile("book")
 
 
+def pytest_configure(config):
+    if hasattr(config.option, "nbval_kernel_startup_timeout"):
+        config.option.nbval_kernel_startup_timeout = PATIENCE
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("TRITON_INTERPRET") != INTERPRET:
         raise pytest.UsageError("importing a test module has changed TRITON_INTERPRET, for every test after it")
+    for item in items:
+        if hasattr(item, "output_timeout"):  # nbval's, of 5 seconds
+            item.output_timeout = PATIENCE
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU (make gpu)")
         for item in items:

@@ -47,7 +47,7 @@ from measure import first_line, load_fla, plain
 from peer_compile import Died, default_workers, spread
 from provenance import package_version, provenance
 
-from dn_lib.convert import from_fla_state_dict
+from dn_lib.models.convert import from_fla_state_dict
 
 VARIANTS = {
     "as in the paper": {},

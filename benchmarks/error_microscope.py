@@ -39,7 +39,7 @@ from measure import (
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dn_lib.householder import rounded_matmul, scaled_inverse, ut_transform
+from dn_lib.forms.householder import rounded_matmul, scaled_inverse, ut_transform
 from dn_lib.kernels import inverse, ladder
 from dn_lib.kernels.common import dot
 

@@ -119,7 +119,7 @@ def regime(alone: bool) -> Iterator[None]:
 
     Whole chunks are fetched by the copy engine, as they are in calls of many more tokens.
     """
-    with mock.patch("dn_lib.kernels.configs.alone", lambda programs, device_index: alone), long_calls():
+    with mock.patch("dn_lib.kernels.plan.alone", lambda programs, device_index: alone), long_calls():
         yield
 
 

@@ -42,9 +42,9 @@ from measure import (
 
 import dn_lib
 from dn_lib import cost
-from dn_lib.householder import ut_transform
+from dn_lib.forms.householder import ut_transform
+from dn_lib.forms.linear_attention import chunkwise_linear_attention
 from dn_lib.kernels import ladder
-from dn_lib.linear_attention import chunkwise_linear_attention
 
 SIZES = ((16, 2048, 16, 128), (16, 2048, 32, 64))  # B, L, H, d: 32,768 tokens of 2,048 channels
 DECODED = 512  # sequences of which one token is decoded

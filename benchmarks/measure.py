@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dn_lib
 from dn_lib import cost
-from dn_lib.kernels import launch
+from dn_lib.kernels.delta_rule import launch
 
 NOT_MEASURED = "smoke run: each time is a stub of 1 ms, no error was measured on a GPU; nothing here is a result"
 OUTPUTS = ("o", "dq", "dk", "dv", "dbeta", "dinitial", "state")

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from measure import Problem, Results, device_of, draw
 
-from dn_lib.kernels import configs, launch
+from dn_lib.kernels import plan as configs
+from dn_lib.kernels.delta_rule import launch
 
 BATCHES = ((8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 8192))
 PARTS = (1, 2, 4, 8, 16)

@@ -52,7 +52,7 @@ from measure import (
 )
 
 import dn_lib
-from dn_lib.kernels import configs
+from dn_lib.kernels import plan as configs
 
 HEADS = ((64, 32), (128, 16), (256, 8))  # (d, H): 2,048 channels
 BATCHES = ((32, 1024), (16, 2048), (8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 8192))  # (B, L)

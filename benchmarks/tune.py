@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py --out tiles_sm90.json [--head-dims 64 128 256] [--only walk] [--tma] [--norm]
 
-One file for each architecture: the rule in `dn_lib/kernels/configs.py` is edited from it by hand.  A candidate first
+One file for each architecture: the rule in `dn_lib/kernels/plan.py` is edited from it by hand.  A candidate first
 has to agree with float64, outputs and gradients, on correlated keys; then its kernel is timed alone, on the arguments
 of the operator's own launch.  Kernels that walk are timed in two regimes: `shared`, a batch that fills the GPU, and
 `alone`, one long sequence whose programs have a multiprocessor each.  Tiles of 32 value channels are not tried: one of
@@ -25,8 +25,9 @@ from ladder import launches
 from measure import Clock, OutOfTime, Results, device_of, first_line, limit_of, verdict
 
 import dn_lib
-from dn_lib.kernels import configs, launch
-from dn_lib.kernels.configs import Tiles
+from dn_lib.kernels import plan as configs
+from dn_lib.kernels.delta_rule import launch
+from dn_lib.kernels.plan import Tiles
 
 KERNELS = ("walk", "walk_back", "gradients", "chunk_inverse")
 SHAPES = {  # B, L, H

@@ -4,7 +4,7 @@
 
 Starts, side by side, `python -m dn_lib train ...` and `torchrun --nproc-per-node 2 -m dn_lib train ...` with
 --parallel ddp and fsdp, in float32 and at the same total batch, over NCCL: the losses of every step and of the
-evaluation must agree to 1e-5.  And `dn_lib.sequence_parallel`, forward and backward, on stretches of unequal
+evaluation must agree to 1e-5.  And `dn_lib.parallel.affine`, forward and backward, on stretches of unequal
 length, against the chunkwise form on one GPU: 1e-5 in float32, 1e-12 in float64.
 --smoke does it on a CPU, over gloo, with a tiny model.  Exits with 1 if anything differs or fails.
 """
@@ -25,8 +25,8 @@ import torch.distributed as dist
 from measure import device_of, first_line, relative
 from provenance import provenance
 
-from dn_lib.chunkwise import chunkwise_delta_rule
-from dn_lib.sequence_parallel import _loopback, split_and_run
+from dn_lib.forms.chunkwise import chunkwise_delta_rule
+from dn_lib.parallel.affine import _loopback, split_and_run
 
 LIMITS = {"training": 1e-5, "float32": 1e-5, "float64": 1e-12}
 ROOT = Path(__file__).resolve().parent.parent

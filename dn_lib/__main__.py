@@ -120,7 +120,7 @@ def _settings(ctx: typer.Context, begun_with: dict) -> dict:
 
     What was not given on the command line is what the run was begun with, where it was begun before.
     """
-    from dn_lib.data.corpus import NAMED
+    from dn_lib.data.sources import NAMED
 
     own = {name: value for name, value in ctx.params.items() if name not in MACHINE}
     default = {name for name in own if ctx.get_parameter_source(name).name != "COMMANDLINE"}

@@ -11,18 +11,13 @@ import torch
 from delta_reference import make
 
 import dn_lib
-from dn_lib import chunkwise as cw
-from dn_lib import householder as hh
-from dn_lib import linear_attention as la
-from dn_lib import sequence_parallel as sp
-from dn_lib.delta_rule import (
-    delta_rule_step,
-    erase_write,
-    recurrent_delta_rule,
-    recurrent_gated_delta_rule,
-    sweep_matrix,
-    sweep_rate,
-)
+from dn_lib.forms import affine, chunkwise_backward, common, decay
+from dn_lib.forms import chunkwise as cw
+from dn_lib.forms import householder as hh
+from dn_lib.forms import linear_attention as la
+from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix, sweep_rate
+from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.parallel import affine as sp
 
 B, L, H, K, V = 1, 6, 2, 4, 3
 
@@ -158,7 +153,7 @@ FUNCTIONS = {
     "parallel_delta_rule": (cw.parallel_delta_rule, rows, "q k v beta", {"scale": SCALE}),
     "chunkwise_delta_rule": (cw.chunkwise_delta_rule, rows, "q k v beta", {"scale": SCALE, "chunk_size": COUNT}),
     "reversible_chunkwise_delta_rule": (
-        cw.reversible_chunkwise_delta_rule,
+        chunkwise_backward.reversible_chunkwise_delta_rule,
         rows,
         "q k v beta",
         {"scale": SCALE, "chunk_size": COUNT},
@@ -170,7 +165,12 @@ FUNCTIONS = {
         "q k v beta",
         {"cu_seqlens": OFFSETS, "form": FUNCTION, "initial_state": {"states": zeros(2, K, V), "text": "x"}},
     ),
-    "to_chunks": (cw.to_chunks, {"x": one["q"], "chunk_size": 2}, "", {"x": {"row": zeros(3)}, "chunk_size": COUNT}),
+    "to_chunks": (
+        common.to_chunks,
+        {"x": one["q"], "chunk_size": 2},
+        "",
+        {"x": {"row": zeros(3)}, "chunk_size": COUNT},
+    ),
     "chunk_wy": (cw.chunk_wy, only("k", "v", "beta"), "k v beta", {}),
     "chunk_states": (
         cw.chunk_states,
@@ -178,15 +178,15 @@ FUNCTIONS = {
         "k v beta state",
         {},
     ),
-    "chunk_errors": (cw.chunk_errors, only("k", "v", "beta", "state"), "k v beta state", {}),
+    "chunk_errors": (chunkwise_backward.chunk_errors, only("k", "v", "beta", "state"), "k v beta state", {}),
     "chunk_backward": (
-        cw.chunk_backward,
+        chunkwise_backward.chunk_backward,
         {**only("q", "k", "beta", "state"), "errors": one["v"], "do": one["v"], "dstate": one["state"]},
         "q k beta errors do state dstate",
         {"do": {"double": one["v"].double()}},
     ),
     "chunkwise_delta_rule_backward": (
-        cw.chunkwise_delta_rule_backward,
+        chunkwise_backward.chunkwise_delta_rule_backward,
         {
             **only("q", "k", "beta"),
             **{"errors": one["v"], "do": one["v"], "final_state": one["state"], "dstate": one["state"]},
@@ -195,21 +195,21 @@ FUNCTIONS = {
         {"scale": SCALE, "chunk_size": COUNT},
     ),
     "chunkwise_forward_with_errors": (
-        cw.chunkwise_forward_with_errors,
+        chunkwise_backward.chunkwise_forward_with_errors,
         only("q", "k", "v", "beta", "state"),
         "q k v beta state",
         {"chunk_size": COUNT, "state": {"double": one["state"].double()}},
     ),
-    "chunk_affine": (cw.chunk_affine, only("k", "v", "beta"), "k v beta", {}),
+    "chunk_affine": (affine.chunk_affine, only("k", "v", "beta"), "k v beta", {}),
     "compose_affine": (
-        cw.compose_affine,
+        affine.compose_affine,
         {"second": pair, "first": pair},
         "",
         {"first": {"none": None, "shape": (zeros(3, 3), zeros(3, 1)), "text": ("x", "y")}, "second": {"tensor": q}},
     ),
-    "segment_affine": (cw.segment_affine, only("k", "v", "beta"), "k v beta", {"chunk_size": COUNT}),
+    "segment_affine": (affine.segment_affine, only("k", "v", "beta"), "k v beta", {"chunk_size": COUNT}),
     "segment_state_gradient": (
-        cw.segment_state_gradient,
+        affine.segment_state_gradient,
         {**only("q", "k", "beta"), "do": one["v"], "dstate": one["state"]},
         "q k beta do dstate",
         {"chunk_size": COUNT},
@@ -244,7 +244,7 @@ FUNCTIONS = {
         {"scale": SCALE, "chunk_size": COUNT},
     ),
     "recurrent_decay_attention": (
-        la.recurrent_decay_attention,
+        decay.recurrent_decay_attention,
         {**only("q", "k", "v"), "decay": one["k"].abs()},
         "q k v decay",
         {"scale": SCALE},
@@ -428,5 +428,5 @@ def test_the_sound_arguments_are_taken(name):
     elif name == "sequence_parallel_delta_rule":
         with pytest.raises(RuntimeError, match="init_process_group"):
             function(**sound)
-    elif name != "run_on_processes":  # tests/test_sequence_parallel.py starts processes
+    elif name != "run_on_processes":  # tests/parallel/test_sequence_parallel.py starts processes
         function(**sound)

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 import dn_lib
 from dn_lib import cost
-from dn_lib.kernels import configs, ladder
-from dn_lib.teaching.tiles import observe
+from dn_lib.kernels import ladder
+from dn_lib.kernels import plan as configs
+from dn_lib.teaching.judge.trace import observe
 
 sizes = st.builds(
     cost.Shape,

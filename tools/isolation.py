@@ -35,8 +35,15 @@ NAMES = {
 }
 KEPT = {"DN_LIB_CACHE", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONPYCACHEPREFIX"}
 
+# Seconds for a kernel to start, and for outputs to arrive. By themselves kernels wait 10 seconds for the thread that
+# sends outputs and nbclient then 4, after which outputs are lost: a right chapter would fail on a busy machine.
+PATIENCE = 900
+
 KERNEL = {
-    "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+    "argv": [
+        *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
+        f'--IPKernelApp.exec_lines=__import__("ipykernel.iostream").iostream.OutStream.flush_timeout = {PATIENCE}',
+    ],
     "display_name": "Python 3 (ipykernel)",
     "language": "python",
 }

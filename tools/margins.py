@@ -1,6 +1,6 @@
 """How much room each tolerance of the suite leaves, under several settings of the libraries that do the sums.
 
-    python -m tools.margins tests/test_kernels.py tests/test_chunkwise.py    (or `make margins`: the numerical tests)
+    python -m tools.margins tests/forms/test_chunkwise.py    (or `make margins`: the numerical tests)
 
 A matrix product is summed in another order by each processor's kernel, and its last bits differ. A tolerance that
 holds with a factor of two to spare under every setting below holds on the next machine, too. The command runs pytest
@@ -48,11 +48,10 @@ SETTINGS = {
 }  # fmt: skip
 
 NUMERICAL = [
-    f"tests/test_{name}.py"
-    for name in (
-        "chunkwise", "convert", "delta_rule", "equations", "exercises", "householder", "kernels", "ladder", "layers",
-        "linear_attention", "models", "ops", "recall", "sequence_parallel", "tiles",
-    )
+    "tests/forms", "tests/kernels/test_kernels.py", "tests/kernels/test_ladder.py", "tests/layers/test_layers.py",
+    "tests/models/test_convert.py", "tests/models/test_models.py", "tests/ops/test_ops.py", "tests/parallel",
+    "tests/data/test_recall.py", "tests/teaching/test_equations.py", "tests/teaching/test_exercises.py",
+    "tests/teaching/test_tiles.py",
 ]  # fmt: skip
 
 # --- the plugin ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from tools.isolation import isolate
+from tools.isolation import PATIENCE, isolate
 from tools.lowering import Book, lower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,9 @@ def execute(notebook: NotebookNode, folder: Path) -> float:
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
+        startup_timeout=PATIENCE,
+        iopub_timeout=PATIENCE,
+        raise_on_iopub_timeout=True,  # or what has not come by then is left out in silence
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,

@@ -51,8 +51,8 @@ def exercise(case: tuple, device: str = "cuda") -> int:
     cu = torch.tensor([0, 0, 17, L], device=device) if packed else None
     first = torch.randn(3 if packed else 1, 1, d_k, d_v, device=device)
     x = [t.to(dtype).requires_grad_() for t in (q, k, v, beta)]
-    rule = mock.patch("dn_lib.kernels.configs.segments", lambda *_: parts)
-    with rule, mock.patch("dn_lib.kernels.configs.alone", lambda *_: alone):
+    rule = mock.patch("dn_lib.kernels.plan.segments", lambda *_: parts)
+    with rule, mock.patch("dn_lib.kernels.plan.alone", lambda *_: alone):
         o, state = dn_lib.delta_rule(
             *x, initial_state=first, output_final_state=True, cu_seqlens=cu, qk_l2norm=norm, backend="triton"
         )

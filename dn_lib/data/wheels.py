@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dn_lib.data.corpus import Corpus, build_corpus, check_target
+from dn_lib.data.corpus import Corpus, check_target
 from dn_lib.data.downloads import DEADLINE, cache_folder
 from dn_lib.data.files import alone, make_folder
+from dn_lib.data.sources import build_corpus
 from dn_lib.data.tokens import DataError, check_vocab
 
 # Chosen for hand-written, varied source. Left out: generated API clients and tables of data, and

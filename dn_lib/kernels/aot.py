@@ -27,7 +27,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dn_lib.kernels import configs, launch
+from dn_lib.kernels import plan as configs
+from dn_lib.kernels.delta_rule import launch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dn_lib.common import check_is_tensor, check_offsets
+from dn_lib.forms.common import check_is_tensor, check_offsets
 
 
 def readable(**tensors: Tensor | None) -> list[Tensor | None]:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dn_lib.common import check_integer
 from dn_lib.data import Corpus, DataError
 from dn_lib.data.tokens import SEPARATOR
+from dn_lib.forms.common import check_integer
 
 
 def windows(tokens: np.ndarray, length: int, limit: int | None = None) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dn_lib.linear_attention import (
+from dn_lib.forms.decay import recurrent_decay_attention
+from dn_lib.forms.linear_attention import (
     chunkwise_linear_attention,
     elu_feature_map,
     kernel_attention,
-    recurrent_decay_attention,
     recurrent_linear_attention,
     softmax_attention,
     taylor_feature_map,

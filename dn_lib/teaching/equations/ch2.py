@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dn_lib.delta_rule import (
-    delta_rule_step,
-    erase_write,
-    recurrent_delta_rule,
-    recurrent_gated_delta_rule,
-    sweep_matrix,
-)
+from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix
+from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
 from dn_lib.teaching.registry import Equation
 
 F64 = torch.float64

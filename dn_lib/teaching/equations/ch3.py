@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dn_lib.householder import (
+from dn_lib.forms.householder import (
     householder_matrix,
     householder_product,
     pseudo_values,

@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dn_lib.chunkwise import chunkwise_delta_rule, multiply_adds, reversible_chunkwise_delta_rule, saved_bytes
-from dn_lib.delta_rule import recurrent_delta_rule
+from dn_lib.forms.chunkwise import chunkwise_delta_rule, multiply_adds, saved_bytes
+from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
+from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.teaching.registry import Equation
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from dn_lib import cost
-from dn_lib.householder import rounded_matmul
+from dn_lib.forms.householder import rounded_matmul
 from dn_lib.teaching.registry import Equation
 
 SINGLE = 1e-5  # relative error of a few hundred float32 operations
@@ -28,7 +28,7 @@ def _normal(g, *shape):
 
 
 def _observe(function, *args, **kwargs):
-    from dn_lib.teaching.tiles import observe
+    from dn_lib.teaching.judge.trace import observe
 
     return observe(function, *args, **kwargs)
 
@@ -374,7 +374,7 @@ def _operator_in_blocks(q, k, v, beta, chunk_size, block_v):
     from unittest.mock import patch
 
     import dn_lib
-    from dn_lib.kernels import configs
+    from dn_lib.kernels import plan as configs
 
     chosen = configs.tiles
 

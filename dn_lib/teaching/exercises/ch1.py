@@ -8,7 +8,7 @@ from itertools import combinations, cycle
 
 import torch
 
-from dn_lib.linear_attention import (
+from dn_lib.forms.linear_attention import (
     chunkwise_linear_attention,
     elu_feature_map,
     parallel_linear_attention,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dn_lib.delta_rule import delta_rule_step, recurrent_delta_rule, recurrent_gated_delta_rule
+from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
+from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
 from dn_lib.teaching.registry import Exercise, Mutant
 
 F64 = torch.float64

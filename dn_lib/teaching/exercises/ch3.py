@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dn_lib.delta_rule import recurrent_delta_rule
-from dn_lib.householder import UT_METHODS, householder_matrix, scaled_inverse, ut_transform, wy_recursion
+from dn_lib.forms.delta_rule import recurrent_delta_rule
+from dn_lib.forms.householder import UT_METHODS, householder_matrix, scaled_inverse, ut_transform, wy_recursion
 from dn_lib.teaching.registry import Exercise, Mutant
 
 

@@ -7,16 +7,12 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from dn_lib.chunkwise import (
-    chunkwise_delta_rule,
-    delta_attention_matrix,
-    parallel_delta_rule,
-    reversible_chunkwise_delta_rule,
-)
-from dn_lib.delta_rule import recurrent_delta_rule
-from dn_lib.householder import ut_transform
-from dn_lib.linear_attention import chunkwise_linear_attention
-from dn_lib.sequence_parallel import leaving_gradient
+from dn_lib.forms.chunkwise import chunkwise_delta_rule, delta_attention_matrix, parallel_delta_rule
+from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
+from dn_lib.forms.delta_rule import recurrent_delta_rule
+from dn_lib.forms.householder import ut_transform
+from dn_lib.forms.linear_attention import chunkwise_linear_attention
+from dn_lib.parallel.affine import leaving_gradient
 from dn_lib.teaching.registry import Exercise, Mutant, relative_error
 
 

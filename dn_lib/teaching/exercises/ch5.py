@@ -12,9 +12,10 @@ import torch
 from torch.nn.functional import normalize
 
 from dn_lib.cost import Shape, linear_attention
-from dn_lib.delta_rule import delta_rule_step
-from dn_lib.householder import scaled_inverse
-from dn_lib.teaching.kernel_check import PLANS, Plan, guarded
+from dn_lib.forms.delta_rule import delta_rule_step
+from dn_lib.forms.householder import scaled_inverse
+from dn_lib.teaching.judge.kernels import guarded
+from dn_lib.teaching.judge.source import PLANS, Plan
 from dn_lib.teaching.registry import Exercise, Mutant
 
 NO_FAULTS = torch.zeros(4)  # accesses outside, races, doubtful dots, refusals: see `guarded`

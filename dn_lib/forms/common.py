@@ -1,0 +1,362 @@
+"""What every form shares: the working dtype, checks of arguments, chunks, and what autograd cannot do."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_INTEGERS = (int, np.integer, torch.SymInt)
+_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
+_FLAGS = (bool, np.bool_)
+_OPTIONAL = ("initial_state",)
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32: what sums and states are kept in.  None is passed over."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def initial_state_or_zeros(k: Tensor, v: Tensor, initial_state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The state `[..., d_k, d_v]` to start from, in `dtype`; zeros if `initial_state` is None.
+
+    It may be the caller's own tensor: a form that reads no token must hand back a copy, see `fresh`.
+    """
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    return torch.zeros(*k.shape[:-2], k.shape[-1], v.shape[-1], dtype=dtype, device=k.device)
+
+
+def fresh(state: Tensor) -> Tensor:
+    """A copy with memory of its own: decoding writes into the state that it is given."""
+    return state.clone(memory_format=torch.contiguous_format)
+
+
+# --- Checks ---------------------------------------------------------------------------------------------
+def check_is_tensor(name: str, value: Any, meaning: str = "") -> None:
+    """Raise unless `value` is a dense tensor: not nested, sparse or of another layout.
+
+    >>> check_is_tensor("q", [1.0], "[..., L, d]")
+    Traceback (most recent call last):
+    TypeError: q must be a tensor [..., L, d], got list
+    """
+    meaning = meaning and f" {meaning}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor{meaning}, got {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor{meaning}, got a nested one (pass cu_seqlens for packed rows)")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor{meaning}, got layout {value.layout}")
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise unless all are dense floating-point tensors on the device of the first; an initial_state may be None.
+
+    >>> check_tensors(q=torch.zeros(3, 2), k=torch.zeros(3, 2, dtype=torch.long))
+    Traceback (most recent call last):
+    ValueError: k must be a floating-point tensor, got torch.int64 [3, 2]
+    """
+    first, reference = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None and name in _OPTIONAL:
+            continue
+        check_is_tensor(name, tensor)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} must be on {reference.device} like {first}, got {tensor.device}")
+
+
+def check_one_dtype(**tensors: Tensor) -> None:
+    """Raise ValueError unless all have the dtype of the first.
+
+    >>> check_one_dtype(q=torch.zeros(2), k=torch.zeros(2, dtype=torch.float64))
+    Traceback (most recent call last):
+    ValueError: k must have the dtype of q, torch.float32, got torch.float64
+    """
+    first, reference = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != reference.dtype:
+            raise ValueError(f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...], match: str) -> None:
+    """Raise a one-line ValueError that names the argument unless `tensor` has shape `expected`.
+
+    >>> check_shape("beta", torch.zeros(3, 2), "..., L", (2, 3), "q")
+    Traceback (most recent call last):
+    ValueError: beta must be [..., L] = [2, 3] to match q, got [3, 2]
+    """
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}")
+
+
+def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
+    """Raise unless q, k `[..., L, d_k]`, v `[..., L, d_v]` and the state fit together, on one device."""
+    check_tensors(q=q, k=k, v=v, initial_state=initial_state)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{name} must be a floating-point tensor [..., L, d], got {tensor.dtype} {list(tensor.shape)}"
+            )
+    check_shape("k", k, "..., L, d_k", q.shape, "q")
+    check_shape("v", v, "..., L, d_v", (*q.shape[:-1], v.shape[-1]), "q")
+    check_channels(q=q, v=v)
+    if initial_state is not None:
+        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
+        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
+
+
+def check_channels(**tensors: Tensor) -> None:
+    """Raise ValueError for a tensor whose last dimension is empty.
+
+    >>> check_channels(q=torch.zeros(3, 0))
+    Traceback (most recent call last):
+    ValueError: q must have at least one channel, got [3, 0]
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have at least one channel, got {list(tensor.shape)}")
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`.
+
+    >>> check_integer("chunk_size", True)
+    Traceback (most recent call last):
+    ValueError: chunk_size must be an integer of at least 1, got True
+    """
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {describe(value)}")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise ValueError unless `chunk_size` is a whole number of at least 1."""
+    check_integer("chunk_size", chunk_size)
+
+
+def check_offsets(offsets: list[int], length: int) -> None:
+    """Raise ValueError unless the offsets of packed sequences rise from 0 to `length`.
+
+    >>> check_offsets([0, 4, 3, 6], 6)
+    Traceback (most recent call last):
+    ValueError: cu_seqlens must rise from 0 to L = 6, got [0, 4, 3, 6]
+    """
+    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in itertools.pairwise(offsets)):
+        shown = f"{offsets[:4]} ... {offsets[-1]}" if len(offsets) > 6 else f"{offsets}"
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {length}, got {shown}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number above 0.
+
+    >>> check_positive("rope_base", -1.0)
+    Traceback (most recent call last):
+    ValueError: rope_base must be a finite number above 0, got -1.0
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a finite number above 0, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {describe(value)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False.
+
+    >>> check_flag("qk_l2norm", "no")
+    Traceback (most recent call last):
+    TypeError: qk_l2norm must be True or False, got 'no'
+    """
+    if not isinstance(value, _FLAGS):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` can be called.
+
+    >>> check_function("matmul", "torch.matmul")
+    Traceback (most recent call last):
+    TypeError: matmul must be a function, got 'torch.matmul'
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {describe(value)}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python or NumPy; True and False are none, nor is 1.0.
+
+    >>> is_integer(1), is_integer(np.int64(1)), is_integer(True), is_integer(1.0)
+    (True, True, False, False)
+    """
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number of Python or NumPy; True and False are none.
+
+    >>> is_number(1), is_number(np.float32(1)), is_number(True), is_number("1")
+    (True, True, False, False)
+    """
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """The scale as a number, d_k^-0.5 if it is None.  It must be finite, and not 0: gradients are divided by it.
+
+    >>> scale_or_default(None, torch.zeros(1, 4)), scale_or_default(2, torch.zeros(1, 4))
+    (0.5, 2.0)
+    """
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if isinstance(scale, Tensor):
+        wanted = ", whose gradient would be lost" if scale.requires_grad else ""
+        raise TypeError(f"scale must be a number or None, got a tensor{wanted}: multiply q by it, and pass scale=1.0")
+    if not is_number(scale):
+        raise TypeError(f"scale must be a number or None, got {describe(scale)}")
+    try:
+        number = float(scale)
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"scale must be finite and not 0, got {number}")
+    return number
+
+
+def describe(value: Any) -> str:
+    """A short text for what was passed: its type where its own text may be long.
+
+    >>> describe(2.5), describe(torch.zeros(2, 3)), describe(len)
+    ('2.5', 'a tensor [2, 3]', 'builtin_function_or_method')
+    """
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"a tensor {list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write out very long ones
+    if isinstance(value, (int, float, complex, bool, np.number, np.bool_)) or value is None:
+        return str(value)
+    return repr(value) if isinstance(value, str) and len(value) < 40 else type(value).__name__
+
+
+# --- What a hand-written derivative cannot do -----------------------------------------------------------
+def _in_torch_func() -> bool:
+    """Asked for when a call is compiled, once: inside a transform the compiler is inside it too."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it: more than a second,
+# and the kernels could no longer turn Triton's interpreter off.
+_in_torch_func._dynamo_marked_constant = True
+
+
+def active_transform(*tensors: Tensor | None) -> str | None:
+    """What transforms this call or differentiates it forwards, in words; None where plain tensors are passed."""
+    if _in_torch_func():
+        return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
+    if torch.compiler.is_compiling():  # the compiler refuses the rest for itself
+        return None
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
+        return "several gradients at once (torch.autograd.grad with is_grads_batched)"
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        return "forward-mode differentiation (torch.autograd.forward_ad)"
+    return None
+
+
+def refuse_transforms(name: str, remedy: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError inside torch.func transforms and forward-mode differentiation: `name` has no rule for them."""
+    if transform := active_transform(*tensors):
+        raise RuntimeError(f"{name} does not support {transform}: {remedy}")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands gradients on, and raises if they are differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+
+def differentiable_once(message: str, gradients: tuple, inputs: tuple) -> tuple:
+    """`gradients` as the backward of a Function returns them; differentiating them raises RuntimeError(`message`).
+
+    PyTorch's `once_differentiable` does so only if the gradients that came in want a gradient.  That of a sum does
+    not, and a penalty on the gradient of a sum would be taken for a constant.
+    inputs: the tensors on which the gradients depend.
+    """
+    if not torch.is_grad_enabled():  # without create_graph
+        return gradients
+    known = [g for g in gradients if g is not None]
+    known = iter(_NoSecondDerivative.apply(message, len(known), *known, *(x for x in inputs if x is not None)))
+    return tuple(None if g is None else next(known) for g in gradients)
+
+
+def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of several `[..., L, d]` tensors, token by token.
+
+    By `unbind`: its backward pass fills one gradient of size L, where indexing `x[..., t, :]` makes one for
+    every token, so that a loop over L tokens would take time quadratic in L.
+
+    >>> [int(k @ v) for k, v in over_time(torch.eye(2), torch.ones(2, 2))]
+    [1, 1]
+    """
+    return zip(*(x.unbind(-2) for x in sequences), strict=True)
+
+
+# One chunk, and all chunks -----------------------------------------------------------------------------
+def to_chunks(x: Tensor, chunk_size: int) -> Tensor:
+    """Cut `[..., L, d]` into chunks `[..., n, C, d]`, n = ceil(L / C); the last one is filled with zeros.
+
+    A row with k = 0 and beta = 0 neither erases nor writes, so the filling changes nothing.
+
+    >>> to_chunks(torch.ones(5, 3), 2).shape
+    torch.Size([3, 2, 3])
+    """
+    check_tensors(x=x)
+    if x.ndim < 2:
+        raise ValueError(f"x must be [..., L, d], got {list(x.shape)}")
+    check_chunk_size(chunk_size)
+    count = math.ceil(x.shape[-2] / chunk_size)
+    # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
+    x = F.pad(x.contiguous(), (0, 0, 0, count * chunk_size - x.shape[-2]))
+    return x.unflatten(-2, (count, chunk_size))
+
+
+def chunk_slices(length: int, chunk_size: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size))
+
+
+NORM_EPS = 1e-6
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) along the last dimension, in float32 at least; keeps float64."""
+    x = x.to(working_dtype(x))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
+
+
+def without_autocast(function):
+    """Run `function` outside autocast: it chooses its own precision, and a state needs float32."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        kind = first.device.type if isinstance(first, Tensor) else "cpu"
+        # Tensors on "meta" have no arithmetic that autocast could change, and it does not know them.
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,58 @@
+"""Gated linear attention as a layer (Yang et al. 2024)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dn_lib.forms.common import check_integer, working_dtype
+from dn_lib.forms.decay import gated_linear_attention
+from dn_lib.layers.cache import LayerCache
+from dn_lib.layers.common import check_even, head_dim_or_default, heads_first, split_heads
+from dn_lib.layers.documents import open_documents
+from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
+
+_gated_linear_attention = heads_first(gated_linear_attention)
+
+
+class GatedLinearAttention(RecurrentMixer):
+    """GLA (Yang et al. 2024): a decay for each key channel, computed from the token; an output gate.
+
+    alpha = sigmoid(W_2 W_1 x + b)^(1/16) with an inner size of `rank`. Keys have half the size of values, as
+    in the paper. `[B, L, width]` -> `[B, L, width]`.
+
+        >>> import torch
+        >>> GatedLinearAttention(width=32, heads=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 0,
+        rank: int = 16,
+        norm_eps: float = 1e-5,
+    ):
+        head_dim = check_even(head_dim_or_default(width, heads, head_dim))
+        check_integer("rank", rank)
+        super().__init__(
+            width, heads, head_dim // 2, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
+        )
+        self.decay = nn.Sequential(
+            nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * (head_dim // 2), bias=True)
+        )
+        nn.init.zeros_(self.decay[1].bias)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = open_documents(x, self.width, cache, cu_seqlens)
+        q, k, v = self._heads_of(x, cache, documents)
+        z = split_heads(self.decay(x), self.heads)
+        log_decay = F.logsigmoid(z.to(working_dtype(z))) / 16
+        return self._finish(run_recurrence(_gated_linear_attention, (q, k, v, log_decay), cache, documents), x)
+
+    def state_flops(self, length: int) -> float:
+        """As linear attention's, and a multiply for the decay."""
+        return 5 * self.heads * self.key_dim * self.value_dim

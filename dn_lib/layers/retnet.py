@@ -1,0 +1,54 @@
+"""RetNet's retention as a layer (Sun et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dn_lib.forms.common import check_positive, working_dtype
+from dn_lib.forms.decay import retention
+from dn_lib.layers.cache import LayerCache
+from dn_lib.layers.common import check_even, head_dim_or_default, heads_first
+from dn_lib.layers.documents import open_documents, positions_of
+from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
+from dn_lib.layers.rotary import rotary_embedding
+
+_retention = heads_first(retention)
+
+
+class RetNet(RecurrentMixer):
+    """Retention (Sun et al. 2023): rotated q and k, a fixed decay 1 - 2^(-5-h) in head h, an output gate.
+
+    `[B, L, width]` -> `[B, L, width]`. Keys and values have the same size here; the original doubles values.
+
+        >>> RetNet(width=32, heads=2)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 0,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+    ):
+        head_dim = check_even(head_dim_or_default(width, heads, head_dim))
+        super().__init__(width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps)
+        check_positive("rope_base", rope_base)
+        self.rope_base = rope_base
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        documents = open_documents(x, self.width, cache, cu_seqlens)
+        q, k, v = self._heads_of(x, cache, documents)
+        positions = positions_of(x, cache, documents)
+        q, k = (rotary_embedding(t, positions, self.rope_base) for t in (q, k))
+        head = torch.arange(self.heads, device=x.device, dtype=working_dtype(x))
+        log_decay = torch.log1p(-(2.0 ** (-5 - head))).expand(x.shape[0], x.shape[1], -1)
+        return self._finish(run_recurrence(_retention, (q, k, v, log_decay), cache, documents), x)
+
+    def state_flops(self, length: int) -> float:
+        """As linear attention's, and a multiply for the decay."""
+        return 5 * self.heads * self.key_dim * self.value_dim

@@ -1,0 +1,182 @@
+"""A model in a few numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from dn_lib.forms.common import describe
+from dn_lib.layers.common import ACTIVATIONS, QK_NORMS
+from dn_lib.ops.backend import BACKENDS
+
+MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
+HYBRIDS = ("none", "window", "global")
+LARGEST_SIZE, LARGEST_WINDOW = 2**31 - 1, 2**63 - 1  # beyond, PyTorch refuses in words of its own
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a `LanguageModel` is made of. Raises ValueError, naming the field, for what cannot be built.
+
+    Every field, with the mixers that it concerns where not all:
+
+    - `vocab_size`, `width`, `layers`, `heads`; `head_dim`, width // heads if None; `attention_heads` for
+      attention layers, `heads` if None (their head size is width // attention_heads then).
+    - `mixer`: "delta", "linear", "retnet", "gla", "mamba", "attention" or "window".
+    - `hybrid`: "none"; "window", sliding-window attention in every other layer, from the second;
+      "global", full attention in layers 2 and layers/2 + 1, counted from 1.
+    - `pattern`: the mixer of every layer, spelled out; `mixer` and `hybrid` are then not read.
+    - `window`: how many tokens, itself included, a token of a window layer attends to.
+    - `activation`, `qk_norm` (delta, linear): "silu", "relu", "elu1", "identity"; "l2", "l1", "none".
+    - `conv_size` (all but attention): taps of the short convolution, 0 for none.
+    - `beta_range` (delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
+    - `backend` (delta): `dn_lib.delta_rule`'s, "auto" for the fastest that there is; "chunkwise" where second
+      derivatives or `torch.func` are wanted on a GPU.
+    - `output_gate` (delta, linear); RetNet, GLA and Mamba always have one.
+    - `mlp_ratio`: inner size of SwiGLU over width, rounded up to a multiple of 64; 0 for no feed-forward
+      part. `hidden` gives that size itself.
+    - `mamba_expand`, `mamba_state` (mamba): channels over width, states a channel.
+    - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, retnet). `norm_eps`.
+
+        >>> ModelConfig.from_dict(ModelConfig(width=64).to_dict()).width
+        64
+    """
+
+    vocab_size: int = 256
+    width: int = 256
+    layers: int = 6
+    heads: int = 2
+    head_dim: int | None = None
+    attention_heads: int | None = None
+    mixer: str = "delta"
+    hybrid: str = "none"
+    pattern: tuple[str, ...] | None = None
+    window: int = 128
+    activation: str = "silu"
+    qk_norm: str = "l2"
+    conv_size: int = 4
+    beta_range: float = 1.0
+    delta_steps: int = 1
+    output_gate: bool = False
+    mlp_ratio: float = 8 / 3
+    hidden: int | None = None
+    mamba_expand: int = 2
+    mamba_state: int = 16
+    tie_embeddings: bool = False
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.pattern is not None:
+            if not isinstance(self.pattern, (tuple, list)):
+                raise ValueError(f"pattern must be a list of mixers or None, got {describe(self.pattern)}")
+            object.__setattr__(self, "pattern", tuple(self.pattern))
+        self._check_types()
+        self._check_sizes()
+        self._check_choices()
+        self._check_heads()
+
+    def _check_types(self) -> None:
+        optional = ("head_dim", "attention_heads", "hidden")
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name == "pattern" or (field.name in optional and value is None):
+                continue
+            kind = int if field.name in optional else type(default)
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "window", "delta_steps", "mamba_expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("head_dim", "attention_heads", "hidden", "mamba_state", "rope_base", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            most = LARGEST_WINDOW if name == "window" else LARGEST_SIZE
+            if type(value) is int and value > most and type(field.default) is not float:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+        if self.conv_size < 0:
+            raise ValueError(f"conv_size must be 0 (no convolution) or more, got {self.conv_size}")
+        if not 0 <= self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be 0 (no feed-forward part) or more, got {self.mlp_ratio}")
+        if not 0 < self.beta_range <= 2:
+            raise ValueError(f"beta_range must be in (0, 2], got {self.beta_range}")
+
+    def _check_choices(self) -> None:
+        options = {"mixer": MIXERS, "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
+        options["backend"] = BACKENDS
+        for name, allowed in options.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.pattern is not None:
+            wrong = [mixer for mixer in self.pattern if mixer not in MIXERS]
+            if wrong or len(self.pattern) != self.layers:
+                raise ValueError(
+                    f"pattern must name {self.layers} mixers (one a layer) out of {', '.join(MIXERS)}, "
+                    f"got {list(self.pattern)}"
+                )
+        least = {"none": 1, "window": 2, "global": 4}[self.hybrid]
+        if self.pattern is None and self.layers < least:
+            raise ValueError(f"layers must be at least {least} with hybrid={self.hybrid!r}, got {self.layers}")
+
+    def _check_heads(self) -> None:
+        used = set(self.mixers())
+        checks = []
+        if used & {"delta", "linear", "retnet", "gla"}:
+            checks.append(("heads", self.heads, self.head_dim, bool(used & {"retnet", "gla"})))
+        if used & {"attention", "window"}:
+            own = self.attention_heads is not None
+            name = "attention_heads" if own else "heads"
+            checks.append((name, getattr(self, name), None if own else self.head_dim, True))
+        for name, heads, head_dim, even in checks:
+            if head_dim is None and self.width % heads:
+                raise ValueError(f"{name} must divide width, got {name} = {heads} and width = {self.width}")
+            head_dim = head_dim or self.width // heads
+            if even and head_dim % 2:
+                raise ValueError(f"head_dim must be even for {', '.join(sorted(used))}, got {head_dim}")
+
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer, first to last."""
+        if self.pattern is not None:
+            return self.pattern
+        names = [self.mixer] * self.layers
+        if self.hybrid == "window":
+            names[1::2] = ["window"] * len(names[1::2])
+        if self.hybrid == "global":
+            names[1] = names[self.layers // 2] = "attention"
+        return tuple(names)
+
+    def mlp_width(self) -> int:
+        """The inner size of SwiGLU; 0 if there is no feed-forward part."""
+        if self.hidden is not None:
+            return self.hidden
+        return 64 * math.ceil(self.mlp_ratio * self.width / 64 - 1e-9)
+
+    def to_dict(self) -> dict:
+        """A dict of numbers, strings, lists and None: `json.dumps` takes it."""
+        values = dataclasses.asdict(self)
+        values["pattern"] = None if self.pattern is None else list(self.pattern)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """The reverse of `to_dict`; a field that is missing has its default. Raises ValueError for an unknown one."""
+        if not isinstance(values, dict):
+            raise TypeError(f"values must be a dict, got {describe(values)}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"model configuration has no field {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+def check_config(config: ModelConfig) -> None:
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig, got {describe(config)}")

@@ -1,0 +1,55 @@
+"""The public operators: `delta_rule`, its relatives in place and with fla's signatures, and the checks of values."""
+
+from dn_lib.ops.autograd import RECURRENT_MAX_LENGTH, for_triton, through_recurrent, through_triton
+from dn_lib.ops.backend import (
+    BACKENDS,
+    TRITON_DTYPES,
+    TRITON_MAX_HEAD_DIM,
+    choose_backend,
+    resolve_backend,
+    triton_problem,
+)
+from dn_lib.ops.checks import (
+    check_arguments,
+    check_copy,
+    check_rank,
+    check_scale_in_float32,
+    check_tensor,
+    check_values,
+    checked,
+    checking,
+    is_plain,
+    refuse_gradients,
+    wants_gradient,
+)
+from dn_lib.ops.delta import autocast_dtype, decode_delta_rule, delta_rule
+from dn_lib.ops.fla import chunk_delta_rule, fused_recurrent_delta_rule
+
+__all__ = [
+    "BACKENDS",
+    "RECURRENT_MAX_LENGTH",
+    "TRITON_DTYPES",
+    "TRITON_MAX_HEAD_DIM",
+    "autocast_dtype",
+    "check_arguments",
+    "check_copy",
+    "check_rank",
+    "check_scale_in_float32",
+    "check_tensor",
+    "check_values",
+    "checked",
+    "checking",
+    "choose_backend",
+    "chunk_delta_rule",
+    "decode_delta_rule",
+    "delta_rule",
+    "for_triton",
+    "fused_recurrent_delta_rule",
+    "is_plain",
+    "refuse_gradients",
+    "resolve_backend",
+    "through_recurrent",
+    "through_triton",
+    "triton_problem",
+    "wants_gradient",
+]

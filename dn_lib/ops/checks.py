@@ -1,0 +1,163 @@
+"""The checks of an operator's arguments: shapes, dtypes and devices always, values inside `checked()`."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dn_lib.forms.common import check_is_tensor, check_offsets, describe, is_integer, refuse_transforms
+from dn_lib.ops.backend import BACKENDS
+
+checking = contextvars.ContextVar("dn_lib_checking", default=os.environ.get("DN_LIB_CHECKED") == "1")
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Within it, calls also check values: all finite, and 0 <= beta |k|^2 <= 2, beyond which states may grow.
+
+    Reading values costs a synchronisation, so it is off by default; `DN_LIB_CHECKED=1` turns it on everywhere.
+
+    >>> import torch, dn_lib
+    >>> x = torch.ones(1, 3, 1, 16)
+    >>> with dn_lib.checked():
+    ...     dn_lib.delta_rule(x, x, x, torch.ones(1, 3, 1))
+    Traceback (most recent call last):
+    ...
+    ValueError: k must satisfy beta |k|^2 <= 2 (normalise the keys, or pass qk_l2norm=True): 16 at [b, l, h] = [0, 0, 0]
+    """
+    token = checking.set(True)
+    try:
+        yield
+    finally:
+        checking.reset(token)
+
+
+def _size(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""):
+    check_is_tensor(name, tensor, meaning)
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {_size(tensor)}{hint}")
+    if tensor.device != of.device:
+        raise ValueError(f"{name} must be on {of.device} like q, got {tensor.device}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must have {meaning}, got {type(x).__name__}")
+    check_is_tensor(name, x)
+    if x.ndim != rank:
+        raise ValueError(f"{name} must have {meaning}, got {_size(x)}")
+
+
+def check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend) -> None:
+    """Shapes, dtypes and devices; raises ValueError or TypeError naming the argument."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_rank(name, x, 4, "four dimensions [B, L, H, d]")
+    B, L, H, K = q.shape
+    check_tensor("q", q, (B, L, H, K), "[B, L, H, d_k]", q)
+    swapped = " (heads before time?)" if tuple(k.shape) == (B, H, L, K) and H != L else ""
+    check_tensor("k", k, (B, L, H, K), "[B, L, H, d_k], as q,", q, swapped)
+    swapped = " (heads before time?)" if tuple(v.shape[:3]) == (B, H, L) and H != L else ""
+    check_tensor("v", v, (B, L, H, v.shape[-1]), "[B, L, H, d_v]", q, swapped)
+    swapped = " (heads before time?)" if tuple(getattr(beta, "shape", ())) == (B, H, L) and H != L else ""
+    check_tensor("beta", beta, (B, L, H), "[B, L, H]", q, swapped)
+    if K == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q and v must have at least one channel, got d_k = {K} and d_v = {v.shape[-1]}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    sequences = B
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+            got = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
+        check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+        if cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens must have values, got a tensor on meta")
+        if B != 1:
+            raise ValueError(f"q must have batch size 1 with cu_seqlens (sequences packed along L), got {B}")
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        shape = (sequences, H, K, v.shape[-1])
+        check_tensor("initial_state", initial_state, shape, "[N, H, d_k, d_v]", q)
+    if chunk_size is not None and (not is_integer(chunk_size) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {describe(chunk_size)}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {describe(backend)}")
+
+
+def _first(where: Tensor) -> list[int]:
+    return where.nonzero()[0].tolist()
+
+
+def check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm) -> None:
+    """What `checked` promises; raises ValueError naming the argument and the first offending [b, l, h]."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
+        bad = ~x.isfinite() if x.ndim == 3 else ~x.isfinite().all(-1)
+        if bad.any():
+            raise ValueError(f"{name} must be finite: NaN or infinity at [b, l, h] = {_first(bad)}")
+    if initial_state is not None and not initial_state.isfinite().all():
+        bad = ~initial_state.isfinite().flatten(2).all(-1)
+        raise ValueError(f"initial_state must be finite: NaN or infinity at [n, h] = {_first(bad)}")
+    strength = beta.double() if qk_l2norm else beta.double() * k.double().square().sum(-1)
+    # A key that is normalised and then rounded to its dtype may be off by that much.
+    slack = 1 + 2 * torch.finfo(k.dtype).eps
+    if (bad := strength > 2 * slack).any():
+        at = _first(bad)
+        remedy = "keep beta <= 2" if qk_l2norm else "normalise the keys, or pass qk_l2norm=True"
+        name = "beta" if qk_l2norm else "k"
+        raise ValueError(
+            f"{name} must satisfy beta |k|^2 <= 2 ({remedy}): {strength[tuple(at)]:.4g} at [b, l, h] = {at}"
+        )
+    if (bad := beta < 0).any():
+        raise ValueError(f"beta must be at least 0: {beta[tuple(_first(bad))]:.4g} at [b, l, h] = {_first(bad)}")
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens.tolist(), q.shape[1])
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_plain(x: Tensor | None) -> bool:
+    """Whether x has memory that a kernel can be given: not where a subclass (FakeTensor, DTensor) handles operators."""
+    return x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_scale_in_float32(scale: float) -> None:
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= abs(scale) <= limits.max:
+        raise ValueError(f"scale must be finite and not 0 in float32 for backend 'triton', got {scale}")
+
+
+def refuse_gradients(**tensors: Tensor) -> None:
+    """Raise RuntimeError where a gradient of decoding is asked for, which would be lost without a word."""
+    refuse_transforms("decode_delta_rule", "use delta_rule", *tensors.values())
+    for name, x in tensors.items():
+        if wants_gradient(x):
+            raise RuntimeError(
+                f"decode_delta_rule is not differentiable, and {name} requires a gradient: call it under "
+                "torch.no_grad(), or use delta_rule"
+            )
+
+
+def check_copy(cu_seqlens: Tensor, copy: Tensor) -> None:
+    """Raise ValueError where the two can be compared, on a CPU, and differ."""
+    if torch.compiler.is_compiling() or not (is_plain(cu_seqlens) and is_plain(copy)):
+        return
+    if cu_seqlens.device.type == "cpu" and cu_seqlens.layout is torch.strided and cu_seqlens.tolist() != copy.tolist():
+        raise ValueError("cu_seqlens_cpu must be a copy of cu_seqlens, got other offsets")

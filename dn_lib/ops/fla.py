@@ -1,0 +1,124 @@
+"""`chunk_delta_rule` and `fused_recurrent_delta_rule`, with the signatures of flash-linear-attention's functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dn_lib.forms.common import check_channels, check_flag, check_is_tensor, scale_or_default
+from dn_lib.ops.autograd import for_triton, through_recurrent
+from dn_lib.ops.backend import resolve_backend
+from dn_lib.ops.checks import (
+    _size,
+    check_arguments,
+    check_copy,
+    check_rank,
+    check_scale_in_float32,
+    check_values,
+    checking,
+    is_plain,
+    wants_gradient,
+)
+from dn_lib.ops.delta import autocast_dtype, delta_rule
+
+
+def _refuse(function: str, options: dict) -> None:
+    head_first = options.pop("head_first", False)
+    if head_first is not None:
+        check_flag("head_first", head_first)
+    if head_first:
+        raise ValueError("head_first must be False: tensors are [B, L, H, d]; transpose them first")
+    if options:
+        raise TypeError(f"{function} has no argument {', '.join(map(repr, sorted(options)))}")
+
+
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
+
+    Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked (its values where cu_seqlens
+    is on the CPU too) and not needed: no length is read on the host.  Raises TypeError for an argument that neither
+    function has, else errors as `delta_rule` does.
+
+    >>> q = k = v = torch.eye(16)[None, :, None]
+    >>> chunk_delta_rule(q, k, v, torch.ones(1, 16, 1))[0].shape
+    torch.Size([1, 16, 1, 16])
+    """
+    _refuse("chunk_delta_rule", options)
+    check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
+    if cu_seqlens_cpu is not None:
+        check_is_tensor("cu_seqlens_cpu", cu_seqlens_cpu, "like cu_seqlens")
+        if cu_seqlens_cpu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens_cpu must be int32 or int64, got {cu_seqlens_cpu.dtype}")
+        expected = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
+        if cu_seqlens_cpu.device.type != "cpu" or _size(cu_seqlens_cpu) != expected:
+            raise ValueError(
+                f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {_size(cu_seqlens_cpu)} "
+                f"on {cu_seqlens_cpu.device}"
+            )
+        check_copy(cu_seqlens, cu_seqlens_cpu)
+    return delta_rule(
+        q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+        qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def fused_recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrent kernel under the name and signature of flash-linear-attention's function.
+
+    Shapes as in `delta_rule`; beta None means ones.  A beta for each value channel, `[B, L, H, d_v]`, is refused.
+    Where a gradient is wanted, inside torch.compile, and where there is no GPU, this is `delta_rule` itself.
+
+    >>> q = k = v = torch.eye(16)[None, :, None]
+    >>> fused_recurrent_delta_rule(q, k, v)[0].shape
+    torch.Size([1, 16, 1, 16])
+    """
+    _refuse("fused_recurrent_delta_rule", options)
+    check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
+    check_flag("output_final_state", output_final_state)
+    check_rank("q", q, 4, "four dimensions [B, L, H, d]")
+    if beta is None:
+        check_channels(q=q)
+        beta = torch.ones_like(q[..., 0])
+    if isinstance(beta, Tensor) and beta.ndim == 4:
+        raise ValueError(
+            f"beta must be [B, L, H]: one strength for each value channel, {_size(beta)}, is not supported"
+        )
+    check_arguments(q, k, v, beta, initial_state, cu_seqlens, None, "auto")
+    tensors = (q, k, v, beta, initial_state)
+    triton = resolve_backend(*tensors, None, "auto") == "triton" and all(map(is_plain, tensors))
+    if not triton or torch.compiler.is_compiling() or wants_gradient(*tensors):
+        return chunk_delta_rule(
+            q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+        )
+    scale = scale_or_default(scale, q)
+    check_scale_in_float32(scale)
+    if checking.get():
+        check_values(q, k, v, beta, initial_state, cu_seqlens, use_qk_l2norm_in_kernel)
+    q, k, v = autocast_dtype(q, k, v)
+    beta, initial_state = for_triton(beta), for_triton(initial_state)
+    return through_recurrent(
+        q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel
+    )

@@ -1,0 +1,1 @@
+"""One sequence on several processes."""

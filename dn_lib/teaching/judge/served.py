@@ -1,0 +1,205 @@
+"""What the child processes do: run a kernel in the interpreter and watch it, or compile it for a GPU."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import hashlib
+import importlib.util
+import inspect
+import math
+import os
+import pickle
+import re
+import struct
+import sys
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dn_lib.teaching.judge.child import send
+from dn_lib.teaching.judge.source import Plan
+
+HOPPER = 90
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block of threads may have on sm_90
+
+
+@dataclass
+class Findings:
+    """What one run in the interpreter showed; each list holds a line for each finding (four at most).
+
+    outside: accesses outside of every argument, `outside_count` elements in all.  races: elements that two
+    programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
+    would round to TF32.  unwritten: outputs that no program stored, or stored only in part.
+    """
+
+    outputs: tuple[Tensor, ...]
+    outside: list[str]
+    outside_count: int
+    races: list[str]
+    garbled: list[str]
+    rounded: list[str]
+    unwritten: list[str]
+
+
+def serve(descriptor: int) -> None:
+    """The child's loop: requests from stdin, answers to the pipe `descriptor`."""
+    answers = os.fdopen(descriptor, "wb")
+    handlers = {"observe": observe_function, "interpret": interpret_kernel, "compile": compile_kernel}
+    torch.set_num_threads(1)
+    while header := sys.stdin.buffer.read(8):
+        seconds, kind, *request = pickle.loads(sys.stdin.buffer.read(struct.unpack("<Q", header)[0]))
+        _limit_processor_time(seconds)
+        try:
+            answer = ("answer", handlers[kind](*request))
+        except Exception as error:
+            answer = ("error", in_one_line(error))
+        send(answers, answer)
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """End this process, by SIGXCPU, when it has used `seconds` more of processor time (in whole seconds)."""
+    import resource  # which Windows does not have, where this module can be imported all the same
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    if most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, most))
+
+
+def in_one_line(error: BaseException) -> str:
+    """The root of `error`, with the line of the kernel if its message has one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    # A compilation error reads "at 7:4:", the source above a caret, and the reason last.
+    where = re.match(r"at (\d+):", lines[0]) if lines else None
+    culprit = f" in `{lines[-2]}`" if where and len(lines) > 2 else ""
+    reason = lines[-1] if lines else "no message"
+    if "make_shape_compatible" in reason:
+        reason += " (an axis such as [:, None] may be missing)"
+    return f"{type(error).__name__}: {reason}{culprit}"
+
+
+# --- In the children ------------------------------------------------------------------------------------
+def load_kernel(source: str, name: str) -> Any:
+    """The kernel `name` of `source`, from a file, since Triton reads the text of what it compiles."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    module_name = f"kernel_{digest}"
+    if module_name not in sys.modules:
+        folder = Path(tempfile.mkdtemp(prefix="dn_lib_kernel_"))
+        path = folder / f"{module_name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[module_name] = module
+        atexit.register(lambda: (path.unlink(missing_ok=True), _remove(folder)))
+    return getattr(sys.modules[module_name], name)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def named_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Types of Triton and inverses of the ladder travel between processes by name: "tl.float32", "ladder.f"."""
+    import triton.language as tl
+
+    from dn_lib.kernels import ladder
+
+    places = {"tl": tl, "ladder": ladder}
+
+    def look_up(value: Any) -> Any:
+        place, dot, name = value.partition(".") if isinstance(value, str) else ("", "", "")
+        return getattr(places[place], name) if dot and place in places else value
+
+    return {name: look_up(value) for name, value in constants.items()}
+
+
+def observe_function(module: str, qualname: str, args: tuple, kwargs: dict) -> Any:
+    from dn_lib.teaching.judge.trace import observe
+
+    function = reduce(getattr, qualname.split("."), importlib.import_module(module))
+    to_cpu = lambda x: x.cpu() if isinstance(x, Tensor) else x  # noqa: E731
+    return observe(function, *map(to_cpu, args), **{k: to_cpu(v) for k, v in kwargs.items()})
+
+
+def interpret_kernel(source: str, name: str, plan: Plan) -> Findings:
+    from dn_lib.teaching.judge.trace import record
+
+    kernel = load_kernel(source, name)
+    with record() as trace:
+        try:
+            kernel[plan.grid](*plan.arguments, **named_constants(plan.constants))
+        except Exception:
+            if indexed := _indexed_pointer(kernel, plan):
+                message = "A pointer cannot be indexed: add the offsets to it and use tl.load"
+                raise TypeError(f"{message}, in `{indexed}`") from None
+            raise
+    (launch,) = trace.launches
+    mixed = sorted({d.types for d in launch.dots if "bf16" in d.types})
+    garbled = [f"tl.dot of {a} and {b}: the interpreter multiplies their bit patterns" for a, b in mixed]
+    to_tf32 = any(d.types == ("fp32", "fp32") and d.precision == "tf32" for d in launch.dots)
+    rounded = ['tl.dot of float32 rounds to TF32 on a GPU: ask for input_precision="ieee"'] * to_tf32
+    outputs = tuple(plan.arguments[i] for i in plan.outputs)
+    outside = [str(o) for o in launch.outside[:4]]
+    count = sum(o.count for o in launch.outside)
+    names = [inspect.getfullargspec(kernel.fn).args[i].removesuffix("_ptr") for i in plan.outputs]
+    unwritten = [line for name in names if (line := _never_written(launch, name))]
+    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded, unwritten[:4])
+
+
+def _never_written(launch: Any, name: str) -> str:
+    """A line on the elements of the tensor `name` that no program stored; empty if there are none."""
+    shape = launch.shapes[name]
+    missing = torch.ones(shape, dtype=torch.bool).flatten()
+    for access in launch.accesses:
+        if access.tensor == name and access.kind != "load":
+            missing[torch.as_tensor(access.elements, dtype=torch.long)] = False
+    count = int(missing.sum())
+    if count in (0, missing.numel()):
+        return f"{name} was never written" if count else ""
+    index = missing.view(shape).nonzero()[0].tolist()
+    return f"{name}{index} was never written ({count} such elements)"
+
+
+def _indexed_pointer(kernel: Any, plan: Plan) -> str | None:
+    """The first place in `kernel` where the parameter of a tensor is indexed, such as `x_ptr[i]`."""
+    names = inspect.getfullargspec(kernel.fn).args
+    pointers = {name for name, value in zip(names, plan.arguments, strict=False) if isinstance(value, Tensor)}
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in pointers:
+            return ast.unparse(node)
+    return None
+
+
+def triton_type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+        return "*" + names.get(value.dtype, str(value.dtype).removeprefix("torch.").replace("int", "i"))
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_kernel(source: str, name: str, types: tuple[str, ...], constants: dict[str, Any], arch: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = load_kernel(source, name)
+    constants = named_constants(constants)
+    runtime = [n for n in kernel.arg_names if n not in constants]
+    signature = dict(zip(runtime, types, strict=True)) | dict.fromkeys(constants, "constexpr")
+    ordered = {n: signature[n] for n in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, ordered, constants), target=GPUTarget("cuda", arch, 32))
+    return {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}

@@ -1,0 +1,72 @@
+"""The kernels compile for GPUs that are not there, within the shared memory that those have."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {"inverse_norms", "chunk_inverse", "walk", "merge", "walk_back", "gradients", "recurrent"}
+# Bytes of shared memory that a block may have: the CUDA C programming guide, compute capabilities 8.0 and 9.0.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's ptxas is for Linux on x86-64"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The rows for one architecture, compiled once."""
+    cache = tmp_path_factory.mktemp("triton")
+
+    @functools.cache
+    def rows(arch: int) -> list[dict]:
+        environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+        environment.pop("TRITON_INTERPRET", None)  # as from a user's shell: the module turns the interpreter off
+        command = [sys.executable, "-m", "dn_lib.kernels.aot", "--json", "--arch", str(arch)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return rows
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_kernel_compiles_and_fits(compiled, arch):
+    rows = compiled(arch)
+    assert {row["arch"] for row in rows} == {arch}
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["shared"] <= SHARED[arch], row
+        assert 0 < row["registers"] <= 255 and row["stack"] >= 0, row
+
+
+def test_both_regimes_and_options_are_among_them(compiled):
+    """Fused and not, split, packed, normalised, in half precision and float32: forward and backward."""
+    rows = compiled(90)
+    for name in ("walk", "walk_back"):
+        mine = [row for row in rows if row["kernel"] == name]
+        assert {"bfloat16", "float32"} <= {row["dtype"] for row in mine}
+        assert any(row["K"] <= 64 and row["dtype"] == "bfloat16" for row in mine)
+        for option in ("norm", "varlen"):
+            assert {row[option] for row in mine} == {True, False}
+        assert {row["segments"] for row in mine} >= {1, 2}
+
+
+def test_importing_the_package_leaves_triton_and_the_compiler_alone():
+    """Both take more than a second to import, and Triton asks for its interpreter once, when it is imported."""
+    code = "import sys, dn_lib; print([name for name in ('triton', 'torch._dynamo') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
