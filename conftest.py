@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 from tools.isolation import PATIENCE, isolate
 
@@ -12,6 +13,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import dn_lib  # noqa: E402, F401 - before Triton, so that it asks for the interpreter where there is no GPU
+
+# `nohup` and shells' background jobs ignore signals, and what a test starts inherits that, but for its own handlers.
+for name in ("SIGHUP", "SIGINT", "SIGQUIT"):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET")  # as dn_lib has left it
 matplotlib.use("agg")
