@@ -62,7 +62,7 @@ class Shape:
             **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
             **dict.fromkeys(("v", "o", "U", "new", "Vn", "do", "dv"), rows * self.d_v * e),
             **dict.fromkeys(("beta", "dbeta"), rows * e),
-            "dbeta_parts": rows * 4 * self.value_blocks,
+            "dbeta_partials": rows * 4 * self.value_blocks,
             "T": rows * self.C * e,
             "N": rows * self.C * e,
             "S": self.heads * self.chunks * state,
@@ -227,7 +227,7 @@ def two_kernels(shape: Shape, *, method: str = "scaled", save: str = "") -> tupl
     reads, writes = "q k v beta N", f"o final {save}"
     return (
         _cost(shape, "N", "k beta", "N", t * 2 * C * d_k + inverse),
-        _cost(shape, "walk", reads, writes, walk, again="q k beta N", steps=shape.chunks),
+        _cost(shape, "chunk_scan_fwd", reads, writes, walk, again="q k beta N", steps=shape.chunks),
     )
 
 
@@ -243,26 +243,27 @@ def backward(shape: Shape) -> tuple[Cost, ...]:
     """The operator's backward for wide heads: a walk back writes dv and dS at every chunk; dq and dk are made of
     these and of the states that the forward saved, all chunks at once.
 
-    One block of values is all of dbeta; of several each leaves a part in float32, and `gradients` adds them up.
+    With one block of values its sum is dbeta.  With several, each leaves a partial sum in float32, and
+    `chunk_bwd_dqk` adds them up.
 
     >>> walk, last = backward(Shape(B=1, L=64, H=1, d_k=128, d_v=128, block_v=64))
     >>> list(walk.writes), list(last.writes)
-    (['dv', 'dbeta_parts', 'dstates'], ['dq', 'dk', 'dbeta'])
+    (['dv', 'dbeta_partials', 'dstates'], ['dq', 'dk', 'dbeta'])
     """
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     walk = t * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
     last = t * (6 * d_k * d_v + 4 * C * d_v * shape.key_blocks + 6 * C * d_k)
     whole = shape.value_blocks == 1
-    strengths = "dbeta" if whole else "dbeta_parts"
+    strengths = "dbeta" if whole else "dbeta_partials"
     reads, writes = "q k beta Vn do dv states dstates", "dq dk"
     if not whole:
-        reads, writes = f"{reads} dbeta_parts", f"{writes} dbeta"
+        reads, writes = f"{reads} dbeta_partials", f"{writes} dbeta"
     return (
         _cost(
-            shape, "walk back", "q k beta N Vn do", f"dv {strengths} dstates", walk, again="q k beta N",
+            shape, "chunk_scan_bwd", "q k beta N Vn do", f"dv {strengths} dstates", walk, again="q k beta N",
             steps=shape.chunks,
         ),
-        _cost(shape, "gradients", reads, writes, last, again="beta Vn do dv", blocks=shape.key_blocks),
+        _cost(shape, "chunk_bwd_dqk", reads, writes, last, again="beta Vn do dv", blocks=shape.key_blocks),
     )  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def fused_backward(shape: Shape) -> tuple[Cost, ...]:
     C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
     flops = t * (14 * d_k * d_v + 8 * C * d_v + 8 * C * d_k)
     reads, writes = "q k beta N Vn do final", "dv dbeta dq dk"
-    return (_cost(shape, "walk back", reads, writes, flops, steps=shape.chunks),)
+    return (_cost(shape, "chunk_scan_bwd", reads, writes, flops, steps=shape.chunks),)
 
 
 def decode(shape: Shape) -> tuple[Cost, ...]:

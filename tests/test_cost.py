@@ -40,7 +40,7 @@ def test_bytes_are_those_of_the_tensors(s, element):
     s = cost.Shape(**{**vars(s), "element": element})
     made = dict(zip(("q", "k", "v", "beta"), tensors(s, {2: torch.bfloat16, 4: torch.float32}[element]), strict=True))
     made["o"], made["dbeta"] = torch.empty_like(made["v"]), torch.empty_like(made["beta"])
-    made["dbeta_parts"] = torch.empty(s.value_blocks, *made["beta"].shape)
+    made["dbeta_partials"] = torch.empty(s.value_blocks, *made["beta"].shape)
     made["final"] = torch.empty(s.B, s.H, s.d_k, s.d_v)
     made["S"] = torch.empty(s.B, s.chunks, s.H, s.d_k, s.d_v)
     for name, tensor in made.items():
@@ -132,7 +132,7 @@ def test_training_in_blocks_moves_and_multiplies_what_is_predicted(monkeypatch):
     the parts of dbeta."""
     s = cost.Shape(B=1, L=48, H=2, d_k=32, d_v=32, C=16, element=4, block_v=16, block_k=16)
     wide = {"BV": 16}
-    in_blocks(monkeypatch, walk=wide, walk_back=wide, gradients={"BK": 16})
+    in_blocks(monkeypatch, chunk_scan_fwd=wide, chunk_scan_bwd=wide, chunk_bwd_dqk={"BK": 16})
     leaves = [x.requires_grad_() for x in tensors(s)]
     options = dict(backend="triton", chunk_size=s.C, output_final_state=True)
     (o, _), trace = observe(dn_lib.delta_rule, *leaves, **options)
@@ -140,7 +140,7 @@ def test_training_in_blocks_moves_and_multiplies_what_is_predicted(monkeypatch):
     _, trace = observe(torch.autograd.grad, o, leaves, torch.randn_like(o))
     walk, last = cost.backward(s)
     assert_counted(trace, (walk, last))
-    assert walk.writes["dbeta_parts"] == last.reads["dbeta_parts"] == 2 * 4 * s.B * s.L * s.H
+    assert walk.writes["dbeta_partials"] == last.reads["dbeta_partials"] == 2 * 4 * s.B * s.L * s.H
 
 
 def test_decoding_moves_what_is_predicted():
@@ -162,7 +162,7 @@ def test_blocks_of_the_backward_share_out_dots_and_repeat_the_rest():
     by_keys = cost.backward(cost.Shape(**{**vars(whole), "block_k": 64}))[1]
     scores = 2 * whole.tokens * whole.C * 128
     assert by_values.flops - walk.flops == scores and by_keys.flops - last.flops == 2 * scores
-    # Two parts of dbeta in float32 in place of one in half precision, which `gradients` reads and makes one.
+    # Two parts of dbeta in float32 in place of one in half precision, which `chunk_bwd_dqk` reads and makes one.
     assert by_values.bytes - walk.bytes == rows * (2 * 4 - 2) and by_keys.bytes == last.bytes
     assert in_two[1].bytes - last.bytes == rows * (2 * 4 + 2) and in_two[1].flops == last.flops
     repeated = sum(whole.tensor_bytes(name) for name in ("beta", "Vn", "do", "dv"))

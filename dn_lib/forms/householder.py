@@ -222,7 +222,7 @@ def scaled_inverse(k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: 
     k: `[..., L, d]`.  beta: `[..., L]`, zeros allowed.  Returns `[..., L, L]`.
     method: `"blocked"` merges pairs of diagonal blocks of size 1, 2, 4, ... (eq-n-blocked); `"masked"` does
     the same merges as products of whole matrices (eq-n-level), as a kernel does that cannot cut a tile into
-    pieces; `"solve"` is one triangular solve with N = -(I + L D)^{-1} L.
+    pieces; `"solve"` is one triangular solve with N = -(I + B D)^{-1} B, where B = tril(K K^T, -1).
     matmul: what multiplies matrices in the first two; see `rounded_matmul`.
     Raises ValueError if the shapes do not match or the method is unknown.
     Implements eq-scaled-inverse and eq-n-entries.
@@ -237,42 +237,42 @@ def scaled_inverse(k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: 
     return _choose("method", method, N_METHODS)((k @ k.mT).tril(-1), beta, matmul)
 
 
-def _n_solve(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
-    identity_plus_LD = L * beta[..., None, :] + _eye(L.shape[-1], L)
-    return torch.linalg.solve_triangular(identity_plus_LD, -L, upper=False, unitriangular=True)
+def _n_solve(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+    identity_plus_BD = B * beta[..., None, :] + _eye(B.shape[-1], B)
+    return torch.linalg.solve_triangular(identity_plus_BD, -B, upper=False, unitriangular=True)
 
 
-def _merge(N11: Tensor, N22: Tensor, L21: Tensor, beta1: Tensor, beta2: Tensor, matmul: MatMul) -> Tensor:
-    """eq-n-blocked: N_21 = -(I + N_22 D_2) L_21 (I + D_1 N_11)."""
-    left = L21 + matmul(N22, beta2[..., :, None] * L21)
+def _merge(N11: Tensor, N22: Tensor, B21: Tensor, beta1: Tensor, beta2: Tensor, matmul: MatMul) -> Tensor:
+    """eq-n-blocked: N_21 = -(I + N_22 D_2) B_21 (I + D_1 N_11)."""
+    left = B21 + matmul(N22, beta2[..., :, None] * B21)
     return -(left + matmul(left * beta1[..., None, :], N11))
 
 
-def _n_blocked(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+def _n_blocked(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
     """Blocks of size s in a stack `[..., L/s, s, s]`, merged two by two until one is left."""
-    length, batch = L.shape[-1], L.shape[:-2]
+    length, batch = B.shape[-1], B.shape[:-2]
     size = 1 << max(length - 1, 0).bit_length()
     # Padding has beta = 0: such a step does nothing, and nothing here divides by beta.
-    L, beta = pad(L, (0, size - length) * 2), pad(beta, (0, size - length))
-    N, s = L.new_zeros(*batch, size, 1, 1), 1
+    B, beta = pad(B, (0, size - length) * 2), pad(beta, (0, size - length))
+    N, s = B.new_zeros(*batch, size, 1, 1), 1
     while s < size:
         pairs = size // (2 * s)
-        tiles = L.reshape(*batch, pairs, 2, s, pairs, 2, s).diagonal(dim1=-6, dim2=-3)
-        L21 = tiles[..., 1, :, 0, :, :].movedim(-1, -3)
+        tiles = B.reshape(*batch, pairs, 2, s, pairs, 2, s).diagonal(dim1=-6, dim2=-3)
+        B21 = tiles[..., 1, :, 0, :, :].movedim(-1, -3)
         N11, N22 = N[..., 0::2, :, :], N[..., 1::2, :, :]
         beta1, beta2 = beta.reshape(*batch, pairs, 2, s).unbind(-2)
-        N21 = _merge(N11, N22, L21, beta1, beta2, matmul)
+        N21 = _merge(N11, N22, B21, beta1, beta2, matmul)
         N, s = torch.cat([pad(N11, (0, s)), torch.cat([N21, N22], dim=-1)], dim=-2), 2 * s
     return N[..., 0, :length, :length]
 
 
-def _n_masked(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
-    """All merges of a level at once: N is block diagonal, L_s holds the lower left block of each pair."""
-    N, s, index = torch.zeros_like(L), 1, torch.arange(L.shape[-1], device=L.device)
-    while s < L.shape[-1]:
+def _n_masked(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+    """All merges of a level at once: N is block diagonal, B_s holds the lower left block of each pair."""
+    N, s, index = torch.zeros_like(B), 1, torch.arange(B.shape[-1], device=B.device)
+    while s < B.shape[-1]:
         block = index // s
         lower_left = (block[:, None] % 2 == 1) & (block[:, None] == block[None, :] + 1)
-        N, s = N + _merge(N, N, L * lower_left, beta, beta, matmul), 2 * s
+        N, s = N + _merge(N, N, B * lower_left, beta, beta, matmul), 2 * s
     return N
 
 

@@ -40,9 +40,9 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product(l21, n11, n22, beta1, beta2, PRECISION: tl.constexpr):
-    """-N_21 = (I + N_22 D_2) L_21 (I + D_1 N_11), matrix by matrix."""
-    right = l21 + _dot(l21, beta1 * n11, PRECISION)
+def _product(b21, n11, n22, beta1, beta2, PRECISION: tl.constexpr):
+    """-N_21 = (I + N_22 D_2) B_21 (I + D_1 N_11), matrix by matrix."""
+    right = b21 + _dot(b21, beta1 * n11, PRECISION)
     return right + _dot(n22 * beta2, right, PRECISION)
 
 
@@ -54,7 +54,7 @@ def _below(i, j, SIZE: tl.constexpr):
 
 @triton.jit
 def _inside(x, beta, PRECISION: tl.constexpr):
-    """N of each of the 16 x 16 blocks of L, from blocks of 2, 4 and 8; x: `[G, 16, 16]`, beta: `[G, 16]`.
+    """N of each of the 16 x 16 blocks of B, from blocks of 2, 4 and 8; x: `[G, 16, 16]`, beta: `[G, 16]`.
 
     A dot takes no less than 16 x 16, so the small blocks stay where they are, the rest of the matrix being zero.
     """
@@ -68,29 +68,29 @@ def _inside(x, beta, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _joined(n, l21, beta, G: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
-    """N of G blocks of 2S from those of 2 G blocks of S, `[2 G, S, S]`, and L between them, `[G, S, S]`."""
+def _joined(n, b21, beta, G: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
+    """N of G blocks of 2S from those of 2 G blocks of S, `[2 G, S, S]`, and B between them, `[G, S, S]`."""
     n11, n22 = tl.split(tl.permute(tl.reshape(n, [G, 2, S, S]), (0, 2, 3, 1)))
     beta1, beta2 = tl.split(tl.permute(tl.reshape(beta, [G, 2, S]), (0, 2, 1)))
-    n21 = -_product(l21, n11, n22, beta1[:, :, None], beta2[:, None, :], PRECISION)
+    n21 = -_product(b21, n11, n22, beta1[:, :, None], beta2[:, None, :], PRECISION)
     rows = tl.join(tl.join(n11, tl.zeros_like(n11)), tl.join(n21, n22))
     return tl.reshape(tl.permute(rows, (0, 4, 1, 3, 2)), [G, 2 * S, 2 * S])
 
 
 @triton.jit
-def scaled_inverse(L, beta, C: tl.constexpr, PRECISION: tl.constexpr):
-    """N from L = tril(K K^T, -1) and beta: blocks of 2, 4, ..., C, each from two of the size before.
+def scaled_inverse(B, beta, C: tl.constexpr, PRECISION: tl.constexpr):
+    """N from B = tril(K K^T, -1) and beta: blocks of 2, 4, ..., C, each from two of the size before.
 
-    L: [C, C] float32, strictly lower, C one of 16, 32, 64.  beta: [C] float32.  Half of all entries are zero by
+    B: [C, C] float32, strictly lower, C one of 16, 32, 64.  beta: [C] float32.  Half of all entries are zero by
     their place and never multiplied.
     """
     if C == 64:
-        x, below32 = _quarters(tl.reshape(L, [1, 64, 64]), 1, 32)
+        x, below32 = _quarters(tl.reshape(B, [1, 64, 64]), 1, 32)
         x, below16 = _quarters(x, 2, 16)
     elif C == 32:
-        x, below16 = _quarters(tl.reshape(L, [1, 32, 32]), 1, 16)
+        x, below16 = _quarters(tl.reshape(B, [1, 32, 32]), 1, 16)
     else:
-        x = tl.reshape(L, [1, 16, 16])
+        x = tl.reshape(B, [1, 16, 16])
     n = _inside(x, tl.reshape(beta, [C // 16, 16]), PRECISION)
     if C >= 32:
         n = _joined(n, below16, beta, C // 32, 16, PRECISION)

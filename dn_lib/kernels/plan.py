@@ -136,9 +136,9 @@ def tiles(
         return Tiles(64, BV, 4 if dtype == torch.float32 else 1, 3)
     if kernel == "recurrent":
         return Tiles(BK, min(BV, max(8, 2048 // BK)), 1, 1)
-    if kernel == "merge":
+    if kernel == "merge_segments":
         return Tiles(BK, min(BV, 32), 8 if BK > 128 else 4, 1)
-    whole = kernel != "gradients" or norm
+    whole = kernel != "chunk_bwd_dqk" or norm
     if dtype == torch.float32 or capability(device) < 90:
         # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
         return Tiles(BK if whole else min(BK, 64), min(BV, 32), 4, 1)
@@ -146,12 +146,12 @@ def tiles(
     BK = max(BK, 64)
     # A program that has a multiprocessor to itself prefetches deeply; two that share one hide each other's latency,
     # so long as both fit: 113 KB of shared memory each.
-    if kernel == "walk":
+    if kernel == "chunk_scan_fwd":
         stages = {64: 3, 128: 2 if variant != "transition" else 3, 256: 1}[BK]
         return Tiles(BK, 64, 4, stages + 1 if alone else stages, tma=True)
-    if kernel == "walk_back":
+    if kernel == "chunk_scan_bwd":
         return Tiles(BK, 64, 4, {64: 2, 128: 2, 256: 1}[BK] + alone, tma=True)
-    if kernel == "gradients":
+    if kernel == "chunk_bwd_dqk":
         # Rows of 128 keys or more: the fewer programs share a row, the less of do, E and dR is read again.
         return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(min(BK, 128), 64, 4, 2, tma=True)
     raise KeyError(f"kernel must be one that configs.tiles knows, got {kernel!r}")

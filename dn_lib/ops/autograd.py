@@ -14,7 +14,7 @@ RECURRENT_MAX_LENGTH = 16
 # --- Triton: the forward and the backward as they are launched, then as PyTorch sees them -----------------------
 
 # What `launch.Saved` holds, in the order in which the operator returns it.
-_SAVED = ("n", "vn", "q_norm", "k_norm", "states", "state_end", "transition", "token_offsets", "chunk_offsets")
+_SAVED = ("n", "pseudo", "q_norm", "k_norm", "states", "state_end", "transition", "token_offsets", "chunk_offsets")
 
 
 def _precision() -> str:
@@ -64,7 +64,7 @@ class _DeltaRule(torch.autograd.Function):
         q, k, beta, initial_state, cu_seqlens, *saved = ctx.saved_tensors
         saved = Saved(*saved)
         with torch.no_grad():
-            given = torch.zeros_like(saved.vn) if do is None else do
+            given = torch.zeros_like(saved.pseudo) if do is None else do
             *grads, dfirst = _run_backward(
                 q, k, beta, saved, given, dstate, cu_seqlens, *ctx.options, initial_state is not None
             )
@@ -96,7 +96,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
     o, state = v.new_empty(v.shape), q.new_empty(s.sequences, s.H, s.K, s.V, **single)
     if not save:
         return [o, state, *none]
-    n, vn = q.new_empty(s.B, s.L, s.H, chunk), v.new_empty(v.shape)
+    n, pseudo = q.new_empty(s.B, s.L, s.H, chunk), v.new_empty(v.shape)
     norms = [q.new_empty(s.B, s.L, s.H, **single) for _ in range(2)] if norm else none[2:4]
     states, end, transition, *offsets = none[4:]
     if not s.plan.fused:
@@ -107,7 +107,7 @@ def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
         transition = q.new_empty(s.total_segments, s.H, s.K, s.K, **single)
     if s.varlen:
         offsets = [cu_seqlens.new_empty(s.sequences + 1, dtype=kind) for kind in (cu_seqlens.dtype, torch.int32)]
-    return [o, state, n, vn, *norms, states, end, transition, *offsets]
+    return [o, state, n, pseudo, *norms, states, end, transition, *offsets]
 
 
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())

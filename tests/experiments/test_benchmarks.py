@@ -292,7 +292,7 @@ def test_every_stage_of_the_ladder_is_checked_and_predicted(ladder_run):
     four = ["ut_kernel", "wu_kernel", "state_kernel", "output_kernel"]
     launched = {name: [kernel["kernel"] for kernel in row["kernels"]] for name, row in rows.items()}
     assert launched["four kernels"] == four and launched["T by doubling"] == four[:1]
-    assert launched["two kernels"] == launched["operator, training"] == ["chunk_inverse", "walk"]
+    assert launched["two kernels"] == launched["operator, training"] == ["chunk_inverse", "chunk_scan_fwd"]
     assert launched["one kernel"] == ["one_kernel"] and launched["one token"] == ["recurrent"]
     assert set(rows["operator, backward"]["errors"]) == {"dq", "dk", "dv", "dbeta"}
     assert rows["one kernel"]["bytes"] < rows["two kernels"]["bytes"] < rows["four kernels"]["bytes"]
@@ -336,15 +336,15 @@ def test_what_is_off_by_more_than_forty_percent(ladder_script):
 def test_tuning_checks_and_times_every_form_of_a_kernel(smoke):
     record = json.loads(smoke["tune"][2].read_text())
     rows = {(row["kernel"], row["variant"]): row for row in record["rows"]}
-    first_pass = {("walk", "transition"), ("walk_back", "")}
-    assert set(rows) == {("walk", ""), ("walk_back", "fused"), ("chunk_inverse", "")} | first_pass
+    first_pass = {("chunk_scan_fwd", "transition"), ("chunk_scan_bwd", "")}
+    assert set(rows) == {("chunk_scan_fwd", ""), ("chunk_scan_bwd", "fused"), ("chunk_inverse", "")} | first_pass
     for form, row in rows.items():
         assert row["status"] == "ok" and row["tiles"] == [16, 16, 4, 1, False]
         assert all(0 < error < 0.03 for error in row["errors"].values()) and len(row["errors"]) == 5
-        assert row["chosen"] == list(row["ms"]) == (["shared", "alone"] if "walk" in form[0] else ["shared"])
-    assert {name for name in rows["walk", ""]["ms"]["alone"]} == {"training", "inference", "programs"}
+        assert row["chosen"] == list(row["ms"]) == (["shared", "alone"] if "scan" in form[0] else ["shared"])
+    assert {name for name in rows["chunk_scan_fwd", ""]["ms"]["alone"]} == {"training", "inference", "programs"}
     # Of three parts two, each with its X and its M; that of the first M has nothing to do.
-    assert rows["walk", "transition"]["ms"]["alone"]["programs"] == 4
+    assert rows["chunk_scan_fwd", "transition"]["ms"]["alone"]["programs"] == 4
     assert record["provenance"]["compute_capability"] is None and len(record["summary"]["best"]) == 11
 
 
@@ -353,12 +353,12 @@ def test_tuning_tries_what_the_rule_has_chosen_and_marks_the_fastest(modules, mo
 
     import tune
 
-    options = argparse.Namespace(norm=False, only=["walk"], tma=True)
+    options = argparse.Namespace(norm=False, only=["chunk_scan_fwd"], tma=True)
     found = tune.wanted(options, 128)
     assert len(set(found)) == len(found) and {c.variant for c in found} == {"", "transition"}
     assert found[0].tiles == found[0].rule(False) and all(c.tiles.tma for c in found[2:])
-    assert {c.kernel for c in tune.candidates(64, False)} == {"walk", "walk_back", "chunk_inverse"}
-    norm = [c.tiles.BK for c in tune.candidates(256, True) if c.kernel == "gradients"]
+    assert {c.kernel for c in tune.candidates(64, False)} == {"chunk_scan_fwd", "chunk_scan_bwd", "chunk_inverse"}
+    norm = [c.tiles.BK for c in tune.candidates(256, True) if c.kernel == "chunk_bwd_dqk"]
     assert set(norm) == {256}  # whole rows
     rows = [
         {**c.about(), "key": c.key, "status": "ok", "ms": {"shared": {"training": ms}}}

@@ -618,7 +618,13 @@ def test_a_gpu_that_is_not_the_current_one(d):
 def test_batch_length_and_heads_compile_at_most_once_more():
     from dn_lib.kernels.delta_rule import backward, forward
 
-    kernels = forward.inverse_norms, forward.chunk_inverse, forward.walk, backward.walk_back, backward.gradients
+    kernels = (
+        forward.inverse_norms,
+        forward.chunk_inverse,
+        forward.chunk_scan_fwd,
+        backward.chunk_scan_bwd,
+        backward.chunk_bwd_dqk,
+    )
 
     def compiled():
         device = torch.cuda.current_device()

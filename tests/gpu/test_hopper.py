@@ -140,13 +140,13 @@ def exact_rule(*x, initial_state=None, **options):
 
 
 def chunk_matrices(k, beta):
-    """N = -(I + L D)^{-1} L of every chunk, `[B, L, H, C]` in float64, L = tril(K K^T, -1)."""
+    """N = -(I + B D)^{-1} B of every chunk, `[B, L, H, C]` in float64, where B = tril(K K^T, -1)."""
     B, L, H, _ = k.shape
     K = k.reshape(B, L // C, C, H, D).transpose(2, 3)
     lower = (K @ K.mT).tril(-1)
     one = torch.eye(C, dtype=k.dtype, device=k.device)
-    LD = lower * beta.reshape(B, L // C, C, H).transpose(2, 3)[..., None, :]
-    N = -torch.linalg.solve_triangular(one + LD, lower, upper=False, unitriangular=True)
+    scaled = lower * beta.reshape(B, L // C, C, H).transpose(2, 3)[..., None, :]
+    N = -torch.linalg.solve_triangular(one + scaled, lower, upper=False, unitriangular=True)
     return N.transpose(2, 3).reshape(B, L, H, C)
 
 

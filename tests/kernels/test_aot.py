@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"inverse_norms", "chunk_inverse", "walk", "merge", "walk_back", "gradients", "recurrent"}
+KERNELS = {
+    "inverse_norms",
+    "chunk_inverse",
+    "chunk_scan_fwd",
+    "merge_segments",
+    "chunk_scan_bwd",
+    "chunk_bwd_dqk",
+    "recurrent",
+}
 # Bytes of shared memory that a block may have: the CUDA C programming guide, compute capabilities 8.0 and 9.0.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -56,7 +64,7 @@ def test_every_kernel_compiles_and_fits(compiled, arch):
 def test_both_regimes_and_options_are_among_them(compiled):
     """Fused and not, split, packed, normalised, in half precision and float32: forward and backward."""
     rows = compiled(90)
-    for name in ("walk", "walk_back"):
+    for name in ("chunk_scan_fwd", "chunk_scan_bwd"):
         mine = [row for row in rows if row["kernel"] == name]
         assert {"bfloat16", "float32"} <= {row["dtype"] for row in mine}
         assert any(row["K"] <= 64 and row["dtype"] == "bfloat16" for row in mine)

@@ -249,9 +249,9 @@ def by_formulas(tensors, do, dstate, *, scale, norm, chunk, rounded):
     kept, outputs, gradients = [], [], []
     for at in range(0, q.shape[2], chunk):
         Q, K, V, b, rq, rk, dO = (x[:, :, at : at + chunk] for x in (q, k, v, beta, r_q, r_k, do))
-        L = (rk * (K @ K.mT) * rk.mT).tril(-1)
-        matrix = torch.eye(K.shape[2], dtype=torch.float64) + L * b.mT
-        N = rounded(-torch.linalg.solve_triangular(matrix, L, upper=False, unitriangular=True))
+        B = (rk * (K @ K.mT) * rk.mT).tril(-1)
+        matrix = torch.eye(K.shape[2], dtype=torch.float64) + B * b.mT
+        N = rounded(-torch.linalg.solve_triangular(matrix, B, upper=False, unitriangular=True))
         low = rounded(S)
         R = V - rk * (K @ low)
         E = R + N @ rounded(b * R)
@@ -383,17 +383,17 @@ WORST = {
 @pytest.mark.parametrize("C", [16, 32, 64])
 @pytest.mark.parametrize("cosine, beta", WORST.values(), ids=WORST)
 def test_inverse_on_the_worst_keys(cosine, beta, C, precision):
-    """N = -(I + L D)^{-1} L, in float32 as exact as sums of C terms and the condition of L allow.
+    """N = -(I + B D)^{-1} B, in float32 as exact as sums of C terms and the condition of I + B D allow.
 
-    With float16 operands it may be off by what they must cost. Merging X and Y to X L Y rounds four (L, X, X L, Y),
-    each of which costs at most what rounding all of L to float16 does, and N itself is rounded.
+    With float16 operands it may be off by what they must cost. Merging X and Y to X B Y rounds four (B, X, X B, Y),
+    each of which costs at most what rounding all of B to float16 does, and N itself is rounded.
     """
     k, beta = keys_of_cosine(C, cosine), beta[:C].contiguous()
     gram = (k @ k.T).tril(-1)
 
-    def inverse(L):
-        matrix = torch.eye(C, dtype=torch.float64) + L * beta.double()
-        return -torch.linalg.solve_triangular(matrix, L, upper=False, unitriangular=True)
+    def inverse(B):
+        matrix = torch.eye(C, dtype=torch.float64) + B * beta.double()
+        return -torch.linalg.solve_triangular(matrix, B, upper=False, unitriangular=True)
 
     exact = inverse(gram)
     assert exact.abs().max() - 1 < 1e-6  # what makes float16 safe

@@ -653,8 +653,9 @@ class TestComparedModels:
         pytest.importorskip("triton")
         category = from_benchmarks("throughput").category
         names = {
-            "walk": "delta rule",
-            "gradients": "delta rule",
+            "chunk_scan_fwd": "delta rule",
+            "chunk_bwd_dqk": "delta rule",
+            "merge_segments": "delta rule",
             "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": "delta rule",
             "recompute_w_u_fwd_kernel": "delta rule",
             "merge_16x16_to_64x64_inverse_kernel": "delta rule",

@@ -1,4 +1,6 @@
-"""Backward: `walk_back` carries the gradient of the state from right to left, `gradients` does the rest in parallel.
+"""Backward: `chunk_scan_bwd` carries the gradient of the state from right to left.
+
+`chunk_bwd_dqk` then makes dq and dk, all chunks at once.
 
 With dO the gradient of the output, dS that of a chunk's output state, the scale folded into Q and P = tril(Q K^T),
 G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this folder's README):
@@ -15,7 +17,7 @@ With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet
 carry the r of their token; the same formulas on the raw tiles then give r times the gradient of r x, and `tangent`
 the gradient of x.
 
-Everything is linear in dO and dS, so `walk_back` works on gradients divided by the scale: dO then goes to the
+Everything is linear in dO and dS, so `chunk_scan_bwd` works on gradients divided by the scale: dO then goes to the
 tensor cores as it was read, and the scale is put back where something is written.
 """
 
@@ -48,8 +50,8 @@ def tangent(dx, x, r):
 
 
 @triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS", "tokens"])
-def walk_back(
-    q, k, beta, n, vn, q_norm, k_norm, do, dv, dbeta, dq, dk, dstate_out, dstate_in, dstates, state_end,
+def chunk_scan_bwd(
+    q, k, beta, n, pseudo, q_norm, k_norm, do, dv, dbeta, dq, dk, dstate_out, dstate_in, dstates, state_end,
     cu_seqlens, chunk_offsets, scale, L, H, SEGMENT, SEGMENTS, tokens,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, LOCAL: tl.constexpr,
@@ -58,8 +60,8 @@ def walk_back(
 ):  # fmt: skip
     """Carries dS through a segment from right to left, for one head and BV value channels.
 
-    Writes dv, dbeta (a part for each value block, `[V / BV, tokens, H]`, for `gradients` to sum) and dS at each
-    chunk's end (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `gradients` makes dq and dk.
+    Writes dv, dbeta (a partial sum for each value block, `[V / BV, tokens, H]`, which `chunk_bwd_dqk` adds up) and dS
+    at each chunk's end (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `chunk_bwd_dqk` makes dq and dk.
     LOCAL: the first pass over a split sequence, without its first segment; the last starts from the true gradient.
     Writes only the gradient at the segment's beginning: the part X of the reversed affine map.
     FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes all gradients itself.
@@ -74,9 +76,9 @@ def walk_back(
     is_last = True
     if LOCAL:
         from_state = s // (SEGMENTS - 1)
-        part = s % (SEGMENTS - 1) + 1
-        s = from_state * SEGMENTS + part
-        is_last = part == SEGMENTS - 1
+        segment = s % (SEGMENTS - 1) + 1
+        s = from_state * SEGMENTS + segment
+        is_last = segment == SEGMENTS - 1
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
 
     rows = tl.arange(0, C)
@@ -99,7 +101,7 @@ def walk_back(
         # Vn is wanted for dbeta alone: fetched one chunk ahead into registers, it takes no shared memory.
         last = begin + (chunks - 1) * C
         left = tl.where(chunks > 0, end - last, 0).to(tl.int32)
-        next_kept = load_tile(vn, last, head, H, rows, left, values, V, BV)
+        next_kept = load_tile(pseudo, last, head, H, rows, left, values, V, BV)
     for step in tl.range(0, chunks, num_stages=STAGES):
         i = chunks - 1 - step
         token = begin + i * C
@@ -129,10 +131,10 @@ def walk_back(
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
             to_Vn, to_E = kept_factors(b * k_scale if NORM else b)
             if FUSED:
-                kept = load_tile(vn, token, head, H, rows, left, values, V, BV, TMA, block * BV)
+                kept = load_tile(pseudo, token, head, H, rows, left, values, V, BV, TMA, block * BV)
             else:
                 kept = next_kept
-                next_kept = load_tile(vn, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
+                next_kept = load_tile(pseudo, token - C, head, H, rows, tl.where(i > 0, C, 0), values, V, BV)
             db = tl.sum(Z * kept.to(tl.float32), axis=1) * (scale * to_E)
             at_row = (block * tokens + token) * H + head + rows * H
             tl.store(dbeta + at_row, db.to(dbeta.dtype.element_ty), mask=rows < left)
@@ -190,14 +192,16 @@ def write_dk(
 
 
 @triton.jit(do_not_specialize=["n_sequences", "L", "H", "tokens"])
-def gradients(
-    q, k, beta, vn, q_norm, k_norm, do, dv, states, dstates, dbeta_parts, dbeta, dq, dk,
+def chunk_bwd_dqk(
+    q, k, beta, pseudo, q_norm, k_norm, do, dv, states, dstates, dbeta_partials, dbeta, dq, dk,
     cu_seqlens, chunk_offsets, scale, n_sequences, L, H, tokens,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTIALS: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of one chunk and head, from the state at its beginning and dS at its end; sums the PARTS of dbeta.
+    """dq and dk of one chunk and head, from the state at its beginning and dS at its end.
+
+    Also adds up the PARTIALS partial sums of dbeta, one from each value block of `chunk_scan_bwd`.
 
     Without NORM a program may take BK of the K key channels; with NORM it needs whole rows (BK >= K).
     """
@@ -211,11 +215,11 @@ def gradients(
     if left <= 0:
         return
     rows = tl.arange(0, C)
-    if PARTS > 1:
+    if PARTIALS > 1:
         if first_key == 0:
             db = tl.zeros([C], dtype=tl.float32)
-            for part in tl.static_range(PARTS):
-                db += load_scalars(dbeta_parts, part * tokens + token, head, H, rows, left)
+            for block in tl.static_range(PARTIALS):
+                db += load_scalars(dbeta_partials, block * tokens + token, head, H, rows, left)
             at_row = token * H + head + rows * H
             tl.store(dbeta + at_row, db.to(dbeta.dtype.element_ty), mask=rows < left)
     b = load_scalars(beta, token, head, H, rows, left)
@@ -231,7 +235,7 @@ def gradients(
     for start in tl.range(0, V, BV, num_stages=STAGES):
         values = start + tl.arange(0, BV)
         do_tile = load_tile(do, token, head, H, rows, left, values, V, BV, TMA, start)
-        kept = load_tile(vn, token, head, H, rows, left, values, V, BV, TMA, start)
+        kept = load_tile(pseudo, token, head, H, rows, left, values, V, BV, TMA, start)
         dR = load_tile(dv, token, head, H, rows, left, values, V, BV, TMA, start)
         if NORM:
             do_tile = (q_scale[:, None] * do_tile.to(tl.float32)).to(kept.dtype)

@@ -1,8 +1,8 @@
-"""Forward: `chunk_inverse` writes N for every chunk, `walk` carries the state through a segment.
+"""Forward: `chunk_inverse` writes N for every chunk, `chunk_scan_fwd` carries the state through a segment.
 
 In our notation, for one chunk with input state S (the row index is time, D = diag(beta)):
 
-    L = tril(K K^T, -1)           N = -(I + L D)^{-1} L
+    B = tril(K K^T, -1)           N = -(I + B D)^{-1} B
     R = V - K S                   E = R + N (D R)          the error that each write sees
     O = scale (Q S + tril(Q K^T) D E)
     S' = S + K^T D E              D E is U - W S of the chunkwise form
@@ -71,14 +71,14 @@ def chunk_inverse(
     if NORM:
         k_scale = load_scalars(k_norm, token, head, H, rows, rows_left)
         gram = gram * k_scale[:, None] * k_scale[None, :]
-    # L = tril(K K^T, -1);  N = -(I + L D)^{-1} L
+    # B = tril(K K^T, -1);  N = -(I + B D)^{-1} B
     N = scaled_inverse(tl.where(rows[:, None] > rows[None, :], gram, 0.0), b, C, INVERSE)
     store_tile(n, N, token, head, H, rows, rows_left, rows, C, C)
 
 
 @triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
-def walk(
-    q, k, v, beta, n, q_norm, k_norm, o, vn, states, state_in, state_out, transition, cu_seqlens, chunk_offsets,
+def chunk_scan_fwd(
+    q, k, v, beta, n, q_norm, k_norm, o, pseudo, states, state_in, state_out, transition, cu_seqlens, chunk_offsets,
     scale, L, H, SEGMENT, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, NORM: tl.constexpr,
@@ -109,9 +109,9 @@ def walk(
     is_first = False
     if TRANSITION:
         from_state = s // (SEGMENTS - 1)
-        part = s % (SEGMENTS - 1)
-        s = from_state * SEGMENTS + part
-        is_first = part == 0
+        segment = s % (SEGMENTS - 1)
+        s = from_state * SEGMENTS + segment
+        is_first = segment == 0
         if is_transition & is_first:
             return
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
@@ -163,7 +163,7 @@ def walk(
         Vn = (strength[:, None] * E).to(k_tile.dtype)
         if SAVE:
             kept = tl.where(is_strong(strength)[:, None], Vn, E.to(k_tile.dtype))
-            store_tile(vn, kept, token, head, H, rows, left, values, V, BV)
+            store_tile(pseudo, kept, token, head, H, rows, left, values, V, BV)
         if OUTPUT:
             # O = scale (Q S + tril(Q K^T) D E)
             if not EARLY:
@@ -193,7 +193,7 @@ def walk(
 
 
 @triton.jit(do_not_specialize=["H", "SEGMENTS"])
-def merge(
+def merge_segments(
     transition, local, states, first, H, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -216,8 +216,8 @@ def merge(
     if FIRST:
         S = tl.load(first + state_offsets(b, head, H, keys, values, K, V), mask=inside, other=0.0).to(tl.float32)
     for step in range(SEGMENTS):
-        part = SEGMENTS - 1 - step if REVERSE else step
-        index = b * SEGMENTS + part
+        segment = SEGMENTS - 1 - step if REVERSE else step
+        index = b * SEGMENTS + segment
         at = state_offsets(index, head, H, keys, values, K, V)
         tl.store(states + at, S, mask=inside)
         if step < SEGMENTS - 1:

@@ -127,22 +127,22 @@ def _bind_context(device: torch.device) -> None:
 
 
 def _walk(
-    s, q, k, v, beta, n, norms, scale, precision, *, o=None, vn=None, states=None, state_in=None, state_out=None,
+    s, q, k, v, beta, n, norms, scale, precision, *, o=None, pseudo=None, states=None, state_in=None, state_out=None,
     transition=None, cu=None, offsets=None,
 ):  # fmt: skip
     first_pass, norm = transition is not None, norms[0] is not None
     programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments, first_pass)
-    t = _tiles("walk", s, k, norm, "transition" if first_pass else "", programs)
+    t = _tiles("chunk_scan_fwd", s, k, norm, "transition" if first_pass else "", programs)
     pairs = (k, t.BK), (v, t.BV), (n, s.plan.chunk), (None if first_pass else q, t.BK)
     tma, (k, v, n, q) = _descriptors(s, t, *pairs)
     blocks, parts = triton.cdiv(s.V, t.BV), s.total_segments
     if first_pass:
         blocks, parts = blocks + triton.cdiv(s.K, t.BV), parts - s.sequences
-    fwd.walk[(blocks * s.H * parts,)](
-        q, k, v, beta, n, *norms, o, vn, states, state_in, state_out, transition, cu, offsets,
+    fwd.chunk_scan_fwd[(blocks * s.H * parts,)](
+        q, k, v, beta, n, *norms, o, pseudo, states, state_in, state_out, transition, cu, offsets,
         scale, s.L, s.H, s.plan.segment, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
-        OUTPUT=o is not None, SAVE=vn is not None, STATES=states is not None, TRANSITION=first_pass,
+        OUTPUT=o is not None, SAVE=pseudo is not None, STATES=states is not None, TRANSITION=first_pass,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=s.varlen, STAGES=t.stages, TMA=tma,
         num_warps=t.warps,
     )  # fmt: skip
@@ -151,8 +151,8 @@ def _walk(
 def _merge(s, transition, local, first, reverse, exact):
     """The state (or, reversed, its gradient) that enters each segment, `[segments, H, K, V]`."""
     states = torch.empty_like(local)
-    t = _tiles("merge", s, local, False)
-    fwd.merge[(triton.cdiv(s.V, t.BV) * s.H * s.sequences,)](
+    t = _tiles("merge_segments", s, local, False)
+    fwd.merge_segments[(triton.cdiv(s.V, t.BV) * s.H * s.sequences,)](
         transition, local, states, first, s.H, s.plan.segments,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, BLOCK=min(t.BK, 64), REVERSE=reverse, FIRST=first is not None,
         PRECISION="ieee" if exact else "tf32",
@@ -165,14 +165,14 @@ def _merge(s, transition, local, first, reverse, exact):
 class Saved:
     """What the forward leaves for the backward, besides its inputs.
 
-    n: `[B, L, H, C]`.  vn: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
+    n: `[B, L, H, C]`.  pseudo: like v.  q_norm, k_norm: `[B, L, H]` or None.  states: what enters each chunk,
     `[chunks, H, K, V]`, or, where the backward walks the state back, state_end: where each segment ends.
     transition: each segment's M, if a sequence has several.  token_offsets, chunk_offsets: of packed sequences,
     each made from cu_seqlens by the function of that name.
     """
 
     n: Tensor
-    vn: Tensor
+    pseudo: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
     states: Tensor | None
@@ -207,7 +207,7 @@ def forward(
     C, split = s.plan.chunk, s.plan.segments > 1
     cu = token_offsets(cu_seqlens, q)
     offsets = chunk_offsets(cu, C)
-    o, vn = _filled(s)(v), torch.empty_like(v) if save else None
+    o, pseudo = _filled(s)(v), torch.empty_like(v) if save else None
     state = torch.empty(s.total_segments, s.H, s.K, s.V, dtype=torch.float32, device=k.device)
     q_norm = k_norm = transition = states = None
     n = torch.empty(s.B, s.L, s.H, C, dtype=k.dtype, device=k.device)
@@ -235,25 +235,25 @@ def forward(
         if save and not s.plan.fused:
             states = torch.empty(s.chunks, s.H, s.K, s.V, dtype=k.dtype, device=k.device)
         out = state if final_state or (save and s.plan.fused) else None
-        _walk(*inputs, o=o, vn=vn, states=states, state_in=state_in, state_out=out, cu=cu, offsets=offsets)
+        _walk(*inputs, o=o, pseudo=pseudo, states=states, state_in=state_in, state_out=out, cu=cu, offsets=offsets)
     last = state if final_state else None
     if final_state and split:
         # A copy even of one row: the outputs of an operator must not share memory.
         last = state[s.plan.segments - 1 :: s.plan.segments].clone(memory_format=torch.contiguous_format)
     state_end, transition = (state if save and s.plan.fused else None), (transition if save else None)
-    return o, last, Saved(n, vn, q_norm, k_norm, states, state_end, transition, cu, offsets)
+    return o, last, Saved(n, pseudo, q_norm, k_norm, states, state_end, transition, cu, offsets)
 
 
 def _walk_back(s, q, k, beta, saved, do, dv, dbeta, dq, dk, d_out, d_in, dstates, cu, offsets, scale, precision):
     norm = saved.q_norm is not None
     fused, local = dq is not None, dv is None
     programs = configs.walk_programs(s.sequences, s.H, s.K, s.V, s.plan.segments - local, False)
-    t = _tiles("walk_back", s, k, norm, "fused" if fused else "", programs)
-    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (do, t.BV), (saved.vn if fused else None, t.BV)
-    tma, (q_given, k_given, n, do, vn) = _descriptors(s, t, *pairs)
+    t = _tiles("chunk_scan_bwd", s, k, norm, "fused" if fused else "", programs)
+    pairs = (q, t.BK), (k, t.BK), (saved.n, s.plan.chunk), (do, t.BV), (saved.pseudo if fused else None, t.BV)
+    tma, (q_given, k_given, n, do, pseudo) = _descriptors(s, t, *pairs)
     parts = s.total_segments - s.sequences if local else s.total_segments
-    bwd.walk_back[(triton.cdiv(s.V, t.BV) * s.H * parts,)](
-        q_given, k_given, beta, n, vn if fused else saved.vn, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk,
+    bwd.chunk_scan_bwd[(triton.cdiv(s.V, t.BV) * s.H * parts,)](
+        q_given, k_given, beta, n, pseudo if fused else saved.pseudo, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk,
         d_out, d_in, dstates, saved.state_end, cu, offsets, scale, s.L, s.H, s.plan.segment, s.plan.segments, s.tokens,
         K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PRECISION=precision, NORM=norm,
         FUSED=fused, LOCAL=local, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
@@ -273,7 +273,7 @@ def backward(
     s = shape_of(k, v_like, cu_seqlens, chunk, segments, training=True)
     norm, split, device = saved.q_norm is not None, s.plan.segments > 1, k.device
     dq, dk, dv, dbeta = (_filled(s)(x) for x in (q, k, do, beta))
-    blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("walk_back", s, k, norm).BV)
+    blocks = 1 if s.plan.fused else triton.cdiv(s.V, _tiles("chunk_scan_bwd", s, k, norm).BV)
     parts = dbeta
     if blocks > 1:
         parts = torch.empty(blocks, s.B, s.L, s.H, dtype=torch.float32, device=device)
@@ -306,16 +306,16 @@ def backward(
 
 def _gradients(s, q, k, beta, saved, do, dv, dstates, parts, dbeta, dq, dk, cu, offsets, scale, precision):
     norm, states = saved.q_norm is not None, saved.states
-    t = _tiles("gradients", s, k, norm)
-    pairs = (q, t.BK), (k, t.BK), (saved.vn, t.BV), (do, t.BV), (dv, t.BV)
-    tma, (q, k, vn, do, dv) = _descriptors(s, t, *pairs)
+    t = _tiles("chunk_bwd_dqk", s, k, norm)
+    pairs = (q, t.BK), (k, t.BK), (saved.pseudo, t.BV), (do, t.BV), (dv, t.BV)
+    tma, (q, k, pseudo, do, dv) = _descriptors(s, t, *pairs)
     if tma:
         states, dstates = (_descriptor(x, s.chunks * s.H * s.K, t.BK, t.BV) for x in (states, dstates))
     if s.chunks > 0:
-        bwd.gradients[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
-            q, k, beta, vn, saved.q_norm, saved.k_norm, do, dv, states, dstates, parts, dbeta, dq, dk,
+        bwd.chunk_bwd_dqk[(triton.cdiv(s.K, t.BK) * s.H * s.chunks,)](
+            q, k, beta, pseudo, saved.q_norm, saved.k_norm, do, dv, states, dstates, parts, dbeta, dq, dk,
             cu, offsets, scale, s.sequences, s.L, s.H, s.tokens,
-            K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PARTS=1 if parts is dbeta else parts.shape[0],
+            K=s.K, V=s.V, BK=t.BK, BV=t.BV, C=s.plan.chunk, PARTIALS=1 if parts is dbeta else parts.shape[0],
             PRECISION=precision, NORM=norm,
             VARLEN=s.varlen, STAGES=t.stages, TMA=tma, num_warps=t.warps,
         )  # fmt: skip

@@ -380,7 +380,7 @@ def _operator_in_blocks(q, k, v, beta, chunk_size, block_v):
 
     def tiles(kernel, *args):
         found = chosen(kernel, *args)
-        return replace(found, BV=block_v) if kernel == "walk" else found
+        return replace(found, BV=block_v) if kernel == "chunk_scan_fwd" else found
 
     with patch.object(configs, "tiles", tiles):
         return dn_lib.delta_rule(q, k, v, beta, backend="triton", chunk_size=chunk_size, output_final_state=True)
