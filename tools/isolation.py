@@ -43,6 +43,8 @@ KERNEL = {
     "argv": [
         *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
         f'--IPKernelApp.exec_lines=__import__("ipykernel.iostream").iostream.OutStream.flush_timeout = {PATIENCE}',
+        # A torch for GPUs warns of nvcc on a machine that has no GPU, as soon as its timer is imported.
+        '--IPKernelApp.exec_lines=__import__("logging").getLogger("torch.utils.cpp_extension").setLevel("ERROR")',
     ],
     "display_name": "Python 3 (ipykernel)",
     "language": "python",

@@ -192,7 +192,7 @@ def pytest_sessionfinish() -> None:
 if FOLDER in os.environ:  # pytest has loaded this module as a plugin
     import pytest
 
-    pytest.register_assert_rewrite("dn_lib.teaching", "delta_reference")
+    pytest.register_assert_rewrite("dn_lib.teaching", "dn_lib.testing")
     rewrite_before_pytest_does()
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -231,6 +231,8 @@ def check_target(folder: str | Path, *, source: str | Path | None = None) -> Pat
     """
     try:
         target = Path(folder).resolve()
+        if target.is_symlink():  # what Python 3.13 leaves of links in a circle; earlier ones raise
+            raise OSError("its links lead in a circle")
         places = {"the current folder": Path.cwd(), "the cache": cache_folder().resolve()}
         if source is not None:
             places["the text to be prepared"] = Path(source).resolve()

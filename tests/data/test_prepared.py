@@ -296,7 +296,7 @@ class TestAtOnce:
 
         monkeypatch.setattr(Path, "stat", moved_after)
         with pytest.raises(FileNotFoundError):
-            corpus_module._check_contents(folder)
+            corpus_module.check_contents(folder)
 
     def test_another_corpus_that_was_there_for_a_moment(self, tmp_path, monkeypatch):
         one, other = (

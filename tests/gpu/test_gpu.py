@@ -14,10 +14,10 @@ import warnings
 
 import pytest
 import torch
-from delta_reference import NAMES, Poisoned, error, forward_and_gradients, leaves, make
 
 import dn_lib
 from dn_lib import decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
+from dn_lib.testing import NAMES, delta_rule_inputs, forward_and_gradients, leaves, poisoned, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def clean(monkeypatch):
 
 
 def cuda_inputs(*shape, **options):
-    return make(*shape, device="cuda", **options)
+    return delta_rule_inputs(*shape, device="cuda", **options)
 
 
 def upstream(q, v, sequences, seed=9):
@@ -71,7 +71,7 @@ def compare(tensors, bound, **options):
     do, dS = upstream(q, v, q.shape[0] if cu is None else cu.numel() - 1)
     got = forward_and_gradients(triton_rule, leaves(*tensors), do, dS, **options)
     expected = forward_and_gradients(exact_rule, leaves(*tensors, dtype=torch.float64), do, dS, **options)
-    errors = {n: error(a, b) for n, a, b in zip(("o", "state", *NAMES), got, expected, strict=False)}
+    errors = {n: relative_error(a, b) for n, a, b in zip(("o", "state", *NAMES), got, expected, strict=False)}
     wrong = {name: f"{e:.2g}" for name, e in errors.items() if not e < bound}
     assert not wrong, f"above {bound}: {wrong}, of { ({n: f'{e:.2g}' for n, e in errors.items()}) }"
 
@@ -183,9 +183,9 @@ def test_short_prompts_run_the_recurrence(L):
         other, end = triton_rule(*x[:4], initial_state=x[4], chunk_size=32)
         exact, last = exact_rule(*(y.double() for y in x[:4]), initial_state=x[4].double())
     for a in (o, other):
-        assert error(a, exact) < 1e-5
+        assert relative_error(a, exact) < 1e-5
     for a in (state, end):
-        assert error(a, last) < 1e-5
+        assert relative_error(a, last) < 1e-5
 
 
 # --- Worst cases ------------------------------------------------------------------------------------------------
@@ -236,7 +236,6 @@ def test_fifty_runs_agree_bit_for_bit(kind, d, norm):
 @pytest.mark.parametrize("kind, d, norm", STEADY)
 def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, kind, d, norm, regime):
     from dn_lib.kernels import plan as configs
-    from dn_lib.kernels.delta_rule import launch
 
     cu = torch.tensor(lengths(6), device="cuda") if regime == "packed" else None
     L = cu[-1].item() if cu is not None else 300
@@ -249,11 +248,11 @@ def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, kind
     clean = run(leaves(*x))
     with torch.no_grad():
         inference = triton_rule(*x[:4], initial_state=x[4], qk_l2norm=norm, cu_seqlens=cu)
-    monkeypatch.setattr(launch, "torch", Poisoned())
-    for a, b in zip(clean, run(leaves(*x)), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        again = triton_rule(*x[:4], initial_state=x[4], qk_l2norm=norm, cu_seqlens=cu)
+    with poisoned():
+        for a, b in zip(clean, run(leaves(*x)), strict=True):
+            assert torch.equal(a, b)
+        with torch.no_grad():
+            again = triton_rule(*x[:4], initial_state=x[4], qk_l2norm=norm, cu_seqlens=cu)
     assert all(torch.equal(a, b) for a, b in zip(inference, again, strict=True))
 
 
@@ -367,9 +366,8 @@ UNSAFE = {
 
 @pytest.mark.parametrize("kind, d", [(BF16, 64), (BF16, 128), (F32, 64)])
 @pytest.mark.parametrize("offsets, safe", UNSAFE.values(), ids=UNSAFE)
-def test_offsets_lead_nowhere_outside_and_other_tokens_get_zeros(monkeypatch, offsets, safe, kind, d):
+def test_offsets_lead_nowhere_outside_and_other_tokens_get_zeros(offsets, safe, kind, d):
     """Inside what memory there is around the tensors nothing is read or written; results are as for safe offsets."""
-    from dn_lib.kernels.delta_rule import launch
 
     torch._dynamo.reset()
     N, first, last = len(offsets) - 1, safe[0], safe[-1]
@@ -383,17 +381,16 @@ def test_offsets_lead_nowhere_outside_and_other_tokens_get_zeros(monkeypatch, of
     x = [*views, state]
     do, dS = upstream(x[0], x[2], N)
     cu = torch.tensor(offsets, device="cuda")
-    monkeypatch.setattr(launch, "torch", Poisoned())
-    got = packed_results(x, do, dS, cu)
-    monkeypatch.undo()
+    with poisoned():
+        got = packed_results(x, do, dS, cu)
     inside = [*(y[:, first:last] for y in x[:4]), state]
     expected = packed_results(inside, do[:, first:last], dS, torch.tensor(safe, device="cuda") - first)
     for a, b in zip(got, expected, strict=True):
         if a.shape == state.shape:
-            assert error(a, b.double()) < BOUND[kind] or torch.equal(a, b)
+            assert relative_error(a, b.double()) < BOUND[kind] or torch.equal(a, b)
             continue
         assert not a[:, :first].any() and not a[:, last:].any()
-        assert last == first or error(a[:, first:last], b.double()) < BOUND[kind]
+        assert last == first or relative_error(a[:, first:last], b.double()) < BOUND[kind]
     for y, before in zip(views, kept, strict=False):
         assert torch.equal(y, before[:, 200:400])
     with dn_lib.checked():
@@ -460,7 +457,7 @@ def test_a_compiled_decoding_step():
     for t in range(4):
         token = [y[:, t] for y in x]
         a, b = decode_delta_rule(*token, states[0]), compiled(*token, states[1])
-        assert error(b, a.double()) < BOUND[BF16] and error(states[1], states[0].double()) < 1e-5
+        assert relative_error(b, a.double()) < BOUND[BF16] and relative_error(states[1], states[0].double()) < 1e-5
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------
@@ -483,7 +480,8 @@ def test_compiled_equals_eager(norm, packed):
         assert a.dtype == b.dtype and torch.equal(a, b)
     with torch.no_grad():
         for a, b in zip(run(*x[:4], initial_state=x[4]), compiled(*x[:4], initial_state=x[4]), strict=True):
-            assert error(b, a.double()) < BOUND[BF16]  # eagerly the fused kernel, whose sums may differ in order
+            # Eagerly the fused kernel, whose sums may differ in order.
+            assert relative_error(b, a.double()) < BOUND[BF16]
 
 
 def test_compiled_where_a_sequence_is_split():
@@ -502,7 +500,7 @@ def test_compiled_names_of_fla():
         expected = fused_recurrent_delta_rule(*x)[0]
         for function in (dn_lib.chunk_delta_rule, fused_recurrent_delta_rule):
             compiled = torch.compile(function, fullgraph=True)
-            assert error(compiled(*x)[0], expected.double()) < 2 * BOUND[BF16]
+            assert relative_error(compiled(*x)[0], expected.double()) < 2 * BOUND[BF16]
 
 
 def test_autocast():
@@ -656,8 +654,8 @@ def test_prefill_then_decode_equals_one_pass(kind):
             outputs.append(decode_delta_rule(*(x[:, t] for x in (q, k, v, beta)), state, **options)[:, None])
         exact, last = exact_rule(*(x.double() for x in (q, k, v, beta)), **options)
     assert state.data_ptr() == address
-    assert error(torch.cat(outputs, 1), exact) < BOUND[kind] and error(state, last) < BOUND[kind]
-    assert error(whole, exact) < BOUND[kind] and error(end, last) < BOUND[kind]
+    assert relative_error(torch.cat(outputs, 1), exact) < BOUND[kind] and relative_error(state, last) < BOUND[kind]
+    assert relative_error(whole, exact) < BOUND[kind] and relative_error(end, last) < BOUND[kind]
 
 
 def test_auto_on_a_gpu(monkeypatch):

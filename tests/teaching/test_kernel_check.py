@@ -262,10 +262,11 @@ def test_without_triton_one_line_names_the_remedy(monkeypatch):
 
 
 def test_hardware_refuses_small_dots_that_the_interpreter_takes():
-    assert kc.interpret(SQUARE, square_plan(8)).outputs[0][0, 0] == 8
+    found = kc.interpret(SQUARE, square_plan(8, torch.float16))
+    assert found.outputs[0][0, 0] == 8 and "K >= 16" in found.small[0]
     with pytest.raises(processes.KernelError, match=r"does not compile for sm_90: .*K >= 16"):
-        kc.compile_ahead(SQUARE, square_plan(8))
-    assert kc.compile_ahead(SQUARE, square_plan(16))["shared"] > 0
+        kc.compile_ahead(SQUARE, square_plan(8, torch.float16))
+    assert kc.compile_ahead(SQUARE, square_plan(16, torch.float16))["shared"] > 0
 
 
 def test_a_compilation_error_names_the_line():

@@ -128,6 +128,8 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
         elif relative_error(outputs, exercise.reference(*inputs)[:-1]) <= exercise.tolerance:
             if found.rounded:
                 complaint, counts[2] = found.rounded[0], 1
+            elif found.small:
+                complaint, counts[3] = f"does not compile for sm_{HOPPER}: {found.small[0]}", 1
             else:
                 try:
                     compile_ahead(kernel, plan)

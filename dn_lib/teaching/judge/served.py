@@ -27,6 +27,7 @@ from dn_lib.teaching.judge.child import send
 from dn_lib.teaching.judge.source import Plan
 
 HOPPER = 90
+LEAST_INNER = 16  # of a dot; Triton 3.9 takes 8 in float32, earlier releases refuse it
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block of threads may have on sm_90
 
 
@@ -36,7 +37,8 @@ class Findings:
 
     outside: accesses outside of every argument, `outside_count` elements in all.  races: elements that two
     programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
-    would round to TF32.  unwritten: outputs that no program stored, or stored only in part.
+    would round to TF32.  small: dots with an inner size below 16.  unwritten: outputs that no program stored, or
+    stored only in part.
     """
 
     outputs: tuple[Tensor, ...]
@@ -45,6 +47,7 @@ class Findings:
     races: list[str]
     garbled: list[str]
     rounded: list[str]
+    small: list[str]
     unwritten: list[str]
 
 
@@ -152,12 +155,16 @@ def interpret_kernel(source: str, name: str, plan: Plan) -> Findings:
     garbled = [f"tl.dot of {a} and {b}: the interpreter multiplies their bit patterns" for a, b in mixed]
     to_tf32 = any(d.types == ("fp32", "fp32") and d.precision == "tf32" for d in launch.dots)
     rounded = ['tl.dot of float32 rounds to TF32 on a GPU: ask for input_precision="ieee"'] * to_tf32
+    inner = min((d.k for d in launch.dots), default=LEAST_INNER)
+    small = [f"tl.dot has an inner size of {inner}, and the matrix units take K >= {LEAST_INNER}"] * (
+        inner < LEAST_INNER
+    )
     outputs = tuple(plan.arguments[i] for i in plan.outputs)
     outside = [str(o) for o in launch.outside[:4]]
     count = sum(o.count for o in launch.outside)
     names = [inspect.getfullargspec(kernel.fn).args[i].removesuffix("_ptr") for i in plan.outputs]
     unwritten = [line for name in names if (line := _never_written(launch, name))]
-    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded, unwritten[:4])
+    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded, small, unwritten[:4])
 
 
 def _never_written(launch: Any, name: str) -> str:

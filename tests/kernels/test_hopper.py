@@ -15,10 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from delta_reference import NAMES, error, forward_and_gradients, leaves, make, normalised, sensitivity
 
 from dn_lib import delta_rule
 from dn_lib.kernels.hopper import launch
+from dn_lib.testing import (
+    NAMES,
+    delta_rule_inputs,
+    forward_and_gradients,
+    leaves,
+    normalised,
+    relative_error,
+    sensitivity,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -98,6 +106,12 @@ def test_nothing_imports_gluon_before_a_launch():
 )
 def test_they_compile_without_spills_and_with_asynchronous_products(tmp_path):
     """Shared memory: the CUDA C programming guide, compute capability 9.0.  Stack: what the study measured well."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 7):
+        # The copy engine has other names there.  Nothing launches these kernels, then.
+        assert "Triton" in launch.why_not(**CALL | {"triton_version": triton.__version__})
+        return
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "dn_lib.kernels.hopper.aot", "--json"]
@@ -228,7 +242,7 @@ def reference(tensors, do, dstate, norm=False):
 
 
 def agree(got, expected, conditions=None, skip=()):
-    errors = {n: error(x, expected[n]) for n, x in got.items() if x is not None and n not in skip}
+    errors = {n: relative_error(x, expected[n]) for n, x in got.items() if x is not None and n not in skip}
     wrong = {n: f"{e:.2g}" for n, e in errors.items() if not e < BOUND * max(1.0, (conditions or {}).get(n, 1.0))}
     assert not wrong, f"{wrong}, of { ({n: f'{e:.2g}' for n, e in errors.items()}) }, conditions {conditions}"
 
@@ -239,7 +253,9 @@ def agree(got, expected, conditions=None, skip=()):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("B, L, H", [(1, 64, 1), (2, 128, 3), (2, 1024, 2)])
 def test_against_float64(hopper, B, L, H, norm, state, values):
-    x = make(B, L, H, D, D, dtype=BF16, state=B if state else None, unit=not norm, seed=L, beta_max=1.0, device=DEVICE)
+    x = delta_rule_inputs(
+        B, L, H, D, D, dtype=BF16, state=B if state else None, unit=not norm, seed=L, beta_max=1.0, device=DEVICE
+    )
     do, dstate = upstream(x[0], state)
     got = by_the_kernels(x, do, dstate, norm=norm, values=values)
     nothing = () if state or L > C else ("states",)  # all zero, and so is the reference
@@ -250,7 +266,7 @@ def test_against_float64(hopper, B, L, H, norm, state, values):
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True])
 def test_inference_saves_nothing_and_gives_the_same_o(hopper, norm):
-    x = make(2, 512, 3, D, D, dtype=BF16, unit=not norm, seed=5, beta_max=1.0, device=DEVICE)
+    x = delta_rule_inputs(2, 512, 3, D, D, dtype=BF16, unit=not norm, seed=5, beta_max=1.0, device=DEVICE)
     do, _ = upstream(x[0], False)
     for values in (64, 128):
         got = by_the_kernels(x, do, None, norm=norm, values=values, save=False)
@@ -261,7 +277,7 @@ def test_inference_saves_nothing_and_gives_the_same_o(hopper, norm):
 @pytest.mark.parametrize("norm", [False, True])
 def test_beta_from_zero_to_two(hopper, norm):
     """Zero, the last bits above and below 2^-40, small, and two; with a gradient of beta in each such row."""
-    x = make(2, 1024, 3, D, D, dtype=BF16, state=2, unit=not norm, seed=1, beta_max=1.0, device=DEVICE)
+    x = delta_rule_inputs(2, 1024, 3, D, D, dtype=BF16, state=2, unit=not norm, seed=1, beta_max=1.0, device=DEVICE)
     beta = x[3]
     beta[:, ::3], beta[:, 1::7], beta[:, 2::11], beta[:, 5::13] = 0, 2**-12, 2**-45, 2**-36
     beta[:, 100:200], beta[:, 256:300] = 0, 2
@@ -272,16 +288,18 @@ def test_beta_from_zero_to_two(hopper, norm):
     for value in (0, 2**-45, 2**-36, 2**-12, 2):
         rows = beta == value
         assert rows.any()
-        assert error(got["dbeta"][rows], exact["dbeta"][rows]) < BOUND, value
+        assert relative_error(got["dbeta"][rows], exact["dbeta"][rows]) < BOUND, value
         if value:
             # Small beside the rest of v's gradient, but a product of two of its own numbers.
-            assert error(got["dv"][rows], exact["dv"][rows]) < BOUND, value
+            assert relative_error(got["dv"][rows], exact["dv"][rows]) < BOUND, value
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
 def test_identical_keys(hopper, beta_max):
-    q, k, v, beta, first = make(2, 512, 3, D, D, dtype=BF16, state=2, seed=2, beta_max=beta_max, device=DEVICE)
+    q, k, v, beta, first = delta_rule_inputs(
+        2, 512, 3, D, D, dtype=BF16, state=2, seed=2, beta_max=beta_max, device=DEVICE
+    )
     x = (q, k[:, :1].expand_as(k).contiguous(), v, beta, first)
     do, dstate = upstream(q, True)
 
@@ -303,7 +321,7 @@ def test_split_sequences_forward_and_backward_apart(hopper, norm):
     What enters a part, state or gradient, comes from the rule in float64 on what lies left or right of it.
     """
     B, L, H, part, parts = 2, 320, 3, 128, 3
-    x = make(B, L, H, D, D, dtype=BF16, state=B, unit=not norm, seed=3, beta_max=1.0, device=DEVICE)
+    x = delta_rule_inputs(B, L, H, D, D, dtype=BF16, state=B, unit=not norm, seed=3, beta_max=1.0, device=DEVICE)
     do, dstate = upstream(x[0], True)
     exact, wide = reference(x, do, dstate, norm), leaves(*x, dtype=torch.float64)
     entering, leaving = [wide[4].detach()], []
@@ -319,13 +337,13 @@ def test_split_sequences_forward_and_backward_apart(hopper, norm):
     got = by_the_kernels(x, do, dstate, norm=norm, segments=(parts, 1), state_in=state_in)
     ends = got["state"].view(B, parts, H, D, D)
     for p in range(1, parts):
-        assert error(ends[:, p - 1], entering[p]) < BOUND
+        assert relative_error(ends[:, p - 1], entering[p]) < BOUND
     agree(got | {"state": ends[:, -1]}, exact)
 
     got = by_the_kernels(x, do, dstate, norm=norm, segments=(1, parts), dstate_out=dstate_out)
     begins = got["dinitial"].view(B, parts, H, D, D)
     for p in range(1, parts):
-        assert error(begins[:, p], leaving[p - 1]) < BOUND
+        assert relative_error(begins[:, p], leaving[p - 1]) < BOUND
     agree(got | {"dinitial": begins[:, 0]}, exact)
 
 
@@ -333,7 +351,7 @@ def test_split_sequences_forward_and_backward_apart(hopper, norm):
 @pytest.mark.parametrize("norm, values", [(False, 128), (False, 64), (True, 64)])
 def test_twenty_runs_agree_bit_for_bit(hopper, norm, values):
     """More programs than fit on the chip at a time, so that neighbours change from run to run."""
-    x = make(4, 1024, 48, D, D, dtype=BF16, state=4, unit=not norm, seed=4, device=DEVICE)
+    x = delta_rule_inputs(4, 1024, 48, D, D, dtype=BF16, state=4, unit=not norm, seed=4, device=DEVICE)
     do, dstate = upstream(x[0], True)
     first = by_the_kernels(x, do, dstate, norm=norm, values=values)
     assert all(t.isfinite().all() for t in first.values())
