@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from delta_reference import make
 
 import dn_lib
 from dn_lib.forms import affine, chunkwise_backward, common, decay
@@ -18,6 +17,7 @@ from dn_lib.forms import linear_attention as la
 from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix, sweep_rate
 from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
 from dn_lib.parallel import affine as sp
+from dn_lib.testing import delta_rule_inputs
 
 B, L, H, K, V = 1, 6, 2, 4, 3
 
@@ -81,7 +81,7 @@ OFFSETS = {
     "far": torch.tensor([0, 2**40, L]),
 }
 
-q, k, v, beta, state = make(B, L, H, K, V, state=B)
+q, k, v, beta, state = delta_rule_inputs(B, L, H, K, V, state=B)
 token = {name: x[:, 0] for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta))}
 rows = {name: x.transpose(1, 2) for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta))}
 one = {"q": q[0, :, 0], "k": k[0, :, 0], "v": v[0, :, 0], "beta": beta[0, :, 0], "state": state[0, 0]}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import dn_lib.forms.chunkwise as ch
 from dn_lib.forms import affine, chunkwise_backward, common
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
+from dn_lib.testing import delta_rule_inputs, relative_error
 
 F64, F32 = torch.float64, torch.float32
 FORMS = {
@@ -24,19 +25,10 @@ form_names = st.sampled_from(list(FORMS))
 
 
 def make(length, d_k, d_v, *, seed=0, lead=(), with_state=True, correlated=0.0, dtype=F64):
-    """q, k (unit), v, beta in (0, 2), initial state."""
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(*lead, length, d, generator=g, dtype=F64) for d in (d_k, d_k, d_v))
-    k = k + correlated
-    k = k / k.norm(dim=-1, keepdim=True)
-    beta = 2 * torch.rand(*lead, length, generator=g, dtype=F64)
-    state = torch.randn(*lead, d_k, d_v, generator=g, dtype=F64) if with_state else None
-    return tuple(x if x is None else x.to(dtype) for x in (q, k, v, beta, state))
-
-
-def error(x, reference, size=0.0):
-    scale = max(reference.norm().item(), size, 1e-300)
-    return ((x.to(reference.dtype) - reference).norm() / scale).item()
+    """q, k (unit), v, beta in (0, 2), initial state, all in `dtype`."""
+    sizes, state = (*lead, length, d_k, d_v), lead if with_state else None
+    inputs = delta_rule_inputs(*sizes, seed=seed, dtype=F64, bias=correlated, state=state)
+    return tuple(x if x is None else x.to(dtype) for x in inputs)
 
 
 def sizes(q, state, initial_state):
@@ -93,8 +85,8 @@ def test_forms_equal_recurrence(form, length, d_k, d_v, chunk_size, with_state, 
         got, last = FORMS[form](*args, initial_state=None if S is None else S.to(dtype), chunk_size=chunk_size)
         assert got.dtype == last.dtype == dtype
         bound = accumulated(length, d_k, length if form == "parallel" else chunk_size, dtype)
-        assert error(got, o, of_output) < bound
-        assert error(last, state, largest) < bound
+        assert relative_error(got, o, of_output) < bound
+        assert relative_error(last, state, largest) < bound
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 1000])
@@ -103,7 +95,7 @@ def test_any_chunk_size_and_leading_dimensions(form, chunk_size):
     *inputs, S = make(37, 5, 3, lead=(2, 3))
     o, state = recurrent_delta_rule(*inputs, scale=0.7, initial_state=S)
     got, last = FORMS[form](*inputs, scale=0.7, initial_state=S, chunk_size=chunk_size)
-    assert error(got, o) < 1e-13 and error(last, state) < 1e-13
+    assert relative_error(got, o) < 1e-13 and relative_error(last, state) < 1e-13
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
@@ -114,7 +106,7 @@ def test_equal_keys_and_beta_at_its_ends(form, beta):
     o, state = recurrent_delta_rule(q, k, v, b, initial_state=S)
     got, last = FORMS[form](q, k, v, b, initial_state=S, chunk_size=64)
     of_output, of_state = sizes(q, state, S)
-    assert error(got, o, of_output) < 1e-12 and error(last, state, of_state) < 1e-12
+    assert relative_error(got, o, of_output) < 1e-12 and relative_error(last, state, of_state) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -142,7 +134,7 @@ def test_float64_state_asks_for_float64(form):
     o, state = FORMS[form](*inputs, initial_state=S.double(), chunk_size=8)
     want_o, want = recurrent_delta_rule(*inputs, initial_state=S.double())
     assert o.dtype == want_o.dtype and state.dtype == want.dtype == F64
-    assert error(state, want) < 1e-12
+    assert relative_error(state, want) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -150,14 +142,14 @@ def test_batch_is_the_same_as_a_loop(form):
     *inputs, S = make(20, 4, 3, lead=(3,))
     together = FORMS[form](*inputs, initial_state=S, chunk_size=8)[0]
     alone = [FORMS[form](*(x[b] for x in inputs), initial_state=S[b], chunk_size=8)[0] for b in range(3)]
-    assert error(together, torch.stack(alone)) < 1e-14
+    assert relative_error(together, torch.stack(alone)) < 1e-14
 
 
 def test_attention_matrix_applied_to_values_is_the_output():
     q, k, v, beta, _ = make(60, 6, 5, lead=(2,))
     A = ch.delta_attention_matrix(q, k, beta)
     assert torch.equal(A, A.tril())
-    assert error(A @ v, recurrent_delta_rule(q, k, v, beta)[0]) < 1e-13
+    assert relative_error(A @ v, recurrent_delta_rule(q, k, v, beta)[0]) < 1e-13
 
 
 # Errors -------------------------------------------------------------------------------------------------
@@ -222,7 +214,7 @@ def test_handwritten_backward_equals_autograd_varlen(lengths, d_k, d_v, chunk_si
     by_hand = run(chunkwise_backward.reversible_chunkwise_delta_rule, chunk_size=chunk_size)
     for form, options in ((recurrent_delta_rule, {}), (ch.chunkwise_delta_rule, {"chunk_size": chunk_size})):
         for a, b in zip(by_hand, run(form, **options), strict=True):
-            assert error(a, b) < 1e-10
+            assert relative_error(a, b) < 1e-10
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -242,7 +234,7 @@ def test_handwritten_backward_without_gradient_of_one_output():
             leaves = [x.clone().requires_grad_() for x in inputs]
             grads.append(torch.autograd.grad(form(*leaves)[pick].square().sum(), leaves, allow_unused=True))
         for a, b in zip(*grads, strict=True):
-            assert error(a, torch.zeros_like(a) if b is None else b) < 1e-12
+            assert relative_error(a, torch.zeros_like(a) if b is None else b) < 1e-12
 
 
 def test_handwritten_backward_in_half_precision():
@@ -254,7 +246,7 @@ def test_handwritten_backward_in_half_precision():
     wide = [x.detach().double().requires_grad_() for x in leaves]
     o, state = recurrent_delta_rule(*wide[:4], initial_state=wide[4])
     for a, b in zip(grads, torch.autograd.grad(o.sum() + state.sum(), wide), strict=True):
-        assert error(a, b) < 2**-8  # each gradient is rounded to bfloat16 once
+        assert relative_error(a, b) < 2**-8  # each gradient is rounded to bfloat16 once
 
 
 def test_second_derivatives_are_refused():
@@ -271,7 +263,7 @@ def test_chunk_errors_are_the_errors_of_the_recurrence():
     errors = chunkwise_backward.chunk_errors(k, v, beta, S)
     for t in range(20):
         _, before = recurrent_delta_rule(q[:t], k[:t], v[:t], beta[:t], initial_state=S)
-        assert error(errors[t], v[t] - before.mT @ k[t]) < 1e-12
+        assert relative_error(errors[t], v[t] - before.mT @ k[t]) < 1e-12
 
 
 # Costs --------------------------------------------------------------------------------------------------
@@ -295,7 +287,7 @@ def test_varlen_equals_one_at_a_time_and_packs_states():
     for n, piece in enumerate((slice(0, 11), slice(11, 11), slice(11, 30))):
         x = [x[:, piece] for x in (q, k, v, beta)]
         want, state = recurrent_delta_rule(*x, initial_state=S[:, n])
-        assert torch.allclose(o[:, piece], want, atol=1e-12) and error(states[:, n], state) < 1e-12
+        assert torch.allclose(o[:, piece], want, atol=1e-12) and relative_error(states[:, n], state) < 1e-12
 
 
 # Affine maps --------------------------------------------------------------------------------------------
@@ -309,8 +301,8 @@ def test_segment_affine_is_the_composition_of_chunks(length, d_k, d_v, seed):
     M, X = affine.segment_affine(k, v, beta, chunk_size=16)
     assert torch.allclose(M, pair[0], atol=1e-12) and torch.allclose(X, pair[1], atol=1e-11)
     _, final = recurrent_delta_rule(k, k, v, beta, initial_state=S)
-    assert error(M @ S + X, final, S.norm().item()) < 1e-12
-    assert error(affine.segment_affine(k, v, beta, initial_state=S)[1], final, S.norm().item()) < 1e-12
+    assert relative_error(M @ S + X, final, S.norm().item()) < 1e-12
+    assert relative_error(affine.segment_affine(k, v, beta, initial_state=S)[1], final, S.norm().item()) < 1e-12
 
 
 def test_composition_is_associative_and_does_not_commute():
@@ -319,9 +311,9 @@ def test_composition_is_associative_and_does_not_commute():
         affine.compose_affine(affine.compose_affine(c, b), a),
         affine.compose_affine(c, affine.compose_affine(b, a)),
     )
-    assert all(error(x, y) < 1e-13 for x, y in zip(left, right, strict=True))
+    assert all(relative_error(x, y) < 1e-13 for x, y in zip(left, right, strict=True))
     swapped = affine.compose_affine(affine.compose_affine(b, c), a)
-    assert all(error(x, y) > 1e-2 for x, y in zip(left, swapped, strict=True))
+    assert all(relative_error(x, y) > 1e-2 for x, y in zip(left, swapped, strict=True))
 
 
 def test_segment_state_gradient_is_that_of_autograd():
@@ -330,4 +322,4 @@ def test_segment_state_gradient_is_that_of_autograd():
     dS = gradients(recurrent_delta_rule, (*inputs, S), do, dstate)[4]
     q, k, _, beta = inputs
     got = affine.segment_state_gradient(q * 6**-0.5, k, beta, do, dstate, chunk_size=16)
-    assert error(got, dS) < 1e-12
+    assert relative_error(got, dS) < 1e-12

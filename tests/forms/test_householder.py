@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from delta_reference import sensitivity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from dn_lib.forms import householder as hh
+from dn_lib.testing import relative_error, sensitivity
 
 FLOAT32 = 1e-5  # about 100 units in the last place of float32, for sums of up to 64 terms
 FLOAT64 = 1e-12
@@ -33,12 +33,8 @@ def problem(length, d, d_v=3, seed=0, batch=()):
 
 
 def error(x, reference):
-    """|x - reference| / |reference|, where a zero reference asks for zeros."""
-    assert x.shape == reference.shape
-    if reference.numel() == 0:
-        return 0.0
-    scale = reference.norm().item()
-    return (x.double() - reference.double()).norm().item() / (scale if scale > 0 else 1.0)
+    """The relative error, and the absolute one where the reference is zero."""
+    return relative_error(x, reference, size=0.0 if reference.any() else 1.0)
 
 
 shapes = {"length": st.integers(0, 40), "d": st.integers(1, 24), "seed": st.integers(0, 10**6)}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dn_lib.forms import decay as decays
 from dn_lib.forms import linear_attention as la
+from dn_lib.testing import linear_attention_inputs, relative_error
 
 FORMS = {
     "recurrent": la.recurrent_linear_attention,
@@ -23,9 +24,8 @@ lengths, widths = st.integers(1, 300), st.integers(1, 96)
 
 
 def draw(length, d_k, d_v, seed=0, dtype=torch.float64, batch=()):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((length, d_k), (length, d_k), (length, d_v), (d_k, d_v))
-    return [torch.randn(*batch, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+    inputs = linear_attention_inputs(*batch, length, d_k, d_v, seed=seed, state=batch)
+    return [x.to(dtype) for x in inputs]
 
 
 def reference(q, k, v, state=None, scale=None, decay=None):
@@ -40,10 +40,6 @@ def reference(q, k, v, state=None, scale=None, decay=None):
         state = state + torch.einsum("...d,...e->...de", k[..., t, :], v[..., t, :])
         outputs[..., t, :] = scale * torch.einsum("...de,...d->...e", state, q[..., t, :])
     return outputs, state
-
-
-def error(x, ref):
-    return ((x.double() - ref).norm() / ref.norm().clamp(min=1e-300)).item()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -66,8 +62,8 @@ def test_forms_agree_with_the_recurrence(dtype, length, d_k, d_v, chunk, start, 
         extra = {"chunk_size": chunk} if name == "chunkwise" else {}
         o, final = form(q, k, v, initial_state=state, **extra)
         assert o.dtype == final.dtype == dtype
-        assert error(o, o_ref) < TOLERANCE[dtype], name
-        assert error(final, state_ref) < TOLERANCE[dtype], name
+        assert relative_error(o, o_ref) < TOLERANCE[dtype], name
+        assert relative_error(final, state_ref) < TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -77,11 +73,11 @@ def test_batches_scale_and_split(name):
     form = FORMS[name]
     o, final = form(q, k, v, scale=0.3, initial_state=state)
     o_ref, final_ref = reference(q, k, v, state, scale=0.3)
-    assert error(o, o_ref) < 1e-12 and error(final, final_ref) < 1e-12
+    assert relative_error(o, o_ref) < 1e-12 and relative_error(final, final_ref) < 1e-12
     head, half = form(q[..., :20, :], k[..., :20, :], v[..., :20, :], scale=0.3, initial_state=state)
     tail, end = form(q[..., 20:, :], k[..., 20:, :], v[..., 20:, :], scale=0.3, initial_state=half)
-    assert error(torch.cat([head, tail], dim=-2), o_ref) < 1e-12
-    assert error(end, final_ref) < 1e-12
+    assert relative_error(torch.cat([head, tail], dim=-2), o_ref) < 1e-12
+    assert relative_error(end, final_ref) < 1e-12
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -102,7 +98,7 @@ def test_half_precision_inputs(name, dtype):
     o_ref, final_ref = reference(q, k, v, state)
     assert o.dtype == dtype and final.dtype == torch.float32
     # The inputs are the same rounded numbers: only the output is rounded again.
-    assert error(o, o_ref) < torch.finfo(dtype).eps and error(final, final_ref) < 1e-5
+    assert relative_error(o, o_ref) < torch.finfo(dtype).eps and relative_error(final, final_ref) < 1e-5
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -118,7 +114,7 @@ def test_gradients(name):
     grads = torch.autograd.grad((run(*inputs)[0] * weights).sum(), inputs)
     o = la.recurrent_linear_attention(*inputs[:3], initial_state=inputs[3])[0]
     expected = torch.autograd.grad((o * weights).sum(), inputs)
-    assert all(error(g, e) < 1e-12 for g, e in zip(grads, expected, strict=True))
+    assert all(relative_error(g, e) < 1e-12 for g, e in zip(grads, expected, strict=True))
 
 
 def test_step_continues_a_prompt():
@@ -127,7 +123,7 @@ def test_step_continues_a_prompt():
     _, state = la.chunkwise_linear_attention(q[:9], k[:9], v[:9], chunk_size=4)
     for t in range(9, 12):
         o, state = la.linear_attention_step(q[t], k[t], v[t], state)
-        assert error(o, expected[t]) < 1e-12
+        assert relative_error(o, expected[t]) < 1e-12
 
 
 @few
@@ -138,13 +134,13 @@ def test_softmax_and_kernel_attention(length, d_k, d_v, seed):
     p = la.kernel_attention(q, k, v)
     for i in range(length):
         w = torch.exp(0.7 * k[: i + 1] @ q[i])
-        assert error(o[i], w @ v[: i + 1] / w.sum()) < 1e-12
+        assert relative_error(o[i], w @ v[: i + 1] / w.sum()) < 1e-12
         w = la.elu_feature_map(k[: i + 1]) @ la.elu_feature_map(q[i])
-        assert error(p[i], w @ v[: i + 1] / w.sum()) < 1e-12
+        assert relative_error(p[i], w @ v[: i + 1] / w.sum()) < 1e-12
     r, (state, z) = la.recurrent_kernel_attention(q, k, v)
-    assert error(r, p) < 1e-12
-    assert error(state, la.elu_feature_map(k).T @ v) < 1e-12
-    assert error(z, la.elu_feature_map(k).sum(0)) < 1e-12
+    assert relative_error(r, p) < 1e-12
+    assert relative_error(state, la.elu_feature_map(k).T @ v) < 1e-12
+    assert relative_error(z, la.elu_feature_map(k).sum(0)) < 1e-12
 
 
 def test_kernel_attention_of_nothing_and_of_half_precision():
@@ -154,7 +150,7 @@ def test_kernel_attention_of_nothing_and_of_half_precision():
     q, k, v, _ = draw(20, 4, 3, dtype=torch.bfloat16)
     for fn in (la.softmax_attention, la.kernel_attention):
         assert fn(q, k, v).dtype == torch.bfloat16
-        assert error(fn(q, k, v), fn(q.double(), k.double(), v.double())) < torch.finfo(torch.bfloat16).eps
+        assert relative_error(fn(q, k, v), fn(q.double(), k.double(), v.double())) < torch.finfo(torch.bfloat16).eps
 
 
 def test_elu_feature_map_is_positive_and_has_a_bounded_log_slope():
@@ -204,7 +200,7 @@ def test_decay(length, d_k, d_v, seed):
     decay = torch.rand(length, d_k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     o, final = decays.recurrent_decay_attention(q, k, v, decay, initial_state=state)
     o_ref, final_ref = reference(q, k, v, state, decay=decay)
-    assert error(o, o_ref) < 1e-12 and error(final, final_ref) < 1e-12
+    assert relative_error(o, o_ref) < 1e-12 and relative_error(final, final_ref) < 1e-12
     plain = decays.recurrent_decay_attention(q, k, v, torch.ones_like(k), initial_state=state)
     assert torch.equal(plain[0], la.recurrent_linear_attention(q, k, v, initial_state=state)[0])
 

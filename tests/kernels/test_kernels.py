@@ -6,17 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-from delta_reference import (
-    NAMES,
-    Poisoned,
-    error,
-    forward_and_gradients,
-    leaves,
-    make,
-    normalised,
-    recurrence,
-    sensitivity,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +19,17 @@ from dn_lib.kernels.common import INTERPRETED
 from dn_lib.kernels.delta_rule import launch
 from dn_lib.kernels.inverse import scaled_inverse
 from dn_lib.kernels.ladder import tl, triton
+from dn_lib.testing import (
+    NAMES,
+    delta_rule_inputs,
+    delta_rule_reference,
+    forward_and_gradients,
+    leaves,
+    normalised,
+    poisoned,
+    relative_error,
+    sensitivity,
+)
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED.value, reason="there is a GPU: tests/gpu/test_gpu.py runs the kernels compiled"
@@ -77,11 +77,11 @@ def compare(tensors, *, seed=1, **options):
 
     def reference(*inputs):
         *tensors, do, dstate = inputs
-        return forward_and_gradients(recurrence, leaves(*tensors, dtype=torch.float64), do, dstate, **exact)
+        return forward_and_gradients(delta_rule_reference, leaves(*tensors, dtype=torch.float64), do, dstate, **exact)
 
     expected = reference(*tensors, do.double(), dstate.double())
     got = run(*tensors[:4], initial_state=first, do=do, dstate=dstate, **options)
-    sizes = [recurrence(*tensors[:4], initial_state=first, **exact)[2], *[0.0] * (len(expected) - 1)]
+    sizes = [delta_rule_reference(*tensors[:4], initial_state=first, **exact)[2], *[0.0] * (len(expected) - 1)]
     q, k, v, beta = (x.double() for x in (q, k, v, beta))
     if options.get("qk_l2norm"):
         q, k = normalised(q), normalised(k)
@@ -94,7 +94,7 @@ def compare(tensors, *, seed=1, **options):
         relative = ROUNDINGS * UNIT[dtype]
     bounds = [relative * max(1, c) for c in sensitivity(reference, (*tensors, do, dstate), sizes)]
     for name, a, b, size, bound in zip(("o", "state", *NAMES), got, expected, sizes, bounds, strict=False):
-        assert error(a, b, size) < bound, name
+        assert relative_error(a, b, size) < bound, name
     return got
 
 
@@ -123,7 +123,7 @@ CASES = {
 
 @pytest.mark.parametrize("B, L, H, d_k, d_v, chunk, norm, state", CASES.values(), ids=CASES)
 def test_float32(B, L, H, d_k, d_v, chunk, norm, state):
-    x = make(B, L, H, d_k, d_v, state=B if state else None, unit=not norm, seed=2)
+    x = delta_rule_inputs(B, L, H, d_k, d_v, state=B if state else None, unit=not norm, seed=2)
     compare(x, chunk=chunk, qk_l2norm=norm, scale=0.6)
 
 
@@ -139,7 +139,7 @@ def test_float32(B, L, H, d_k, d_v, chunk, norm, state):
     seed=st.integers(0, 1000),
 )
 def test_float32_on_random_shapes(L, d_k, d_v, chunk, norm, state, segments, seed):
-    x = make(1, L, 1, d_k, d_v, state=1 if state else None, unit=not norm, seed=seed)
+    x = delta_rule_inputs(1, L, 1, d_k, d_v, state=1 if state else None, unit=not norm, seed=seed)
     compare(x, chunk=chunk, qk_l2norm=norm, segments=segments, seed=seed)
 
 
@@ -148,12 +148,12 @@ def test_float32_on_random_shapes(L, d_k, d_v, chunk, norm, state, segments, see
 def test_packed_sequences(kind, norm, state):
     """Empty ones first, last and in between; lengths around the chunk."""
     cu = torch.tensor([0, 0, 1, 17, 17, 17, 33, 48, 48], dtype=kind)
-    x = make(1, 48, 1, 9, 21, state=8 if state else None, unit=not norm)
+    x = delta_rule_inputs(1, 48, 1, 9, 21, state=8 if state else None, unit=not norm)
     compare(x, cu_seqlens=cu, qk_l2norm=norm)
 
 
 def test_packed_sequences_are_those_computed_one_by_one():
-    *x, S = make(1, 40, 1, 9, 21, state=3)
+    *x, S = delta_rule_inputs(1, 40, 1, 9, 21, state=3)
     cu = torch.tensor([0, 19, 19, 40])
     do, dS = torch.randn_like(x[2]), torch.randn_like(S)
     packed = run(*x, initial_state=S, do=do, dstate=dS, cu_seqlens=cu)
@@ -169,13 +169,13 @@ def test_packed_sequences_are_those_computed_one_by_one():
 @pytest.mark.parametrize("norm, state", [(False, False), (True, True)])
 def test_split_sequences(segments, L, norm, state):
     """Affine maps of the segments, forward and backward; the last segment may be shorter."""
-    x = make(2, L, 1, 20, 12, state=2 if state else None, unit=not norm)
+    x = delta_rule_inputs(2, L, 1, 20, 12, state=2 if state else None, unit=not norm)
     assert launch.shape_of(x[1], x[2], None, 16, segments).plan.segments == segments
     compare(x, qk_l2norm=norm, segments=segments)
 
 
 def test_split_state_wider_than_the_block_of_merge():
-    compare(make(1, 40, 1, 72, 130, state=1), segments=2)
+    compare(delta_rule_inputs(1, 40, 1, 72, 130, state=1), segments=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,7 +185,7 @@ def test_split_state_wider_than_the_block_of_merge():
 )
 def test_half_precision(dtype, L, d_k, d_v, norm, segments):
     """Up to 64 channels the backward is one kernel."""
-    x = make(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm)
+    x = delta_rule_inputs(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm)
     assert configs.plan(L, d_k, d_v, dtype, 16, 1).fused == (d_k <= 64)
     compare(x, qk_l2norm=norm, segments=segments)
 
@@ -194,7 +194,7 @@ def test_half_precision(dtype, L, d_k, d_v, norm, segments):
 @pytest.mark.parametrize("norm", [False, True])
 def test_inference_equals_the_forward_of_training(dtype, norm):
     """Without `save` nothing is kept but what is asked for."""
-    *x, S = make(1, 40, 1, 24, 16, dtype=dtype, state=1, unit=not norm)
+    *x, S = delta_rule_inputs(1, 40, 1, 24, 16, dtype=dtype, state=1, unit=not norm)
     shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": None, "norm": norm, "chunk": 16, "precision": "ieee"}
     o, state, _ = launch.forward(*x, **shared, save=True, final_state=True)
     fast, end, saved = launch.forward(*x, **shared, save=False, final_state=True)
@@ -214,24 +214,24 @@ def test_inference_equals_the_forward_of_training(dtype, norm):
     ],
     ids=str,
 )
-def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, dtype, options):
+def test_every_output_is_written_and_nothing_unwritten_is_read(dtype, options):
     cu = options.get("cu_seqlens")
-    *x, S = make(1, 40, 2, 12, 20, dtype=dtype, state=1 if cu is None else 4)
+    *x, S = delta_rule_inputs(1, 40, 2, 12, 20, dtype=dtype, state=1 if cu is None else 4)
     do, dS = torch.randn_like(x[2]), torch.randn_like(S)
     clean = run(*x, initial_state=S, do=do, dstate=dS, **options)
-    monkeypatch.setattr(launch, "torch", Poisoned())
-    assert launch.torch.empty_like(S).isnan().all()
-    for a, b in zip(clean, run(*x, initial_state=S, do=do, dstate=dS, **options), strict=True):
-        assert torch.equal(a, b)
-    without = run(*x, do=do, dstate=None, **options)
-    assert all(y.isfinite().all() for y in without)
-    shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": cu, "norm": "qk_l2norm" in options}
-    o, state, _ = launch.forward(
-        *x, **shared, chunk=16, precision="ieee", save=False, final_state=True, segments=options.get("segments")
-    )
-    assert o.isfinite().all() and state.isfinite().all()
-    state.fill_(float("nan"))
-    assert launch.recurrent(*x, **shared, final_state=state).isfinite().all() and state.isfinite().all()
+    with poisoned():
+        assert torch.empty_like(S).isnan().all()
+        for a, b in zip(clean, run(*x, initial_state=S, do=do, dstate=dS, **options), strict=True):
+            assert torch.equal(a, b)
+        without = run(*x, do=do, dstate=None, **options)
+        assert all(y.isfinite().all() for y in without)
+        shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": cu, "norm": "qk_l2norm" in options}
+        o, state, _ = launch.forward(
+            *x, **shared, chunk=16, precision="ieee", save=False, final_state=True, segments=options.get("segments")
+        )
+        assert o.isfinite().all() and state.isfinite().all()
+        state.fill_(float("nan"))
+        assert launch.recurrent(*x, **shared, final_state=state).isfinite().all() and state.isfinite().all()
 
 
 # --- Few key channels: sums that cancel -------------------------------------------------------------------------
@@ -306,28 +306,28 @@ def test_half_precision_on_few_key_channels(L, d_k, d_v, chunk, norm, beta_max, 
     everything that is rounded, the results change by their condition number times as much. That is 1 to 3 where nothing
     cancels. Twice the larger change of two draws is allowed, since the shares are drawn.
     """
-    x = make(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm, beta_max=beta_max, seed=seed)
+    x = delta_rule_inputs(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm, beta_max=beta_max, seed=seed)
     g = torch.Generator().manual_seed(seed)
     do, dstate = torch.randn(x[2].shape, generator=g).to(dtype), torch.randn(x[4].shape, generator=g)
     options = {"scale": d_k**-0.5, "chunk": chunk}
     assert configs.plan(L, d_k, d_v, dtype, chunk, 1).fused
     exact = forward_and_gradients(
-        recurrence, leaves(*x, dtype=torch.float64), do, dstate, scale=options["scale"], qk_l2norm=norm
+        delta_rule_reference, leaves(*x, dtype=torch.float64), do, dstate, scale=options["scale"], qk_l2norm=norm
     )
 
     def formulas(rounded):
         return by_formulas(x, do, dstate, norm=norm, rounded=rounded, **options)
 
-    assert all(error(a, b) < 1e-9 for a, b in zip(formulas(lambda y: y), exact, strict=True))
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(formulas(lambda y: y), exact, strict=True))
     step, condition = 2.0**-24, [1.0] * len(exact)
     for _ in range(2):
         less = formulas(lambda y: y * (1 - step * torch.rand(y.shape, generator=g, dtype=torch.float64)))
-        condition = [max(c, error(a, b) / step) for c, a, b in zip(condition, less, exact, strict=True)]
+        condition = [max(c, relative_error(a, b) / step) for c, a, b in zip(condition, less, exact, strict=True)]
     assert max(condition) > 8  # something does cancel
     unit = 2 * UNIT[dtype] if dtype == torch.bfloat16 else UNIT[dtype]
     got = run(*x[:4], initial_state=x[4], do=do, dstate=dstate, qk_l2norm=norm, **options)
     for name, a, b, c in zip(("o", "state", *NAMES), got, exact, condition, strict=True):
-        assert error(a, b) < 2 * unit * c, (name, error(a, b), c)
+        assert relative_error(a, b) < 2 * unit * c, (name, relative_error(a, b), c)
 
 
 # --- The recurrent kernel ---------------------------------------------------------------------------------------
@@ -338,17 +338,17 @@ def test_half_precision_on_few_key_channels(L, d_k, d_v, chunk, norm, beta_max, 
 def test_recurrent_kernel_in_place(lengths, norm):
     """final_state may be initial_state; value blocks (70 channels, 64 at a time) don't meet."""
     sequences = 2 if lengths is None else 3
-    *x, S = make(2 if lengths is None else 1, 9, 2, 5, 70, state=sequences, unit=not norm)
-    expected, end, _ = recurrence(*x, scale=0.8, initial_state=S, cu_seqlens=lengths, qk_l2norm=norm)
+    *x, S = delta_rule_inputs(2 if lengths is None else 1, 9, 2, 5, 70, state=sequences, unit=not norm)
+    expected, end, _ = delta_rule_reference(*x, scale=0.8, initial_state=S, cu_seqlens=lengths, qk_l2norm=norm)
     common = {"scale": 0.8, "cu_seqlens": lengths, "norm": norm}
     elsewhere = torch.full_like(S, float("nan"))
     before = S.clone()
     o = launch.recurrent(*x, initial_state=S, final_state=elsewhere, **common)
-    assert torch.equal(S, before) and error(o, expected) < 1e-5 and error(elsewhere, end) < 1e-5
+    assert torch.equal(S, before) and relative_error(o, expected) < 1e-5 and relative_error(elsewhere, end) < 1e-5
     in_place = launch.recurrent(*x, initial_state=S, final_state=S, **common)
     assert torch.equal(in_place, o) and torch.equal(S, elsewhere)
     zeros = launch.recurrent(*x, initial_state=None, final_state=None, **common)
-    assert error(zeros, recurrence(*x, scale=0.8, cu_seqlens=lengths, qk_l2norm=norm)[0]) < 1e-5
+    assert relative_error(zeros, delta_rule_reference(*x, scale=0.8, cu_seqlens=lengths, qk_l2norm=norm)[0]) < 1e-5
 
 
 # --- The triangular inverse -------------------------------------------------------------------------------------
@@ -398,12 +398,12 @@ def test_inverse_on_the_worst_keys(cosine, beta, C, precision):
     exact = inverse(gram)
     assert exact.abs().max() - 1 < 1e-6  # what makes float16 safe
     if precision == "half":
-        bound = 4 * error(inverse(gram.half().double()), exact) + 2**-11
+        bound = 4 * relative_error(inverse(gram.half().double()), exact) + 2**-11
     else:
         bound = C * torch.finfo(F32).eps / 2 * max(1, sensitivity(lambda L: [inverse(L)], (gram,))[0])
     n = torch.full((C, C), float("nan"))
     inverse_kernel[(1,)](gram.float(), beta, n, C=C, PRECISION=precision)
-    assert error(n, exact) < bound
+    assert relative_error(n, exact) < bound
     assert n.abs().max() - 1 < bound and not n.triu().any()
 
 
@@ -411,21 +411,21 @@ def test_inverse_on_the_worst_keys(cosine, beta, C, precision):
 @pytest.mark.parametrize("cosine, strength", [(1.0, 2.0), (0.9, 1.9)])
 def test_whole_forward_on_the_worst_keys(cosine, strength, chunk):
     """Reflections of one key: no growth with the length, with every gradient."""
-    q, k, v, beta, S = make(1, 70, 1, 96, 4, state=1)
+    q, k, v, beta, S = delta_rule_inputs(1, 70, 1, 96, 4, state=1)
     k = keys_of_cosine(70, cosine)[None, :, None].float()
     compare((q, k, v, torch.full_like(beta, strength), S), chunk=chunk)
 
 
 def test_empty_batches_launch_nothing():
     for B, L, H in ((0, 5, 2), (2, 5, 0), (0, 0, 0)):
-        *x, S = make(B, L, H, 4, 6, state=B)
+        *x, S = delta_rule_inputs(B, L, H, 4, 6, state=B)
         results = run(*x, initial_state=S, do=x[2], dstate=S)
         assert [tuple(y.shape) for y in results[:2]] == [(B, L, H, 6), (B, H, 4, 6)]
 
 
 def test_interpreter_multiplies_bfloat16_as_numbers():
     """Why `common.dot` converts first: 1.5 x 2 of bfloat16, whose bit patterns would give another product."""
-    *x, _ = make(1, 16, 1, 16, 16, dtype=torch.bfloat16)
+    *x, _ = delta_rule_inputs(1, 16, 1, 16, 16, dtype=torch.bfloat16)
     eye = torch.eye(16, dtype=torch.bfloat16)[None, :, None]
     two = torch.full_like(x[2], 2.0)
     o, _, _ = launch.forward(
@@ -437,7 +437,7 @@ def test_interpreter_multiplies_bfloat16_as_numbers():
 
 def test_gradient_of_a_strength_that_is_nearly_zero():
     """dbeta where beta is 0, and on both sides of the bound below which the forward keeps E in place of Vn."""
-    q, k, v, _, S = make(1, 40, 1, 20, 12, state=1)
+    q, k, v, _, S = delta_rule_inputs(1, 40, 1, 20, 12, state=1)
     beta = torch.tensor([0.0, 1e-30, 1e-3, 0.0156, 0.015625, 0.02, 1.0, 2.0]).repeat(5)[None, :, None]
     for norm in (False, True):
         compare((q, k, v, beta, S), qk_l2norm=norm)

@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 import torch
-from delta_reference import error, forward_and_gradients, leaves, make, recurrence
 
 from dn_lib import decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
 from dn_lib.forms import decay
@@ -17,6 +16,7 @@ from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule, va
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
 
 F32, F64 = torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(ops.triton_problem(torch.device("cpu")) is not None, reason="needs the interpreter")
@@ -42,14 +42,14 @@ LAYOUTS = {
 def test_any_layout_is_read_as_its_values(layout):
     """Of every input and of both upstream gradients, in each kernel."""
     change = LAYOUTS[layout]
-    x = make(1, 17, 2, 5, 6, state=1)
-    upstream = make(1, 17, 2, 5, 6, seed=1, state=1)[2::2]
+    x = delta_rule_inputs(1, 17, 2, 5, 6, state=1)
+    upstream = delta_rule_inputs(1, 17, 2, 5, 6, seed=1, state=1)[2::2]
     run = {"output_final_state": True, "backend": "triton", "chunk_size": 16}
     odd = [change(y).detach().requires_grad_() for y in x]
     plain = forward_and_gradients(delta_rule, leaves(*x), *upstream, **run)
     for a, b in zip(plain, forward_and_gradients(delta_rule, odd, *map(change, upstream), **run), strict=True):
         assert torch.equal(a, b)
-    *x, S = make(1, 2, 2, 5, 6, state=1)  # a short call without a gradient: the recurrent kernel
+    *x, S = delta_rule_inputs(1, 2, 2, 5, 6, state=1)  # a short call without a gradient: the recurrent kernel
     run = {"output_final_state": True, "backend": "triton"}
     expected = delta_rule(*x, initial_state=S, **run)
     for a, b in zip(expected, delta_rule(*map(change, x), initial_state=change(S), **run), strict=True):
@@ -59,9 +59,8 @@ def test_any_layout_is_read_as_its_values(layout):
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta"])
 @every_backend
 def test_expanded_inputs_and_their_gradients(name, backend):
-    x = dict(
-        zip(("q", "k", "v", "beta"), make(1, 17, 2, 5, 6, dtype=F64 if backend != "triton" else F32), strict=False)
-    )
+    tensors = delta_rule_inputs(1, 17, 2, 5, 6, dtype=F64 if backend != "triton" else F32)
+    x = dict(zip(("q", "k", "v", "beta"), tensors, strict=False))
     row = x[name][:, :1].detach().requires_grad_()
     x[name] = row.expand_as(x[name])
     o, _ = delta_rule(**x, backend=backend)
@@ -69,16 +68,16 @@ def test_expanded_inputs_and_their_gradients(name, backend):
     wide = {key: y.detach().double() for key, y in x.items()}
     again = wide[name][:, :1].clone().requires_grad_()
     wide[name] = again.expand_as(wide[name])
-    (expected,) = torch.autograd.grad(recurrence(**wide)[0].square().sum(), again)
+    (expected,) = torch.autograd.grad(delta_rule_reference(**wide)[0].square().sum(), again)
     # Sums over 17 tokens and 6 channels, each term rounded a few times: 84 eps of float32, 4500 of float64.
-    assert error(got, expected) < (1e-5 if backend == "triton" else 1e-12)
+    assert relative_error(got, expected) < (1e-5 if backend == "triton" else 1e-12)
 
 
 @pytest.mark.parametrize("gradient, length", [(True, 20), (False, 20), (False, 9)])
 @every_backend
 def test_offsets_of_any_layout(backend, gradient, length):
     """A column of a table, int32 and int64; training, inference and short prompts, which run other kernels."""
-    *x, S = make(1, length, 1, 4, 5, state=3)
+    *x, S = delta_rule_inputs(1, length, 1, 4, 5, state=3)
     x = leaves(*x) if gradient else x
     cu = torch.tensor([0, 5, 5, length])
     column = torch.stack([cu, cu * 0 + 99], dim=1).int()[:, 0]
@@ -98,7 +97,7 @@ BAD_OFFSETS = [[0, 5, 2, 24], [0, -3, 24], [-3, 24], [2, 24], [0, 20], [0, 25], 
 @every_backend
 def test_offsets_are_checked_on_a_cpu(backend, offsets):
     """In every kernel, in the backward too, compiled as well: never followed outside."""
-    x = make(1, 24, 1, 4, 5)[:4]
+    x = delta_rule_inputs(1, 24, 1, 4, 5)[:4]
     cu = torch.tensor(offsets)
     for tensors in (x, leaves(*x)):
         with pytest.raises(ValueError, match=r"^cu_seqlens must rise from 0 to L = 24, got"):
@@ -118,7 +117,7 @@ def test_offsets_where_they_are_not_read_cannot_lead_outside(monkeypatch, offset
     from dn_lib.kernels.delta_rule import launch
 
     monkeypatch.setattr(arguments, "check_offsets", lambda *_: None)
-    *x, S = make(1, 24, 1, 4, 5, state=len(offsets) - 1)
+    *x, S = delta_rule_inputs(1, 24, 1, 4, 5, state=len(offsets) - 1)
     cu = torch.tensor(offsets)
     assert arguments.token_offsets(cu, x[0]).tolist() == safe
     first, last = safe[0], safe[-1]
@@ -176,7 +175,7 @@ def test_a_launch_refuses_what_has_no_memory():
 
 @needs_triton
 def test_the_operator_of_the_dispatcher_checks_shapes():
-    x = list(make(1, 20, 1, 4, 5)[:4])
+    x = list(delta_rule_inputs(1, 20, 1, 4, 5)[:4])
     x[1] = x[1][:, :7]
     with pytest.raises(ValueError, match=r"^k must be \[B, L, H, d_k\]"):
         torch.ops.dn_lib.delta_rule(*x, None, None, 0.5, False, 16, False)
@@ -187,7 +186,7 @@ def test_tensors_that_handle_operators_themselves_go_through_the_dispatcher():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        x = [mode.from_tensor(y) for y in make(1, 20, 1, 4, 5)[:4]]
+        x = [mode.from_tensor(y) for y in delta_rule_inputs(1, 20, 1, 4, 5)[:4]]
         o, state = delta_rule(*x, backend="triton", output_final_state=True)
         assert o.shape == x[2].shape and state.shape == (1, 1, 4, 5) and type(o) is type(x[0])
         with pytest.raises(ValueError, match=r"^state must hold its own values"):
@@ -217,7 +216,7 @@ def test_the_kernels_of_the_ladder_read_any_layout_and_name_what_does_not_fit(na
     from dn_lib.kernels import ladder
 
     function, (names, options) = getattr(ladder, name), LADDER[name]
-    known = dict(zip(("q", "k", "v", "beta"), make(1, 20, 2, 8, 8)[:4], strict=True))
+    known = dict(zip(("q", "k", "v", "beta"), delta_rule_inputs(1, 20, 2, 8, 8)[:4], strict=True))
     known |= {x: torch.rand(9, 9) for x in "xyab"}
     x = {key: known[key] for key in names.split()}
     expected = list(flat(function(**x, **options)))
@@ -243,7 +242,7 @@ def test_decoding_raises_the_version_of_its_state(monkeypatch, kernel):
     """A backward through an earlier use of the state fails, in PyTorch's own words, instead of using the new values."""
     if kernel:
         monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
-    *x, S = leaves(*make(1, 20, 1, 4, 5, state=1))
+    *x, S = leaves(*delta_rule_inputs(1, 20, 1, 4, 5, state=1))
     _, state = delta_rule(*x, initial_state=S, output_final_state=True)
     loss = state.square().sum()
     token = [y[:, 0].detach() for y in x]
@@ -258,7 +257,7 @@ def test_decoding_raises_the_version_of_its_state(monkeypatch, kernel):
 def test_decoding_raises_the_version_of_an_initial_state(monkeypatch, kernel):
     if kernel:
         monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
-    *x, _ = leaves(*make(1, 20, 1, 4, 5))
+    *x, _ = leaves(*delta_rule_inputs(1, 20, 1, 4, 5))
     S = torch.ones(1, 1, 4, 5)
     o, _ = delta_rule(*x, initial_state=S)
     decode_delta_rule(*(y[:, 0].detach() for y in x), S)
@@ -271,7 +270,7 @@ def test_decoding_in_inference_mode(monkeypatch, kernel):
     """Such tensors have no version; one made outside has."""
     if kernel:
         monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
-    x = [y[:, 0] for y in make(1, 1, 1, 4, 5)[:4]]
+    x = [y[:, 0] for y in delta_rule_inputs(1, 1, 1, 4, 5)[:4]]
     outside = torch.zeros(1, 1, 4, 5)
     with torch.inference_mode():
         inside = torch.zeros(1, 1, 4, 5)
@@ -281,7 +280,7 @@ def test_decoding_in_inference_mode(monkeypatch, kernel):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta"])
 def test_decoding_refuses_to_lose_a_gradient(name):
-    x = dict(zip(("q", "k", "v", "beta"), (y[:, 0] for y in make(1, 1, 1, 4, 5)[:4]), strict=True))
+    x = dict(zip(("q", "k", "v", "beta"), (y[:, 0] for y in delta_rule_inputs(1, 1, 1, 4, 5)[:4]), strict=True))
     x[name].requires_grad_()
     state = torch.zeros(1, 1, 4, 5)
     with pytest.raises(RuntimeError, match=f"^decode_delta_rule is not differentiable, and {name} requires a gradient"):
@@ -291,7 +290,7 @@ def test_decoding_refuses_to_lose_a_gradient(name):
         decode_delta_rule(**x, state=state)
 
 
-q, k, v, beta, S = (x[0] if x.ndim > 3 else x for x in make(1, 0, 2, 4, 3, state=1))
+q, k, v, beta, S = (x[0] if x.ndim > 3 else x for x in delta_rule_inputs(1, 0, 2, 4, 3, state=1))
 q, k, v = (x.transpose(0, 1) for x in (q, k, v))
 beta = beta[0].mT
 OF_NO_TOKENS = {
@@ -324,7 +323,7 @@ def test_the_state_of_no_tokens_is_a_copy(form):
 @every_backend
 def test_the_operator_never_hands_back_the_callers_state(backend, packed, gradient):
     for length in (0, 3, 20):
-        *x, S = make(1, length, 2, 4, 5, state=1)
+        *x, S = delta_rule_inputs(1, length, 2, 4, 5, state=1)
         given = S.clone().requires_grad_(gradient)
         cu = torch.tensor([0, length]) if packed else None
         _, state = delta_rule(*x, initial_state=given, output_final_state=True, backend=backend, cu_seqlens=cu)
@@ -360,14 +359,14 @@ def test_a_state_is_as_wide_as_the_widest_input(form):
     for name in inputs:
         state = function(**inputs | {name: wide[name]})[1]
         assert state.dtype == F64, name
-        assert error(state, exact) < 1e-12, name  # float32 numbers, computed with in float64: 4500 eps of it
+        assert relative_error(state, exact) < 1e-12, name  # float32 numbers, computed with in float64: 4500 eps of it
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta", "initial_state"])
 @every_backend
 def test_the_operator_computes_in_the_dtype_of_q(backend, name):
     """q, k and v have one dtype; a wider beta or state does not change it, whatever the backend."""
-    x = dict(zip(("q", "k", "v", "beta", "initial_state"), make(1, 18, 1, 4, 5, state=1), strict=True))
+    x = dict(zip(("q", "k", "v", "beta", "initial_state"), delta_rule_inputs(1, 18, 1, 4, 5, state=1), strict=True))
     if name in ("q", "k", "v"):
         with pytest.raises(TypeError, match=r"must have the dtype of q"):
             delta_rule(**x | {name: x[name].double()}, backend=backend)

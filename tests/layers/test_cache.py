@@ -13,16 +13,13 @@ from torch.utils._pytree import tree_map
 from dn_lib.layers import Attention, DeltaNet, LayerCache
 from dn_lib.models import generate
 from dn_lib.parallel.affine import run_on_processes
+from dn_lib.testing import relative_error
 
 # Pieces are summed in another order than the whole: some hundred roundings, amplified by four layers. A lost
 # cache changes logits by a good part of their size.
 SINGLE, EXACT = 1e-4, 1e-11
 CUTS = [0, 7, 8, 9, 16, 24]
 EVERY_KIND_OF_CACHE = {"pattern": ("delta", "window", "attention", "retnet")}
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 @torch.no_grad()
@@ -54,7 +51,7 @@ def pieces_and_whole():
         wrapped = wrap(model)
         with torch.no_grad():
             whole = wrapped(tokens).float()
-        found[kind] = torch.tensor(relative(in_pieces(wrapped, tokens, model.new_cache(2)).float(), whole))
+        found[kind] = torch.tensor(relative_error(in_pieces(wrapped, tokens, model.new_cache(2)).float(), whole))
     return found
 
 
@@ -73,7 +70,7 @@ def test_pieces_equal_the_whole_when_compiled():
     cache = model.new_cache(2)
     with torch.no_grad():
         pieces = [compiled(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 9))]
-        assert relative(torch.cat(pieces, dim=1), model(tokens[:, :9])) < SINGLE
+        assert relative_error(torch.cat(pieces, dim=1), model(tokens[:, :9])) < SINGLE
 
 
 def test_what_maps_over_arguments_passes_a_cache_on():
@@ -95,7 +92,7 @@ def test_a_copied_cache_goes_its_own_way():
         model(tokens[:, :9], cache)
         other = copy.deepcopy(cache)
         model(tokens[:, 3:9], cache)
-        assert relative(model(tokens[:, 9:], other), model(tokens)[:, 9:]) < SINGLE
+        assert relative_error(model(tokens[:, 9:], other), model(tokens)[:, 9:]) < SINGLE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,7 +155,7 @@ def test_pieces_can_be_trained_on_together():
         layer, cache = Attention(24, 2, window=window).double(), LayerCache()
         loss = sum(layer(part, cache).square().sum() for part in x.split(5, dim=1))
         gradients.append(torch.autograd.grad(loss, list(layer.parameters())))
-    assert all(relative(a, b) < EXACT for a, b in zip(*gradients, strict=True))
+    assert all(relative_error(a, b) < EXACT for a, b in zip(*gradients, strict=True))
 
 
 def test_a_recomputed_block_sees_the_cache_that_it_saw():
@@ -185,7 +182,7 @@ def test_pieces_equal_the_whole_under_ddp_and_fsdp_on_a_gpu():
             wrapped, tokens = wrap(model.cuda()), tokens.cuda()
             with torch.no_grad():
                 whole = wrapped(tokens).float()
-            error = relative(in_pieces(wrapped, tokens, model.new_cache(2)).float(), whole)
+            error = relative_error(in_pieces(wrapped, tokens, model.new_cache(2)).float(), whole)
             assert error < (0.1 if "bfloat16" in kind else SINGLE), kind
     finally:
         dist.destroy_process_group()

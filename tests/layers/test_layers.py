@@ -25,13 +25,10 @@ from dn_lib.layers import (
     rotary_embedding,
     window_attention,
 )
+from dn_lib.testing import relative_error
 
 # Sums of a few hundred terms: 1e-12 leaves float64 (eps 2e-16) three digits to lose, 1e-5 float32 two.
 EXACT, SINGLE = 1e-12, 1e-5
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 def decayed_recurrence(q, k, v, decay, state):
@@ -54,8 +51,8 @@ def test_decayed_forms_equal_the_recurrence(length, dtype, tolerance):
         log_decay = decay.log() if decay.shape[-1] > 1 else decay.log().squeeze(-1)
         o, last = function(*(t.to(dtype) for t in (q, k, v, log_decay)), initial_state=state.to(dtype))
         reference, final = decayed_recurrence(q, k, v, decay, state)
-        assert o.dtype == dtype and relative(o, reference) < tolerance
-        assert relative(last, final) < tolerance
+        assert o.dtype == dtype and relative_error(o, reference) < tolerance
+        assert relative_error(last, final) < tolerance
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-4, -30.0, -1e4])
@@ -68,7 +65,7 @@ def test_extreme_decays_stay_finite_and_right_in_float32(log_decay):
     narrow = [t.float().requires_grad_() for t in (q, k, v, decays)]
     for function, last in ((gated_linear_attention, narrow[3]), (retention, narrow[3][..., 0])):
         o, _ = function(*narrow[:3], last)
-        assert relative(o.detach(), reference) < SINGLE
+        assert relative_error(o.detach(), reference) < SINGLE
         grads = torch.autograd.grad(o.square().sum(), narrow)
         assert all(torch.isfinite(g).all() for g in grads)
 
@@ -85,7 +82,7 @@ def test_selective_scan_equals_the_recurrence(length, dtype, tolerance):
         state = (delta[:, t, :, None] * A).exp() * state + (delta * x)[:, t, :, None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
     y, last = selective_scan(*(t.to(dtype) for t in (x, delta, A, B, C)), initial_state=first.to(dtype))
-    assert relative(y, torch.stack(outputs, 1)) < tolerance and relative(last, state) < tolerance
+    assert relative_error(y, torch.stack(outputs, 1)) < tolerance and relative_error(last, state) < tolerance
 
 
 def test_selective_scan_gradient_through_recomputation():
@@ -102,7 +99,7 @@ def test_selective_scan_over_several_stretches_has_the_gradient_of_one():
     inputs = [x, x.exp(), -torch.rand(2, 3, dtype=torch.float64), B, C]
     inputs = [t.requires_grad_() for t in inputs]
     many, one = (torch.autograd.grad(selective_scan(*inputs, chunk_size=c)[0].square().sum(), inputs) for c in (1, 64))
-    assert all(relative(a, b) < EXACT for a, b in zip(many, one, strict=True))
+    assert all(relative_error(a, b) < EXACT for a, b in zip(many, one, strict=True))
 
 
 @pytest.mark.parametrize("function, channels", [(gated_linear_attention, 3), (retention, None)])
@@ -159,7 +156,7 @@ def test_autocast_keeps_the_state_in_float32(name):
         y = layer(x, cache)
         layer(x[:, :1], cache)
     assert "state" not in cache or cache["state"].dtype == torch.float32
-    assert relative(y.float(), reference) < 0.05  # a dozen roundings of 2^-9 each, some of them amplified
+    assert relative_error(y.float(), reference) < 0.05  # a dozen roundings of 2^-9 each, some of them amplified
 
 
 def test_deltanet_layer_is_what_the_chapter_writes():
@@ -177,7 +174,7 @@ def test_deltanet_layer_is_what_the_chapter_writes():
     o, _ = recurrent_delta_rule(q, k, v, beta)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     # The operator may guard the norm of q and k in another way than by 1e-6 under the root: hence 1e-3.
-    assert relative(layer(x), layer.output(o.transpose(1, 2).flatten(-2))) < 1e-3
+    assert relative_error(layer(x), layer.output(o.transpose(1, 2).flatten(-2))) < 1e-3
 
 
 def test_delta_steps_are_steps_of_the_operator():
@@ -189,7 +186,7 @@ def test_delta_steps_are_steps_of_the_operator():
     v, beta = F.silu(layer.value(x)).view(1, 10, 8), layer.beta(x).sigmoid().view(1, 10)
     zeros = torch.zeros_like(q)
     o, _ = recurrent_delta_rule(torch.stack([zeros, q], 2).view(1, 10, 8), k, v, beta)
-    assert relative(layer(x), layer.output(layer.norm(o[:, 1::2]))) < EXACT
+    assert relative_error(layer(x), layer.output(layer.norm(o[:, 1::2]))) < EXACT
 
 
 @pytest.mark.parametrize("activation", layers.ACTIVATIONS)
@@ -215,9 +212,9 @@ def test_window_attention_equals_a_masked_softmax(length, window):
     torch.manual_seed(length)
     q, k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64) for _ in range(3))
     reference = masked_softmax(q, k, v, window)
-    assert relative(window_attention(q, k, v, window), reference) < EXACT
+    assert relative_error(window_attention(q, k, v, window), reference) < EXACT
     last = (length + 1) // 2
-    assert relative(window_attention(q[:, :, -last:], k, v, window), reference[:, :, -last:]) < EXACT
+    assert relative_error(window_attention(q[:, :, -last:], k, v, window), reference[:, :, -last:]) < EXACT
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -236,7 +233,7 @@ def test_short_convolution_equals_torch_and_its_cache_handles_short_pieces():
     conv, x = ShortConvolution(6, 4, bias=True), torch.randn(2, 10, 6)
     torch.nn.init.normal_(conv.bias)
     reference = F.conv1d(F.pad(x.mT, (3, 0)), conv.weight.permute(2, 1, 0), conv.bias, groups=6).mT
-    assert relative(conv(x), reference) < SINGLE
+    assert relative_error(conv(x), reference) < SINGLE
     cache = LayerCache()
     pieces = [conv(x[:, a:b], cache) for a, b in ((0, 1), (1, 3), (3, 10))]
     assert torch.equal(torch.cat(pieces, 1), conv(x))

@@ -17,19 +17,12 @@ from dn_lib.layers import (
     window_attention,
 )
 from dn_lib.models import LanguageModel, ModelConfig, generate
+from dn_lib.testing import offsets, relative_error
 
 # A document is computed in other blocks alone than packed, so sums are rounded in another order. In float64
 # (eps 2e-16) a few hundred roundings, through four layers that amplify them, stay far below this.
 EXACT = 1e-11
 LENGTHS = [5, 1, 0, 13, 2, 9]  # shorter than a convolution, empty, longer than the window of 5 or 6
-
-
-def offsets(lengths, dtype=torch.int64):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
-
-
-def relative(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -40,7 +33,7 @@ def test_a_mixer_takes_each_document_by_itself(name):
     x.requires_grad_()
     alone = torch.cat([layer(part) for part in x.split(LENGTHS, dim=1)], dim=1)
     packed = layer(x, cu_seqlens=offsets(LENGTHS, torch.int32))
-    assert relative(packed, alone) < EXACT
+    assert relative_error(packed, alone) < EXACT
     wanted = [x, *layer.parameters()]
     got, expected = (torch.autograd.grad(y, wanted, dy) for y in (packed, alone))
     for a, b in zip(got, expected, strict=True):
@@ -53,9 +46,9 @@ def test_a_model_takes_each_document_by_itself(name):
     model.double()
     alone = torch.cat([model(part) for part in tokens.split(LENGTHS, dim=1)], dim=1)
     packed = model(tokens, cu_seqlens=offsets(LENGTHS))
-    assert relative(packed, alone) < EXACT
+    assert relative_error(packed, alone) < EXACT
     got, expected = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (packed, alone))
-    assert all(relative(a, b) < EXACT for a, b in zip(got, expected, strict=True))
+    assert all(relative_error(a, b) < EXACT for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -72,7 +65,7 @@ def test_packed_documents_become_the_sequences_of_an_empty_cache(name):
         pieces = [layer(rest[:, a:b], cache) for a, b in itertools.pairwise((0, 1, 2, 3, 11, 12))]
         expected = torch.cat([layer(x)[:, n:] for x, n in zip(documents, lengths, strict=True)])
     assert cache.batch_size == 4
-    assert relative(torch.cat(pieces, dim=1), expected) < EXACT
+    assert relative_error(torch.cat(pieces, dim=1), expected) < EXACT
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,8 +92,8 @@ def test_window_attention_sees_its_own_document_only():
     for window in (1, 4, 9, 64):
         seen = (j <= i) & (j > i - window) & same
         reference = (q @ k.mT / 2).masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        assert relative(window_attention(q, k, v, window, numbers), reference) < EXACT
-    assert relative(full_attention(q, k, v, numbers), reference) < EXACT
+        assert relative_error(window_attention(q, k, v, window, numbers), reference) < EXACT
+    assert relative_error(full_attention(q, k, v, numbers), reference) < EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if not isinstance(LAYERS[name](), Attention)])
@@ -110,7 +103,7 @@ def test_not_even_infinity_reaches_the_next_document(name):
     layer, x = LAYERS[name]().double(), torch.randn(1, 12, 24, dtype=torch.float64)
     expected = layer(x[:, 5:])
     x[:, 4] = torch.inf
-    assert relative(layer(x, cu_seqlens=torch.tensor([0, 5, 12]))[:, 5:], expected) < EXACT
+    assert relative_error(layer(x, cu_seqlens=torch.tensor([0, 5, 12]))[:, 5:], expected) < EXACT
 
 
 def test_last_rows_and_positions():
@@ -221,13 +214,13 @@ def test_packed_documents_on_a_gpu(name):
     alone = torch.cat([model(part) for part in tokens.split(lengths, dim=1) if part.shape[1]], dim=1)
     packed = model(tokens, cu_seqlens=cu_seqlens)
     # float32 throughout: hundreds of terms in other orders (1e-5), amplified by four layers forward and backward.
-    assert relative(packed, alone) < 1e-4
+    assert relative_error(packed, alone) < 1e-4
     got, expected = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (packed, alone))
     for a, b in zip(got, expected, strict=True):
-        assert relative(a, b) < 1e-3
+        assert relative_error(a, b) < 1e-3
     if set(model.config.mixers()) <= {"delta", "attention", "window"}:  # no offset is read on the host
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert relative(compiled(tokens, cu_seqlens=cu_seqlens), packed) < 1e-4
+        assert relative_error(compiled(tokens, cu_seqlens=cu_seqlens), packed) < 1e-4
 
 
 @pytest.mark.gpu
@@ -244,5 +237,5 @@ def test_padded_prompts_on_a_gpu(name):
         model(packed, cache, cu_seqlens=offsets(lengths).cuda())
         pieces = torch.cat([model(rest[:, t : t + 1], cache) for t in range(5)], dim=1)
         alone = [model(row[None, : n + 5])[:, n:] for row, n in zip(tokens, lengths, strict=True)]
-        assert relative(pieces, torch.cat(alone)) < 1e-4
+        assert relative_error(pieces, torch.cat(alone)) < 1e-4
         assert generate(model, tokens, 3, lengths=lengths).shape == (4, 118)

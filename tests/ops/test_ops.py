@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from delta_reference import error, forward_and_gradients, leaves, make, recurrence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dn_lib
 from dn_lib import checked, chunk_delta_rule, decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
+from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 PYTORCH = ("recurrent", "parallel", "chunkwise")
@@ -46,16 +46,16 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     seed=st.integers(0, 10**6),
 )
 def test_pytorch_backends_agree_with_float64(L, d_k, d_v, chunk, state, bias, seed):
-    *x, S = make(1, L, 2, d_k, d_v, seed=seed, dtype=F64, state=1 if state else None, bias=bias)
-    o, last, size = recurrence(*x, initial_state=S)
+    *x, S = delta_rule_inputs(1, L, 2, d_k, d_v, seed=seed, dtype=F64, state=1 if state else None, bias=bias)
+    o, last, size = delta_rule_reference(*x, initial_state=S)
     size_of_state = S.norm().item() if state else 0.0
     for dtype, backend in ((dtype, backend) for dtype in BOUND for backend in PYTORCH):
         got, end = delta_rule(
             *(y.to(dtype) for y in x), initial_state=S, output_final_state=True, chunk_size=chunk, backend=backend
         )
         assert got.dtype == end.dtype == dtype
-        assert error(got, o, size) < BOUND[dtype], (backend, dtype)
-        assert error(end, last, size_of_state) < BOUND[dtype], (backend, dtype)
+        assert relative_error(got, o, size) < BOUND[dtype], (backend, dtype)
+        assert relative_error(end, last, size_of_state) < BOUND[dtype], (backend, dtype)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -64,23 +64,25 @@ def test_pytorch_backends_agree_with_float64(L, d_k, d_v, chunk, state, bias, se
 def test_every_backend_and_option(backend, varlen, norm):
     """Every gradient too, with a scale of our own, both states, and packed sequences, some of them empty."""
     cu = None if varlen is None else torch.tensor([0, 0, 17, 18, 18, 40, 40], dtype=varlen)
-    x = make(2 if cu is None else 1, 40, 2, 6, 9, dtype=F64, state=2 if cu is None else 6, unit=not norm, seed=3)
+    x = delta_rule_inputs(
+        2 if cu is None else 1, 40, 2, 6, 9, dtype=F64, state=2 if cu is None else 6, unit=not norm, seed=3
+    )
     options = {"scale": 0.7, "cu_seqlens": cu, "qk_l2norm": norm}
-    do, dS = make(*x[2].shape[:3], 6, 9, seed=4, state=len(x[4]), dtype=F64)[2::2]
-    expected = forward_and_gradients(recurrence, leaves(*x, dtype=F64), do, dS, **options)
+    do, dS = delta_rule_inputs(*x[2].shape[:3], 6, 9, seed=4, state=len(x[4]), dtype=F64)[2::2]
+    expected = forward_and_gradients(delta_rule_reference, leaves(*x, dtype=F64), do, dS, **options)
     dtype = F32 if backend == "triton" else F64
     got = forward_and_gradients(
         delta_rule, leaves(*x, dtype=dtype), do, dS, **options, output_final_state=True, chunk_size=16, backend=backend
     )
     for a, b in zip(got, expected, strict=True):
-        assert error(a, b) < BOUND[dtype]
+        assert relative_error(a, b) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5, 3), (2, 5, 0), (0, 0, 0)], ids=str)
 @every_backend
 def test_nothing_to_do(backend, shape):
     """No tokens: the state passes through, and so does its gradient.  No sequences, no heads: empty tensors."""
-    *x, S = leaves(*make(*shape, 4, 6, state=shape[0]))
+    *x, S = leaves(*delta_rule_inputs(*shape, 4, 6, state=shape[0]))
     o, last = delta_rule(*x, initial_state=S, output_final_state=True, backend=backend)
     assert o.shape == (*shape, 6) and last.shape == (shape[0], shape[2], 4, 6)
     if shape[1] == 0:
@@ -97,7 +99,7 @@ def test_nothing_to_do(backend, shape):
 
 @every_backend
 def test_only_empty_sequences(backend):
-    *x, S = make(1, 0, 2, 4, 6, state=3)
+    *x, S = delta_rule_inputs(1, 0, 2, 4, 6, state=3)
     cu = torch.zeros(4, dtype=torch.int32)
     o, last = delta_rule(*x, initial_state=S, cu_seqlens=cu, output_final_state=True, backend=backend)
     assert o.shape == (1, 0, 2, 6) and torch.equal(last, S)
@@ -106,7 +108,7 @@ def test_only_empty_sequences(backend):
 @every_backend
 def test_non_contiguous_inputs(backend):
     """Heads before time in memory, every second row, an expanded beta, a transposed state: results don't change."""
-    *x, S = make(1, 20, 2, 5, 7, state=1)
+    *x, S = delta_rule_inputs(1, 20, 2, 5, 7, state=1)
     x[3] = x[3][:, :1].expand(-1, 20, -1).contiguous()
     strided = [
         x[0].transpose(1, 2).contiguous().transpose(1, 2),
@@ -116,19 +118,19 @@ def test_non_contiguous_inputs(backend):
         S.mT.contiguous().mT,
     ]
     assert not any(y.is_contiguous() for y in strided)
-    do, dS = make(1, 20, 2, 5, 7, seed=1, state=1)[2::2]
+    do, dS = delta_rule_inputs(1, 20, 2, 5, 7, seed=1, state=1)[2::2]
     run = {"output_final_state": True, "chunk_size": 16, "backend": backend}
     plain = forward_and_gradients(delta_rule, leaves(*x, S), do, dS, **run)
     tensors = [y.detach().requires_grad_() for y in strided]
     odd = forward_and_gradients(delta_rule, tensors, do.mT.contiguous().mT, dS.mT.contiguous().mT, **run)
     for a, b in zip(plain, odd, strict=True):
         # The same numbers; the PyTorch forms may sum strided operands in another order.
-        assert torch.equal(a, b) if backend == "triton" else error(b, a.double()) < 1e-6
+        assert torch.equal(a, b) if backend == "triton" else relative_error(b, a.double()) < 1e-6
 
 
 @every_backend
 def test_state_is_returned_only_on_request(backend):
-    x = make(1, 18, 1, 4, 4)[:4]
+    x = delta_rule_inputs(1, 18, 1, 4, 4)[:4]
     assert delta_rule(*x, backend=backend)[1] is None
     state = delta_rule(*x, backend=backend, output_final_state=True)[1]
     assert state.dtype == F32 and state.shape == (1, 1, 4, 4)
@@ -137,21 +139,21 @@ def test_state_is_returned_only_on_request(backend):
 @every_backend
 def test_half_precision_keeps_its_dtypes(backend):
     """o in v's dtype, the state in float32, gradients in the dtypes of their tensors."""
-    *x, S = leaves(*make(1, 20, 1, 16, 16, dtype=BF16, state=1))
+    *x, S = leaves(*delta_rule_inputs(1, 20, 1, 16, 16, dtype=BF16, state=1))
     x[3] = x[3].detach().float().requires_grad_()
     S = S.detach().half().requires_grad_()
     o, last = delta_rule(*x, initial_state=S, output_final_state=True, backend=backend)
     assert o.dtype == BF16 and last.dtype == F32
     gradients = torch.autograd.grad((o.float().sum() + last.sum()), [*x, S])
     assert [g.dtype for g in gradients] == [BF16, BF16, BF16, F32, torch.float16]
-    expected, _, size = recurrence(*x, initial_state=S)
+    expected, _, size = delta_rule_reference(*x, initial_state=S)
     # 8 bits of mantissa; Triton's interpreter cuts where a GPU rounds, which about doubles the error.
-    assert error(o, expected, size) < (3e-2 if backend == "triton" else 8e-3)
+    assert relative_error(o, expected, size) < (3e-2 if backend == "triton" else 8e-3)
 
 
 @pytest.mark.parametrize("backend", PYTORCH)
 def test_float64_and_second_derivative(backend):
-    x = leaves(*make(1, 5, 1, 3, 2, dtype=F64)[:4])
+    x = leaves(*delta_rule_inputs(1, 5, 1, 3, 2, dtype=F64)[:4])
     run = lambda *x: delta_rule(*x, backend=backend, chunk_size=None, qk_l2norm=True)[0]  # noqa: E731
     assert run(*x).dtype == F64
     assert torch.autograd.gradcheck(run, x)
@@ -160,7 +162,7 @@ def test_float64_and_second_derivative(backend):
 
 @pytest.mark.parametrize("backend", ["chunkwise", pytest.param("triton", marks=needs_triton)])
 def test_autocast_takes_half_precision_operands(backend):
-    *x, S = make(1, 20, 1, 16, 8, state=1)
+    *x, S = delta_rule_inputs(1, 20, 1, 16, 8, state=1)
     run = {"initial_state": S, "output_final_state": True, "backend": backend}
     expected = delta_rule(*(y.to(BF16) for y in x[:3]), x[3], **run)
     with torch.autocast("cpu", dtype=BF16):
@@ -178,7 +180,7 @@ def test_autocast_takes_half_precision_operands(backend):
 def test_prefill_then_decode_equals_one_pass(backend, dtype):
     if backend == "triton" and dtype == F64:
         pytest.skip("Triton takes no float64")
-    q, k, v, beta, _ = make(2, 21, 2, 6, 5, dtype=dtype)
+    q, k, v, beta, _ = delta_rule_inputs(2, 21, 2, 6, 5, dtype=dtype)
     options = {"qk_l2norm": True, "scale": 0.4}
     whole, end = delta_rule(q, k, v, beta, output_final_state=True, backend=backend, **options)
     first = [x[:, :17] for x in (q, k, v, beta)]
@@ -187,8 +189,8 @@ def test_prefill_then_decode_equals_one_pass(backend, dtype):
     for t in range(17, 21):
         outputs.append(decode_delta_rule(*(x[:, t] for x in (q, k, v, beta)), state, **options)[:, None])
     assert state.data_ptr() == address
-    assert error(torch.cat(outputs, 1), whole.double()) < BOUND[dtype]
-    assert error(state, end.double()) < BOUND[dtype]
+    assert relative_error(torch.cat(outputs, 1), whole.double()) < BOUND[dtype]
+    assert relative_error(state, end.double()) < BOUND[dtype]
 
 
 @pytest.mark.parametrize(
@@ -222,22 +224,22 @@ def test_decode_refuses_a_state_it_cannot_write(state):
 @pytest.mark.parametrize("function", [chunk_delta_rule, fused_recurrent_delta_rule])
 def test_positional_order_is_that_of_fla(function):
     """q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens."""
-    *x, S = make(1, 12, 2, 4, 3, dtype=F64, state=3)
+    *x, S = delta_rule_inputs(1, 12, 2, 4, 3, dtype=F64, state=3)
     cu = torch.tensor([0, 5, 5, 12])
     o, state = function(*x, 0.3, S, True, True, cu)
-    expected, end, _ = recurrence(*x, scale=0.3, initial_state=S, cu_seqlens=cu, qk_l2norm=True)
-    assert error(o, expected) < 1e-12 and error(state, end) < 1e-12
+    expected, end, _ = delta_rule_reference(*x, scale=0.3, initial_state=S, cu_seqlens=cu, qk_l2norm=True)
+    assert relative_error(o, expected) < 1e-12 and relative_error(state, end) < 1e-12
     assert function(*x)[1] is None
 
 
 def test_fused_recurrent_takes_beta_as_ones():
-    q, k, v, beta, _ = make(1, 12, 2, 4, 3, dtype=F64)
-    expected = recurrence(q, k, v, torch.ones_like(beta))[0]
-    assert error(fused_recurrent_delta_rule(q, k, v)[0], expected) < 1e-12
+    q, k, v, beta, _ = delta_rule_inputs(1, 12, 2, 4, 3, dtype=F64)
+    expected = delta_rule_reference(q, k, v, torch.ones_like(beta))[0]
+    assert relative_error(fused_recurrent_delta_rule(q, k, v)[0], expected) < 1e-12
 
 
 def test_fused_recurrent_refuses_a_beta_for_each_channel():
-    q, k, v, _, _ = make(1, 12, 2, 4, 3)
+    q, k, v, _, _ = delta_rule_inputs(1, 12, 2, 4, 3)
     with pytest.raises(
         ValueError, match=r"beta must be \[B, L, H\]: one strength for each value channel, \[1, 12, 2, 3\]"
     ):
@@ -246,7 +248,7 @@ def test_fused_recurrent_refuses_a_beta_for_each_channel():
 
 @pytest.mark.parametrize("function", [chunk_delta_rule, fused_recurrent_delta_rule])
 def test_arguments_that_make_no_sense_here(function):
-    x = make(1, 4, 1, 4, 4)[:4]
+    x = delta_rule_inputs(1, 4, 1, 4, 4)[:4]
     with pytest.raises(ValueError, match="head_first must be False"):
         function(*x, head_first=True)
     assert function(*x, head_first=False)[0].shape == (1, 4, 1, 4)
@@ -265,11 +267,11 @@ def test_fused_recurrent_through_the_kernel(monkeypatch):
     calls = []
     real = launch.recurrent
     monkeypatch.setattr(launch, "recurrent", lambda *a, **o: calls.append(1) or real(*a, **o))
-    *x, S = make(1, 24, 1, 5, 6, state=2)
+    *x, S = delta_rule_inputs(1, 24, 1, 5, 6, state=2)
     cu = torch.tensor([0, 20, 24])
     o, state = fused_recurrent_delta_rule(*x, 0.3, S, True, True, cu)
-    expected, end, _ = recurrence(*x, scale=0.3, initial_state=S, cu_seqlens=cu, qk_l2norm=True)
-    assert error(o, expected) < 1e-5 and error(state, end) < 1e-5 and len(calls) == 1
+    expected, end, _ = delta_rule_reference(*x, scale=0.3, initial_state=S, cu_seqlens=cu, qk_l2norm=True)
+    assert relative_error(o, expected) < 1e-5 and relative_error(state, end) < 1e-5 and len(calls) == 1
     fused_recurrent_delta_rule(*leaves(*x))[0].sum().backward()
     assert len(calls) == 1
     with checked(), pytest.raises(ValueError, match="v must be finite"):
@@ -400,7 +402,7 @@ def test_triton_says_what_it_does_not_take():
     for size in (8, 48, 128):
         with pytest.raises(ValueError, match=f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {size}"):
             delta_rule(**arguments({"chunk_size": size, "backend": "triton"}))
-    x = [y.double() for y in make(1, 6, 1, 4, 4)[:4]]
+    x = [y.double() for y in delta_rule_inputs(1, 6, 1, 4, 4)[:4]]
     with pytest.raises(
         TypeError, match=r"q must be float32, bfloat16 or float16 for backend 'triton', got torch\.float64"
     ):
@@ -428,7 +430,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch):
 
 
 def test_auto_is_chunkwise_on_the_cpu():
-    x = make(1, 70, 1, 4, 4)[:4]
+    x = delta_rule_inputs(1, 70, 1, 4, 4)[:4]
     assert torch.equal(delta_rule(*x)[0], delta_rule(*x, backend="chunkwise", chunk_size=64)[0])
 
 
@@ -436,7 +438,7 @@ def test_auto_is_chunkwise_on_the_cpu():
 
 
 def sound():
-    q, k, v, beta, S = make(2, 6, 3, 4, 5, state=2)
+    q, k, v, beta, S = delta_rule_inputs(2, 6, 3, 4, 5, state=2)
     return {"q": q, "k": k, "v": v, "beta": beta, "initial_state": S}
 
 
@@ -490,7 +492,7 @@ def test_checked_ends_with_its_block_and_lets_sound_input_pass():
         delta_rule(**sound())
         delta_rule(**sound(), backend="chunkwise", qk_l2norm=True)
         for dtype in (BF16, torch.float16):  # unit keys rounded to few bits are not quite unit keys
-            x = make(1, 200, 2, 64, 4, dtype=dtype)[:4]
+            x = delta_rule_inputs(1, 200, 2, 64, 4, dtype=dtype)[:4]
             delta_rule(*x[:3], torch.full_like(x[3], 2.0))
         with pytest.raises(ValueError, match="beta"):
             delta_rule(**bad)
@@ -498,7 +500,7 @@ def test_checked_ends_with_its_block_and_lets_sound_input_pass():
 
 
 def test_checked_reads_the_offsets():
-    x = make(1, 6, 1, 4, 4)[:4]
+    x = delta_rule_inputs(1, 6, 1, 4, 4)[:4]
     for offsets in ([1, 6], [0, 5], [0, 4, 2, 6], [0, 7]):
         with checked(), pytest.raises(ValueError, match="cu_seqlens must rise from 0 to L = 6, got"):
             delta_rule(*x, cu_seqlens=torch.tensor(offsets))
@@ -590,7 +592,7 @@ def saved_by_forward(x, S, norm, chunk=16, cu=None):
     "norm, state, save", [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
 )
 def test_opcheck_forward(norm, state, save):
-    *x, S = make(1, 20, 2, 5, 16, state=1 if state else None)
+    *x, S = delta_rule_inputs(1, 20, 2, 5, 16, state=1 if state else None)
     if save:
         *x, S = leaves(*x, S)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, norm, 16, save))
@@ -599,7 +601,7 @@ def test_opcheck_forward(norm, state, save):
 @needs_triton
 @pytest.mark.parametrize("norm, state", [(False, False), (True, True)])
 def test_opcheck_backward(norm, state):
-    *x, S = make(1, 20, 2, 5, 16, state=1 if state else None)
+    *x, S = delta_rule_inputs(1, 20, 2, 5, 16, state=1 if state else None)
     o, last, saved = saved_by_forward(x, S, norm)
     do = torch.randn_like(o).transpose(1, 2).contiguous().transpose(1, 2)  # strides of a gradient may be any
     dstate = torch.randn_like(last) if state else None
@@ -616,12 +618,13 @@ def test_opcheck_where_sequences_are_split_or_packed_or_empty(monkeypatch):
     monkeypatch.setattr(
         launch, "shape_of", lambda k, v, cu, chunk, _=None, **kind: shape_of(k, v, cu, chunk, 2, **kind)
     )
-    *x, S = make(1, 40, 1, 5, 16, state=1)  # a batch of one: the last of its segments is a view of all of them
+    # A batch of one: the last of its segments is a view of all of them.
+    *x, S = delta_rule_inputs(1, 40, 1, 5, 16, state=1)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
     monkeypatch.undo()
     cu = torch.tensor([0, 20, 20, 40])
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, cu, 0.3, False, 16, True), test_utils=tests)
-    *x, S = leaves(*make(1, 0, 1, 5, 16, state=1))
+    *x, S = leaves(*delta_rule_inputs(1, 0, 1, 5, 16, state=1))
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
 
 
@@ -641,14 +644,14 @@ def both_ways(fn, tensors, compiled):
 @pytest.mark.parametrize("state", [False, True])
 def test_compiled_equals_eager(state):
     torch._dynamo.reset()
-    x = make(1, 24, 1, 5, 16, state=1 if state else None)
+    x = delta_rule_inputs(1, 24, 1, 5, 16, state=1 if state else None)
     run = lambda *x: triton_rule(*x, qk_l2norm=True)  # noqa: E731
     for a, b in both_ways(run, x, torch.compile(run, fullgraph=True, backend="aot_eager")):
         assert torch.equal(a, b)
     with torch.no_grad():
         a, b = run(*x), torch.compile(run, fullgraph=True, backend="aot_eager")(*x)
     for y, z in zip(a, b, strict=True):  # eagerly another kernel, for no gradient is wanted
-        assert error(z, y.double()) < 1e-5
+        assert relative_error(z, y.double()) < 1e-5
 
 
 @needs_triton
@@ -660,7 +663,7 @@ def test_compiled_with_packed_sequences_and_autocast():
         with torch.autocast("cpu", dtype=BF16):
             return triton_rule(*x, cu_seqlens=cu)
 
-    x = make(1, 24, 1, 5, 16, state=3)
+    x = delta_rule_inputs(1, 24, 1, 5, 16, state=3)
     for a, b in both_ways(run, x, torch.compile(run, fullgraph=True, backend="aot_eager")):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -677,7 +680,7 @@ def test_one_graph_for_every_length():
 
     compiled = torch.compile(lambda *x: triton_rule(*x, chunk_size=16), fullgraph=True, backend=backend, dynamic=True)
     for B, L, H in ((2, 40, 2), (3, 33, 2), (2, 20, 3)):
-        x = make(B, L, H, 5, 16, state=B)
+        x = delta_rule_inputs(B, L, H, 5, 16, state=B)
         for a, b in both_ways(lambda *x: triton_rule(*x, chunk_size=16), x, compiled):
             assert torch.equal(a, b)
     assert len(graphs) <= 2
@@ -692,7 +695,7 @@ def test_matmul_precision_is_asked_at_every_call(monkeypatch):
     real = launch.forward
     monkeypatch.setattr(launch, "forward", lambda *a, **o: seen.append(o["precision"]) or real(*a, **o))
     torch._dynamo.reset()
-    x = make(1, 17, 1, 4, 4)[:4]
+    x = delta_rule_inputs(1, 17, 1, 4, 4)[:4]
     compiled = torch.compile(triton_rule, fullgraph=True, backend="aot_eager")
     before = torch.get_float32_matmul_precision()
     try:
@@ -708,7 +711,7 @@ def test_matmul_precision_is_asked_at_every_call(monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_double_backward_is_refused(compiled):
     torch._dynamo.reset()
-    x = leaves(*make(1, 17, 1, 4, 4)[:4])
+    x = leaves(*delta_rule_inputs(1, 17, 1, 4, 4)[:4])
     run = torch.compile(triton_rule, fullgraph=True, backend="aot_eager") if compiled else triton_rule
     message = "no second derivative|does not currently support double backward" if compiled else "no second derivative"
     with pytest.raises(RuntimeError, match=message):
@@ -720,13 +723,13 @@ def test_double_backward_is_refused(compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradient_through_the_final_state_alone(compiled):
     torch._dynamo.reset()
-    x = make(1, 20, 1, 5, 6, state=1)
+    x = delta_rule_inputs(1, 20, 1, 5, 6, state=1)
     run = torch.compile(triton_rule, fullgraph=True, backend="aot_eager") if compiled else triton_rule
     y, z = leaves(*x), leaves(*x, dtype=F64)
     got = torch.autograd.grad(run(*y)[1].square().sum(), y[1:])
-    expected = torch.autograd.grad(recurrence(*z[:4], initial_state=z[4])[1].square().sum(), z[1:])
+    expected = torch.autograd.grad(delta_rule_reference(*z[:4], initial_state=z[4])[1].square().sum(), z[1:])
     for a, b in zip(got, expected, strict=True):
-        assert error(a, b) < 1e-5
+        assert relative_error(a, b) < 1e-5
     (dq,) = torch.autograd.grad(run(*y)[1].square().sum(), y[0])
     assert not dq.any()
 
@@ -734,12 +737,12 @@ def test_gradient_through_the_final_state_alone(compiled):
 @needs_triton
 @pytest.mark.parametrize("wanted", range(5))
 def test_gradient_of_one_input_alone(wanted):
-    x = list(make(1, 20, 1, 5, 6, state=1))
+    x = list(delta_rule_inputs(1, 20, 1, 5, 6, state=1))
     y, z = list(x), [t.double() for t in x]
     y[wanted], z[wanted] = leaves(x[wanted])[0], leaves(x[wanted], dtype=F64)[0]
     (got,) = torch.autograd.grad(triton_rule(*y)[0].square().sum(), y[wanted])
-    (expected,) = torch.autograd.grad(recurrence(*z[:4], initial_state=z[4])[0].square().sum(), z[wanted])
-    assert error(got, expected) < 1e-5
+    (expected,) = torch.autograd.grad(delta_rule_reference(*z[:4], initial_state=z[4])[0].square().sum(), z[wanted])
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_exports():

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from delta_reference import error, leaves, make
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 from dn_lib import decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
 from dn_lib.forms.chunkwise import chunkwise_delta_rule
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.parallel.affine import sequence_parallel_delta_rule
+from dn_lib.testing import delta_rule_inputs, leaves, relative_error
 
 F64 = torch.float64
 needs_triton = pytest.mark.skipif(ops.triton_problem(torch.device("cpu")) is not None, reason="needs the interpreter")
 
 
 def inputs(dtype=torch.float32):
-    return make(1, 5, 1, 3, 2, dtype=dtype)[:4]
+    return delta_rule_inputs(1, 5, 1, 3, 2, dtype=dtype)[:4]
 
 
 def loss(q, k, v, beta, **options):
@@ -75,7 +75,7 @@ def test_the_pytorch_forms_take_every_transform(transform):
     results = [TRANSFORMS[transform](lambda *y, b=b: loss(*y, backend=b), *x) for b in ("recurrent", "chunkwise")]
     if transform == "gradients-at-once":
         results = [r[0] for r in results]
-    assert error(*results) < 1e-12  # both in float64: 4500 eps of it
+    assert relative_error(*results) < 1e-12  # both in float64: 4500 eps of it
 
 
 def test_hessian_of_a_pytorch_form():
@@ -83,7 +83,7 @@ def test_hessian_of_a_pytorch_form():
     run = lambda b: hessian(lambda b: loss(q, k, v, b, backend="chunkwise"))(beta)  # noqa: E731
     x = beta.clone().requires_grad_()
     expected = torch.autograd.functional.hessian(lambda b: loss(q, k, v, b, backend="recurrent"), x)
-    assert error(run(beta), expected) < 1e-12
+    assert relative_error(run(beta), expected) < 1e-12
 
 
 BY_HAND = {
@@ -144,4 +144,4 @@ def test_compiled_transforms_too(monkeypatch):
     with pytest.raises(RuntimeError, match=r"backend 'triton' does not support torch\.func.*use backend='chunkwise'"):
         compiled(*x, backend="triton")
     monkeypatch.setattr(ops, "choose_backend", lambda q, v, chunk, name: "triton" if name == "auto" else name)
-    assert error(compiled(*x), expected.double()) < 1e-6  # 8 eps: the compiler may sum in another order
+    assert relative_error(compiled(*x), expected.double()) < 1e-6  # 8 eps: the compiler may sum in another order

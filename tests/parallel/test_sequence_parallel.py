@@ -6,21 +6,16 @@ import torch
 from dn_lib.forms.affine import segment_affine
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.parallel.affine import entering_state, run_on_processes, sequence_parallel_delta_rule, split_and_run
-
-
-def error(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
+from dn_lib.testing import delta_rule_inputs, relative_error
 
 
 def make(lengths):
-    g = torch.Generator().manual_seed(sum(lengths))
-    B, L, d_k, d_v = 2, sum(lengths), 6, 5
-    q, k, v, do = (torch.randn(B, L, d, generator=g, dtype=torch.float64) for d in (d_k, d_k, d_v, d_v))
-    k = k / k.norm(dim=-1, keepdim=True)
-    beta = 2 * torch.rand(B, L, generator=g, dtype=torch.float64)
-    S, dstate = (torch.randn(B, d_k, d_v, generator=g, dtype=torch.float64) for _ in range(2))
-    names = {"q": q, "k": k, "v": v, "beta": beta, "initial_state": S, "do": do, "dstate": dstate}
-    return {**names, "lengths": lengths, "chunk_size": 16}
+    L = sum(lengths)
+    sizes, options = (2, L, 6, 5), {"dtype": torch.float64, "state": (2,)}
+    inputs = delta_rule_inputs(*sizes, seed=L, **options)
+    do, dstate = delta_rule_inputs(*sizes, seed=L + 1, **options)[2::2]
+    names = dict(zip(("q", "k", "v", "beta", "initial_state"), inputs, strict=True))
+    return {**names, "do": do, "dstate": dstate, "lengths": lengths, "chunk_size": 16}
 
 
 def run_all(cases):
@@ -40,10 +35,10 @@ def test_two_processes_equal_one():
         grads = torch.autograd.grad((o, state), leaves, (case["do"], case["dstate"]))
         dq, dk, dv, dbeta, dS = grads
         for name, want in (("o", o), ("dq", dq), ("dk", dk), ("dv", dv)):
-            assert error(torch.cat([part[name] for part in parts], dim=-2), want) < 1e-10
-        assert error(torch.cat([part["dbeta"] for part in parts], dim=-1), dbeta) < 1e-10
-        assert error(parts[-1]["state"], state) < 1e-10
-        assert error(parts[0]["dinitial_state"], dS) < 1e-10
+            assert relative_error(torch.cat([part[name] for part in parts], dim=-2), want) < 1e-10
+        assert relative_error(torch.cat([part["dbeta"] for part in parts], dim=-1), dbeta) < 1e-10
+        assert relative_error(parts[-1]["state"], state) < 1e-10
+        assert relative_error(parts[0]["dinitial_state"], dS) < 1e-10
         assert not parts[1]["dinitial_state"].any()  # only the first process has it
 
 
@@ -57,8 +52,8 @@ def test_any_number_of_stretches():
     o, state = recurrent_delta_rule(*leaves)
     for rank, ((q, k, v), b) in enumerate(zip(stretches, betas, strict=True)):
         got, _ = recurrent_delta_rule(q, k, v, b, initial_state=entering_state(pieces, rank))
-        assert error(got, o.split(case["lengths"], dim=-2)[rank]) < 1e-12
-    assert error(entering_state(pieces, 4), state) < 1e-12
+        assert relative_error(got, o.split(case["lengths"], dim=-2)[rank]) < 1e-12
+    assert relative_error(entering_state(pieces, 4), state) < 1e-12
 
 
 def test_without_process_group_says_so():
