@@ -12,7 +12,6 @@ is, and float32 otherwise.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +22,14 @@ from torch import Tensor
 from dn_lib.forms.common import (
     check_channels,
     check_chunk_size,
+    check_cu_seqlens,
     check_function,
-    check_is_tensor,
     check_sequence,
     check_shape,
     check_tensors,
     fresh,
     initial_state_or_zeros,
+    over_sequences,
     scale_or_default,
     to_chunks,
     working_dtype,
@@ -219,7 +219,7 @@ def varlen_delta_rule(
     initial_state: `[..., N, d_k, d_v]` or None.  form: any function with the signature of
     `chunkwise_delta_rule`, which gets `options`.
     Returns o `[..., L, d_v]` and the N final states `[..., N, d_k, d_v]`.
-    Raises ValueError if the offsets do not run from 0 to L without going back.
+    Raises ValueError unless the offsets rise from 0 to L.
 
     >>> q, k, v = (torch.randn(5, 4) for _ in range(3))
     >>> varlen_delta_rule(q, k / 2, v, torch.rand(5), torch.tensor([0, 2, 5]))[1].shape
@@ -227,25 +227,14 @@ def varlen_delta_rule(
     """
     check_rule(q, k, v, beta)
     check_function("form", form)
-    check_is_tensor("cu_seqlens", cu_seqlens, "of N + 1 offsets")
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.is_meta:
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 [N + 1] with values, got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)} on {cu_seqlens.device}"
-        )
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(offsets)]
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != q.shape[-2] or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens must run from 0 to L = {q.shape[-2]} without going back, got {offsets[:8]}")
+    check_cu_seqlens(cu_seqlens, q)
+    if cu_seqlens.is_meta:
+        raise ValueError("cu_seqlens must have values, got a tensor on meta")
     if initial_state is not None:
         check_tensors(q=q, initial_state=initial_state)
-        expected = (*k.shape[:-2], len(lengths), k.shape[-1], v.shape[-1])
+        expected = (*k.shape[:-2], cu_seqlens.shape[0] - 1, k.shape[-1], v.shape[-1])
         check_shape("initial_state", initial_state, "..., N, d_k, d_v", expected, "k, v and cu_seqlens")
-    parts = zip(*(x.split(lengths, dim=-2) for x in (q, k, v)), beta.split(lengths, dim=-1), strict=True)
-    starts = [None] * len(lengths) if initial_state is None else initial_state.unbind(-3)
-    results = [form(*part, initial_state=start, **options) for part, start in zip(parts, starts, strict=True)]
-    outputs, states = zip(*results, strict=True)
-    return torch.cat(outputs, dim=-2), torch.stack(states, dim=-3)
+    return over_sequences(form, (q, k, v, beta), cu_seqlens, initial_state=initial_state, **options)
 
 
 # What a form costs -------------------------------------------------------------------------------------

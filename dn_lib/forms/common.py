@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _INTEGERS = (int, np.integer, torch.SymInt)
 _NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
@@ -57,7 +60,7 @@ def check_is_tensor(name: str, value: Any, meaning: str = "") -> None:
         raise ValueError(f"{name} must be a dense tensor{meaning}, got layout {value.layout}")
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
+def check_tensors(**tensors: Any) -> None:
     """Raise unless all are dense floating-point tensors on the device of the first; an initial_state may be None.
 
     >>> check_tensors(q=torch.zeros(3, 2), k=torch.zeros(3, 2, dtype=torch.long))
@@ -155,6 +158,25 @@ def check_offsets(offsets: list[int], length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to L = {length}, got {shown}")
 
 
+def check_cu_seqlens(cu_seqlens: Any, x: Tensor, like: str = "q") -> None:
+    """Raise unless `cu_seqlens` is a tensor of N + 1 >= 2 integers on the device of x; values are not read.
+
+    like: the name of x for the message.
+
+    >>> check_cu_seqlens(torch.tensor([0.0, 4.0]), torch.zeros(4, 2))
+    Traceback (most recent call last):
+    TypeError: cu_seqlens must be int32 or int64, got torch.float32
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
+    check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {x.device} like {like}, got {cu_seqlens.device}")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number above 0.
 
@@ -248,12 +270,12 @@ def describe(value: Any) -> str:
 # --- What a hand-written derivative cannot do -----------------------------------------------------------
 def _in_torch_func() -> bool:
     """Asked for when a call is compiled, once: inside a transform the compiler is inside it too."""
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (torch says it nowhere else)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it: more than a second,
 # and the kernels could no longer turn Triton's interpreter off.
-_in_torch_func._dynamo_marked_constant = True
+vars(_in_torch_func)["_dynamo_marked_constant"] = True
 
 
 def active_transform(*tensors: Tensor | None) -> str | None:
@@ -262,7 +284,8 @@ def active_transform(*tensors: Tensor | None) -> str | None:
         return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
     if torch.compiler.is_compiling():  # the compiler refuses the rest for itself
         return None
-    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors):
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (private, and unknown to type checkers)
+    if any(x is not None and functorch.is_legacy_batchedtensor(x) for x in tensors):
         return "several gradients at once (torch.autograd.grad with is_grads_batched)"
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
@@ -281,16 +304,18 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Hands gradients on, and raises if they are differentiated in turn."""
 
     @staticmethod
-    def forward(ctx, message, count, *tensors):
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.message = message
         return tensors[:count]
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(ctx.message)
 
 
-def differentiable_once(message: str, gradients: tuple, inputs: tuple) -> tuple:
+def differentiable_once(
+    message: str, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """`gradients` as the backward of a Function returns them; differentiating them raises RuntimeError(`message`).
 
     PyTorch's `once_differentiable` does so only if the gradients that came in want a gradient.  That of a sum does
@@ -298,10 +323,12 @@ def differentiable_once(message: str, gradients: tuple, inputs: tuple) -> tuple:
     inputs: the tensors on which the gradients depend.
     """
     if not torch.is_grad_enabled():  # without create_graph
-        return gradients
+        return tuple(gradients)
     known = [g for g in gradients if g is not None]
-    known = iter(_NoSecondDerivative.apply(message, len(known), *known, *(x for x in inputs if x is not None)))
-    return tuple(None if g is None else next(known) for g in gradients)
+    guarded: Iterator[Tensor] = iter(
+        _NoSecondDerivative.apply(message, len(known), *known, *(x for x in inputs if x is not None))
+    )
+    return tuple(None if g is None else next(guarded) for g in gradients)
 
 
 def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -314,6 +341,62 @@ def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
     [1, 1]
     """
     return zip(*(x.unbind(-2) for x in sequences), strict=True)
+
+
+def over_sequences(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`form` on each of the N sequences that are packed along L; the only loop over them.
+
+    inputs: each `[..., L, d]`, as the first of them is, or `[..., L]`.  initial_state: `[..., N, d_k, d_v]` or None.
+    form: called as `form(*inputs, initial_state=..., **options)` with the rows of one sequence.
+    Returns o `[..., L, d_v]` and the final states `[..., N, d_k, d_v]`.
+    Raises ValueError unless the offsets rise from 0 to L.
+    """
+    offsets = cu_seqlens.tolist()
+    first = inputs[0]
+    check_offsets(offsets, first.shape[-2])
+    lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
+    parts = zip(*(x.split(lengths, dim=-2 if x.ndim == first.ndim else -1) for x in inputs), strict=True)
+    starts = [None] * len(lengths) if initial_state is None else initial_state.unbind(-3)
+    results = [form(*part, initial_state=start, **options) for part, start in zip(parts, starts, strict=True)]
+    outputs, states = zip(*results, strict=True)
+    return torch.cat(outputs, dim=-2), torch.stack(states, dim=-3)
+
+
+def on_heads(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *gates: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """A form that takes `[..., L, d]`, on an operator's tensors: q, k, v `[B, L, H, d]`, gates `[B, L, H]`.
+
+    initial_state `[N, H, d_k, d_v]` and cu_seqlens are as in `dn_lib.delta_rule`.  options go to the form.
+    Returns o `[B, L, H, d_v]` in v's dtype and the final states `[N, H, d_k, d_v]`, float32 at least.
+    """
+    dtype, precise = v.dtype, working_dtype(q)
+    if qk_l2norm:
+        q, k = l2_normalise(q), l2_normalise(k)
+    inputs = [x.transpose(1, 2).to(precise) for x in (q, k, v, *gates)]
+    initial_state = None if initial_state is None else initial_state.to(precise)
+    if cu_seqlens is None:
+        o, state = form(*inputs, initial_state=initial_state, **options)
+    else:  # B is 1, and the N states stand where the forms expect leading dimensions, behind the heads
+        first = None if initial_state is None else initial_state.transpose(0, 1)[None]
+        o, state = over_sequences(form, inputs, cu_seqlens, initial_state=first, **options)
+        state = state[0].transpose(0, 1).contiguous()
+    return o.transpose(1, 2).to(dtype), state
 
 
 # One chunk, and all chunks -----------------------------------------------------------------------------
@@ -348,11 +431,11 @@ def l2_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
-def without_autocast(function):
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` outside autocast: it chooses its own precision, and a state needs float32."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else next(iter(kwargs.values()), None)
         kind = first.device.type if isinstance(first, Tensor) else "cpu"
         # Tensors on "meta" have no arithmetic that autocast could change, and it does not know them.

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import check_is_tensor, check_offsets, describe, is_integer, refuse_transforms
+from dn_lib.forms.common import (
+    check_cu_seqlens,
+    check_is_tensor,
+    check_offsets,
+    describe,
+    is_integer,
+    refuse_transforms,
+)
 from dn_lib.ops.backend import BACKENDS
 
 checking = contextvars.ContextVar("dn_lib_checking", default=os.environ.get("DN_LIB_CHECKED") == "1")
@@ -78,14 +85,7 @@ def check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backen
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
     sequences = B
     if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-            got = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-            raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
-        check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+        check_cu_seqlens(cu_seqlens, q)
         if cu_seqlens.is_meta:
             raise ValueError("cu_seqlens must have values, got a tensor on meta")
         if B != 1:

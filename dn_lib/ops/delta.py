@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule
-from dn_lib.forms.common import check_flag, check_offsets, l2_normalise, scale_or_default, working_dtype
+from dn_lib.forms.common import check_flag, l2_normalise, on_heads, scale_or_default, working_dtype
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
 from dn_lib.ops.autograd import through_triton
 from dn_lib.ops.backend import choose_backend, resolve_backend
@@ -23,28 +21,6 @@ from dn_lib.ops.checks import (
     is_plain,
     refuse_gradients,
 )
-
-
-def _pytorch(form: Callable, q, k, v, beta, scale, initial_state, cu_seqlens, qk_l2norm, options):
-    """A form of chapters 1-4 on `[B, L, H, d]` tensors, sequence by sequence where they are packed."""
-    dtype, precise = v.dtype, working_dtype(q)
-    if qk_l2norm:
-        q, k = l2_normalise(q), l2_normalise(k)
-    q, k, v, beta = (x.transpose(1, 2).to(precise) for x in (q, k, v, beta))
-    initial_state = None if initial_state is None else initial_state.to(precise)
-    if cu_seqlens is None:
-        o, state = form(q, k, v, beta, scale=scale, initial_state=initial_state, **options)
-        return o.transpose(1, 2).to(dtype), state
-    outputs, states = [], []
-    offsets = cu_seqlens.tolist()
-    check_offsets(offsets, q.shape[2])
-    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
-        part = [x[:, :, begin:end] for x in (q, k, v, beta)]
-        first = None if initial_state is None else initial_state[n : n + 1]
-        o, state = form(*part, scale=scale, initial_state=first, **options)
-        outputs.append(o)
-        states.append(state)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), torch.cat(states)
 
 
 # --- The public functions ---------------------------------------------------------------------------------------
@@ -149,7 +125,10 @@ def delta_rule(
     }
     options = {"chunk_size": chunk_size or 64} if backend == "chunkwise" else {}
     with _no_autocast(q):
-        o, state = _pytorch(form[backend], q, k, v, beta, scale, initial_state, cu_seqlens, qk_l2norm, options)
+        o, state = on_heads(
+            form[backend], q, k, v, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+            qk_l2norm=qk_l2norm, **options,
+        )  # fmt: skip
     return o, state if output_final_state else None
 
 

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dn_lib
 from dn_lib.layers import Attention, window_attention
 from dn_lib.models import LanguageModel, ModelConfig
+from dn_lib.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -34,10 +35,6 @@ def hybrid(pattern):
     return LanguageModel(ModelConfig(**SMALL, layers=len(pattern), pattern=pattern)).cuda()
 
 
-def distance(x, reference):
-    return ((x.float() - reference.float()).norm() / reference.float().norm()).item()
-
-
 @pytest.mark.parametrize("pattern", HYBRIDS)
 def test_a_hybrid_compiles_a_few_times_for_all_lengths(pattern):
     """Forward and backward, far beyond a chunk: the delta rule is one node, however long the sequence."""
@@ -49,7 +46,7 @@ def test_a_hybrid_compiles_a_few_times_for_all_lengths(pattern):
         for run in (fast, model):
             loss = F.cross_entropy(run(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-        assert distance(*gradients) < SINGLE, length
+        assert relative_error(*gradients) < SINGLE, length
     assert counter.frame_count <= 8  # after eight torch.compile gives up
 
 
@@ -65,7 +62,7 @@ def test_decoding_with_cuda_graphs_reads_the_states_it_wrote(pattern):
         for t in range(45, 60):
             torch.compiler.cudagraph_mark_step_begin()
             pieces.append(fast(tokens[:, t : t + 1], cache).clone())
-    assert distance(torch.cat(pieces, 1), whole) < SINGLE
+    assert relative_error(torch.cat(pieces, 1), whole) < SINGLE
 
 
 def test_two_caches_take_turns_under_cuda_graphs():
@@ -79,7 +76,7 @@ def test_two_caches_take_turns_under_cuda_graphs():
         for t in range(8, 24):
             for row, cache in enumerate(caches):
                 pieces[row].append(fast(tokens[row : row + 1, t : t + 1], cache).clone())
-    assert distance(torch.cat([torch.cat(p, 1) for p in pieces]), whole) < SINGLE
+    assert relative_error(torch.cat([torch.cat(p, 1) for p in pieces]), whole) < SINGLE
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, SINGLE), (torch.bfloat16, 3 * 2**-8)])
@@ -95,7 +92,7 @@ def test_window_attention_is_that_of_float64(length, window, dtype, bound):
     expected = window_attention(*wide, window)
     expected = (expected, *torch.autograd.grad(expected, wide, upstream.cpu().double()))
     for a, b in zip(got, expected, strict=True):
-        assert distance(a.cpu(), b) < bound
+        assert relative_error(a.cpu(), b) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -114,7 +111,8 @@ def test_packed_attention_is_that_of_float64(window, dtype):
     expected = wide(wide_x, cu_seqlens=offsets)
     expected = (expected, *torch.autograd.grad(expected, (wide_x, *wide.parameters()), upstream.double().cpu()))
     for a, b in zip(got, expected, strict=True):
-        assert distance(a.cpu(), b) < 3 * torch.finfo(dtype).eps  # twice as many products in a row as attention alone
+        # Twice as many products in a row as attention alone.
+        assert relative_error(a.cpu(), b) < 3 * torch.finfo(dtype).eps
 
 
 def test_packed_attention_reads_nothing_outside_for_wrong_offsets():
@@ -130,12 +128,12 @@ def test_window_attention_compiles_a_few_times_and_can_be_deterministic():
     fast = torch.compile(lambda *inputs: window_attention(*inputs, 64), backend=counter, fullgraph=True)
     for length in (40, 64, 100, 128, 200, 333, 512, 700, 1000):
         q, k, v = (torch.randn(2, 3, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        assert distance(fast(q, k, v), window_attention(q, k, v, 64)) < 2**-8
+        assert relative_error(fast(q, k, v), window_attention(q, k, v, 64)) < 2**-8
     assert counter.frame_count <= 4
     flash = window_attention(q, k, v, 64)
     torch.use_deterministic_algorithms(True)
     try:
-        assert distance(window_attention(q, k, v, 64), flash) < 3 * 2**-8
+        assert relative_error(window_attention(q, k, v, 64), flash) < 3 * 2**-8
     finally:
         torch.use_deterministic_algorithms(False)
 

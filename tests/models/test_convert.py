@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.models.convert import INDEX, from_fla_state_dict, load_fla_checkpoint
+from dn_lib.testing import relative_error
 
 VOCAB, WIDTH, HIDDEN, LAYERS, HEADS = 40, 24, 64, 3, 2
 HEAD_DIM = WIDTH // HEADS
@@ -150,7 +151,7 @@ def test_same_weights_same_logits(name):
     written_out = options if not isinstance(options.get("attn"), list) else {"attn": options["attn"][0]}
     reference = fla_logits(weights, written_out, tokens)
     with torch.no_grad():
-        error = (model(tokens) - reference).norm() / reference.norm()
+        error = relative_error(model(tokens), reference)
     # float64 throughout; the guard of the L2 norm against zero may be placed differently, relative 1e-6.
     assert error < 1e-5
     assert model.num_parameters() >= sum(t.numel() for n, t in weights.items() if n != "lm_head.weight")
@@ -163,7 +164,7 @@ def test_wrong_renaming_would_be_seen():
     a, b = "model.layers.1.attn.q_proj.weight", "model.layers.1.attn.k_proj.weight"
     weights[a], weights[b] = weights[b], weights[a]
     with torch.no_grad():
-        error = (from_fla_state_dict(weights, CONFIG)(tokens) - reference).norm() / reference.norm()
+        error = relative_error(from_fla_state_dict(weights, CONFIG)(tokens), reference)
     assert error > 1e-2
 
 
@@ -385,7 +386,7 @@ def test_float32_norms_and_convolutions_in_a_bfloat16_model(wide, options):
         many = torch.randint(model.config.vocab_size, (64, 17), generator=torch.Generator().manual_seed(0))
         exact = from_fla_state_dict({n: t.double() for n, t in state.items()}, config)(many)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            return (from_fla_state_dict(state, config)(many) - exact).norm() / exact.norm()
+            return relative_error(from_fla_state_dict(state, config)(many), exact)
 
     # With less in bfloat16 the error is that of bfloat16 throughout, or less.  Each is one draw of roundings, so that
     # their ratio scatters about 1, by some 12% over so many sequences: 2.5 leaves twice that.
