@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import check_is_tensor, check_offsets, check_tensors
+from dn_lib.forms.common import check_cu_seqlens, check_offsets, check_tensors
 from dn_lib.layers.cache import LayerCache
 
 
@@ -66,6 +66,11 @@ class Documents:
         return padded[rows + size].masked_fill(missing, 0)
 
 
+def as_documents(cu_seqlens: Tensor | Documents | None, x: Tensor) -> Documents | None:
+    """`cu_seqlens` as `Documents`, if it is not made into one yet."""
+    return Documents(cu_seqlens, x) if cu_seqlens is not None and not isinstance(cu_seqlens, Documents) else cu_seqlens
+
+
 def document_numbers(cu_seqlens: Tensor, length: int) -> Tensor:
     """Which document each of `length` packed tokens belongs to, counted from 0: `[N + 1]` offsets -> `[length]`.
 
@@ -77,14 +82,7 @@ def document_numbers(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise ValueError(f"cu_seqlens must be a tensor of N + 1 >= 2 offsets, got {got}")
-    check_is_tensor("cu_seqlens", cu_seqlens, "of offsets")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens must be on {x.device} like the tokens, got {cu_seqlens.device}")
+    check_cu_seqlens(cu_seqlens, x, like="the tokens")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs a batch size of 1 (documents packed along L), got {x.shape[0]}")
 
@@ -100,9 +98,7 @@ def open_documents(
 ) -> Documents | None:
     """Check a mixer's arguments; returns the documents that x holds, None if its rows are one each."""
     check_rows("x", x, width)
-    documents = cu_seqlens
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
-        documents = Documents(cu_seqlens, x)
+    documents = as_documents(cu_seqlens, x)
     if cache is None:
         return documents
     if not isinstance(cache, LayerCache):
