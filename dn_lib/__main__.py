@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import dn_lib  # noqa: F401  (before anything that imports triton)
 import torch
 import typer
 
-from dn_lib.console import CAUSED_OUTSIDE, Commands, one_line, say
+from dn_lib.console import CAUSED_OUTSIDE, Commands, end_streams, one_line, say, silence
 
 app = typer.Typer(
     cls=Commands,
@@ -95,21 +94,7 @@ def _tell(text: str) -> None:
     try:
         say(text)
     except OSError:
-        _silence(sys.stdout)
-
-
-def _silence(stream) -> None:
-    """Let what waits in `stream`, and comes later, vanish: else Python would fail to write it once more at its end."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _flush_errors() -> None:
-    """After the progress bar: what stderr no longer takes must not change the exit status."""
-    try:
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
-        _silence(sys.stderr)
+        silence(sys.stdout)
 
 
 MACHINE = {"out", "resume", "resume_from", "change", "device", "compile", "parallel", "quiet"}
@@ -230,7 +215,7 @@ def train(
             report=report,
         )
     finally:
-        _flush_errors()
+        end_streams(sys.stderr)  # after the progress bar
     if history.stopped:
         _tell(f"stopped after step {history.steps[-1]['step']}; run again with --resume to go on")
         raise typer.Exit(128 + history.stopped)

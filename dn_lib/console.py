@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import TextIO
 
 import typer
 from safetensors import SafetensorError
@@ -74,15 +75,27 @@ def _fail(message: str, status: int) -> None:
     raise typer.Exit(status) from None
 
 
-def end_streams() -> None:
-    """Flush stdout and stderr. What one of them does not take is dropped: Python would try once more at its very
-    end, and complain in lines of its own."""
-    for stream in (sys.stdout, sys.stderr):
+# What a stream raises that takes nothing: a closed pipe or a full disk; a closed stream; no stream at all.
+_LOST = (OSError, ValueError, AttributeError)
+
+
+def silence(stream: TextIO) -> None:
+    """Drop what waits in `stream` and what comes later: Python would try to write it once more at its very end, and
+    complain in lines of its own."""
+    with contextlib.suppress(*_LOST):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_streams(*streams: TextIO) -> None:
+    """Flush `streams`, or stdout and stderr if none is given; one that takes nothing is silenced.
+
+    So a stream that is lost changes no exit status.
+    """
+    for stream in streams or (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # a closed pipe, a full disk; a closed stream; none at all
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except _LOST:
+            silence(stream)
 
 
 @contextlib.contextmanager

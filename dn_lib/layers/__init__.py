@@ -23,7 +23,16 @@ next call continues them, and takes x `[N, L, width]`.
     True
 """
 
+# isort: off
+# Each of these files registers its mixers. Errors list them in this order.
+from dn_lib.layers.delta_net import DeltaNet, delta_rule_in_full_precision
+from dn_lib.layers.linear_attention import LinearAttention
+from dn_lib.layers.retnet import RetNet
+from dn_lib.layers.gla import GatedLinearAttention
+from dn_lib.layers.mamba import Mamba
 from dn_lib.layers.attention import Attention, full_attention, window_attention
+# isort: on
+
 from dn_lib.layers.cache import LayerCache, outside_graphs
 from dn_lib.layers.common import (
     ACTIVATIONS,
@@ -37,13 +46,9 @@ from dn_lib.layers.common import (
     l2_norm,
     split_heads,
 )
-from dn_lib.layers.delta_net import DeltaNet, delta_rule_in_full_precision
-from dn_lib.layers.documents import Documents, check_rows, document_numbers, open_documents, positions_of
-from dn_lib.layers.gla import GatedLinearAttention
-from dn_lib.layers.linear_attention import LinearAttention
-from dn_lib.layers.mamba import Mamba
-from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
-from dn_lib.layers.retnet import RetNet
+from dn_lib.layers.documents import Documents, as_documents, check_rows, document_numbers, open_documents, positions_of
+from dn_lib.layers.recurrent import MultiStepMixer, RecurrentMixer, run_recurrence
+from dn_lib.layers.registry import Mixer, MixerKind, mixer_kind, mixer_names, register_mixer
 from dn_lib.layers.rotary import rotary_embedding
 from dn_lib.layers.short_convolution import ShortConvolution
 from dn_lib.layers.swiglu import SwiGLU
@@ -58,11 +63,15 @@ __all__ = [
     "LayerCache",
     "LinearAttention",
     "Mamba",
+    "Mixer",
+    "MixerKind",
+    "MultiStepMixer",
     "RMSNorm",
     "RecurrentMixer",
     "RetNet",
     "ShortConvolution",
     "SwiGLU",
+    "as_documents",
     "check_choice",
     "check_even",
     "check_rows",
@@ -73,9 +82,12 @@ __all__ = [
     "heads_first",
     "l1_norm",
     "l2_norm",
+    "mixer_kind",
+    "mixer_names",
     "open_documents",
     "outside_graphs",
     "positions_of",
+    "register_mixer",
     "rotary_embedding",
     "run_recurrence",
     "split_heads",

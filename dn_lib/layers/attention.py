@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from dn_lib.forms.common import (
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import check_even, head_dim_or_default, split_heads
 from dn_lib.layers.documents import Documents, open_documents, positions_of
+from dn_lib.layers.registry import Mixer, register_mixer
 from dn_lib.layers.rotary import rotary_embedding
 
 
@@ -47,11 +50,14 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) 
         check_shape("documents", documents, "B or 1, L + past", (rows, k.shape[2]), "k")
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents=None) -> Tensor:
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None
+) -> Tensor:
     """Every row against every key, through torch's SDPA; what a row may not see is masked."""
     length, past = q.shape[2], k.shape[2] - q.shape[2]
-    everything = window is None or past + length <= window
-    if everything and documents is None:
+    if window is not None and past + length <= window:
+        window = None  # the window holds everything
+    if window is None and documents is None:
         # Asked in an `if`, so that a compiler with symbolic lengths decides it: SDPA wants a Python bool.
         if past == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -60,7 +66,7 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     rows = torch.arange(past, past + length, device=q.device)[:, None]
     columns = torch.arange(past + length, device=q.device)
     mask = columns <= rows
-    if not everything:
+    if window is not None:
         mask = mask & (columns > rows - window)
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])
@@ -158,13 +164,13 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seq
     else:
         offsets = cu_seqlens.to(torch.int32).clamp(0, length).cummax(0).values.clone()
         offsets[0], offsets[-1] = 0, length
-    rows = [t.transpose(1, 2).reshape(batch * length, *t.shape[1::2]) for t in (q, k, v)]
+    q, k, v = (t.transpose(1, 2).reshape(batch * length, *t.shape[1::2]) for t in (q, k, v))
     size = (-1 if window is None else window - 1, 0)
-    o = varlen_attn(*rows, offsets, offsets, length, length, window_size=size)
-    return o.unflatten(0, (batch, length)).transpose(1, 2)
+    o = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=size)  # a tuple if it is asked for more
+    return cast(Tensor, o).unflatten(0, (batch, length)).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal softmax attention with rotary positions, to all earlier tokens or to the newest `window`.
 
     `[B, L, width]` -> `[B, L, width]`. With window w, token t attends to t - w + 1 ... t. All through torch's
@@ -191,11 +197,14 @@ class Attention(nn.Module):
         check_positive("rope_base", rope_base)
         self.width, self.heads, self.window, self.rope_base = width, heads, window, rope_base
         self.head_dim = check_even(head_dim_or_default(width, heads, head_dim))
-        for name in ("query", "key", "value"):
-            setattr(self, name, nn.Linear(width, heads * self.head_dim, bias=False))
+        self.query = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.key = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.value = nn.Linear(width, heads * self.head_dim, bias=False)
         self.output = nn.Linear(heads * self.head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = (split_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
         positions = positions_of(x, cache, documents)
@@ -263,3 +272,19 @@ class Attention(nn.Module):
         window = length if self.window is None else min(self.window, length)
         keys = window - window * (window - 1) / (2 * length)
         return 4 * keys * self.heads * self.head_dim
+
+
+@register_mixer("attention", heads=("attention_heads", "heads"), even=True)
+def _full_from_config(config: Any) -> Attention:
+    return _from_config(config, window=None)
+
+
+@register_mixer("window", heads=("attention_heads", "heads"), even=True)
+def _window_from_config(config: Any) -> Attention:
+    return _from_config(config, window=config.window)
+
+
+def _from_config(config: Any, window: int | None) -> Attention:
+    own = config.attention_heads
+    heads, head_dim = (own, None) if own else (config.heads, config.head_dim)
+    return Attention(config.width, heads, head_dim, window=window, rope_base=config.rope_base)

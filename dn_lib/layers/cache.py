@@ -29,9 +29,10 @@ class LayerCache:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
+        tensor = self.get(name)
+        if tensor is None:
             raise KeyError(name)
-        return self.get(name)
+        return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         kept = tensor.detach()
@@ -63,5 +64,5 @@ def outside_graphs(x: Tensor) -> Tensor:
 
 
 @outside_graphs.register_fake
-def _(x):
+def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "elu1": lambda x: F.elu(x) + 1,
@@ -47,10 +50,10 @@ def l2_norm(x: Tensor) -> Tensor:
     return l2_normalise(x).to(x.dtype)
 
 
-QK_NORMS = {"l2": l2_norm, "l1": l1_norm, "none": lambda x: x}
+QK_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_norm, "l1": l1_norm, "none": lambda x: x}
 
 
-def check_choice(name: str, value: str, options) -> str:
+def check_choice(name: str, value: str, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
     return value
@@ -71,10 +74,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def heads_first(function):
+def heads_first(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """`function(q, k, v, log_decay)`, which takes `[B, H, L, ...]`, for tensors `[B, L, H, ...]` and a state."""
 
-    def wrapped(*sequences_and_state):
+    def wrapped(*sequences_and_state: Any) -> tuple[Tensor, Tensor]:
         *sequences, state = sequences_and_state
         o, state = function(*(t.transpose(1, 2) for t in sequences), initial_state=state)
         return o.transpose(1, 2), state

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from dn_lib.forms.common import is_number, without_autocast, working_dtype
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import check_choice, l1_norm
-from dn_lib.layers.documents import open_documents
-from dn_lib.layers.linear_attention import LinearAttention
+from dn_lib.layers.documents import Documents, open_documents
+from dn_lib.layers.recurrent import MultiStepMixer, multi_step_options
+from dn_lib.layers.registry import register_mixer
 from dn_lib.ops.backend import BACKENDS
 from dn_lib.ops.delta import delta_rule
 
 
-class DeltaNet(LinearAttention):
+class DeltaNet(MultiStepMixer):
     """The layer of Yang et al. 2024: S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T in each head.
 
     `[B, L, width]` -> `[B, L, width]`. q and k: linear, short convolution (`conv_size`, 0 for none),
@@ -39,7 +42,7 @@ class DeltaNet(LinearAttention):
         *,
         beta_range: float = 1.0,
         backend: str = "auto",
-        **options,
+        **options: Any,
     ):
         super().__init__(width, heads, head_dim, **options)
         if not is_number(beta_range) or not 0 < beta_range <= 2:
@@ -48,7 +51,9 @@ class DeltaNet(LinearAttention):
         self.backend = check_choice("backend", backend, BACKENDS)
         self.beta = nn.Linear(width, self.steps * heads, bias=False)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = self._query_key_value(x, cache, documents)
         beta = self._split_steps(self.beta(x)).squeeze(-1)
@@ -67,13 +72,19 @@ class DeltaNet(LinearAttention):
             cu_seqlens=None if documents is None else documents.offsets * self.steps,
             backend=self.backend,
         )
-        if cache is not None:
+        if cache is not None and state is not None:
             cache["state"] = state
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
     def state_flops(self, length: int) -> float:
-        """As linear attention's, and a third product for what the state already returns for k."""
+        """Per step a multiply and an add for the write, for the read, and for what the state already returns for k."""
         return 6 * self.steps * self.heads * self.key_dim * self.value_dim
 
 
 delta_rule_in_full_precision = without_autocast(delta_rule)
+
+
+@register_mixer("delta")
+def _from_config(config: Any) -> DeltaNet:
+    own = {"beta_range": config.beta_range, "backend": config.backend}
+    return DeltaNet(config.width, config.heads, config.head_dim, **own, **multi_step_options(config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,8 +11,9 @@ from dn_lib.forms.common import check_integer, working_dtype
 from dn_lib.forms.decay import gated_linear_attention
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import check_even, head_dim_or_default, heads_first, split_heads
-from dn_lib.layers.documents import open_documents
+from dn_lib.layers.documents import Documents, open_documents
 from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
+from dn_lib.layers.registry import register_mixer
 
 _gated_linear_attention = heads_first(gated_linear_attention)
 
@@ -41,12 +44,13 @@ class GatedLinearAttention(RecurrentMixer):
         super().__init__(
             width, heads, head_dim // 2, head_dim, conv_size=conv_size, output_gate=True, norm_eps=norm_eps
         )
-        self.decay = nn.Sequential(
-            nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * (head_dim // 2), bias=True)
-        )
-        nn.init.zeros_(self.decay[1].bias)
+        down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * (head_dim // 2), bias=True)
+        nn.init.zeros_(up.bias)
+        self.decay = nn.Sequential(down, up)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = self._heads_of(x, cache, documents)
         z = split_heads(self.decay(x), self.heads)
@@ -56,3 +60,9 @@ class GatedLinearAttention(RecurrentMixer):
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
         return 5 * self.heads * self.key_dim * self.value_dim
+
+
+@register_mixer("gla", even=True)
+def _from_config(config: Any) -> GatedLinearAttention:
+    options = {name: getattr(config, name) for name in ("conv_size", "norm_eps")}
+    return GatedLinearAttention(config.width, config.heads, config.head_dim, **options)

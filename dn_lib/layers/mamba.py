@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from dn_lib.forms.common import check_integer, working_dtype
 from dn_lib.forms.decay import selective_scan
 from dn_lib.layers.cache import LayerCache
-from dn_lib.layers.documents import open_documents
+from dn_lib.layers.documents import Documents, open_documents
 from dn_lib.layers.recurrent import run_recurrence
+from dn_lib.layers.registry import Mixer, register_mixer
 from dn_lib.layers.short_convolution import ShortConvolution
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """The selective state space of Gu and Dao 2024: `expand` * width channels of `state_size` states each.
 
     `[B, L, width]` -> `[B, L, width]`. x, z = linear(x); x = silu(conv(x)); delta, B, C are linear in x;
@@ -49,7 +51,12 @@ class Mamba(nn.Module):
         delta = torch.empty_like(self.delta.bias).uniform_(math.log(low), math.log(high)).exp()
         self.delta.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def reset_own_parameters(self) -> None:
+        self.reset_time_scale()
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
         documents = open_documents(x, self.width, cache, cu_seqlens)
         x, z = self.input(x).chunk(2, dim=-1)
         x = F.silu(x if self.conv is None else self.conv(x, cache, cu_seqlens=documents))
@@ -58,7 +65,7 @@ class Mamba(nn.Module):
         delta = F.softplus(delta.to(working_dtype(delta)))
         A = -self.log_A.to(delta.dtype).exp()
 
-        def scan(x, delta, B, C, state):
+        def scan(x: Tensor, delta: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
             return selective_scan(x, delta, A, B, C, initial_state=state)
 
         y = run_recurrence(scan, (x, delta, B, C), cache, documents)
@@ -67,3 +74,9 @@ class Mamba(nn.Module):
     def state_flops(self, length: int) -> float:
         """A multiply by the decay, two multiplies and an add to write, a multiply and an add to read."""
         return 6 * self.channels * self.state_size
+
+
+@register_mixer("mamba", heads=())
+def _from_config(config: Any) -> Mamba:
+    sizes = {"expand": config.mamba_expand, "state_size": config.mamba_state}
+    return Mamba(config.width, conv_size=config.conv_size, **sizes)

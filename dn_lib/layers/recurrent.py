@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dn_lib.forms.common import check_flag, check_integer, check_positive
 from dn_lib.layers.cache import LayerCache
-from dn_lib.layers.common import RMSNorm, split_heads
+from dn_lib.layers.common import ACTIVATIONS, QK_NORMS, RMSNorm, check_choice, head_dim_or_default, split_heads
 from dn_lib.layers.documents import Documents
+from dn_lib.layers.registry import Mixer
 from dn_lib.layers.short_convolution import ShortConvolution
 
 
-class RecurrentMixer(nn.Module):
+class RecurrentMixer(Mixer):
     """What DeltaNet, linear attention, RetNet and GLA share: projections and convolutions before the
     recurrence; a norm per head, an optional gate and the output projection after it."""
 
-    def __init__(self, width, heads, key_dim, value_dim, *, conv_size, output_gate, norm_eps, steps=1):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        conv_size: int,
+        output_gate: bool,
+        norm_eps: float,
+        steps: int = 1,
+    ):
         super().__init__()
         check_integer("conv_size", conv_size, least=0)
         check_integer("steps", steps)
@@ -49,17 +64,69 @@ class RecurrentMixer(nn.Module):
             o = o * F.silu(split_heads(self.gate(x), self.heads))
         return self.output(o.flatten(-2))
 
-    def state_flops(self, length: int) -> float:
-        """Forward operations a token on the states: a multiply and an add for the write and for the read."""
-        return 4 * self.steps * self.heads * self.key_dim * self.value_dim
+
+class MultiStepMixer(RecurrentMixer):
+    """What DeltaNet and linear attention share: an activation and a norm for q and k, and `steps` writes per token."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        activation: str = "silu",
+        qk_norm: str = "l2",
+        conv_size: int = 4,
+        output_gate: bool = False,
+        norm_eps: float = 1e-5,
+        steps: int = 1,
+    ):
+        head_dim = head_dim_or_default(width, heads, head_dim)
+        super().__init__(
+            width,
+            heads,
+            head_dim,
+            head_dim,
+            conv_size=conv_size,
+            output_gate=output_gate,
+            norm_eps=norm_eps,
+            steps=steps,
+        )
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.qk_norm = check_choice("qk_norm", qk_norm, QK_NORMS)
+
+    def _query_key_value(
+        self, x: Tensor, cache: LayerCache | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, steps L, H, d]`, a token's steps one after the other; q, k not normalised."""
+        activation = ACTIVATIONS[self.activation]
+        q, k, v = (self._project(name, x, cache, documents) for name in ("query", "key", "value"))
+        # Only a token's last step is read, so what the earlier ones are asked does not matter.
+        q = activation(split_heads(q, self.heads)).repeat_interleave(self.steps, dim=1)
+        return q, self._split_steps(activation(k)), self._split_steps(F.silu(v))
+
+    def _split_steps(self, x: Tensor) -> Tensor:
+        """`[B, L, steps H d]` -> `[B, steps L, H, d]`."""
+        return x.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
+
+
+def multi_step_options(config: Any) -> dict[str, Any]:
+    """The options of `MultiStepMixer` that a `ModelConfig` sets."""
+    same_name = ("activation", "qk_norm", "conv_size", "output_gate", "norm_eps")
+    return {name: getattr(config, name) for name in same_name} | {"steps": config.delta_steps}
 
 
 def run_recurrence(
-    recurrence, sequences, cache: LayerCache | None, documents: Documents | None, steps: int = 1
+    recurrence: Callable[..., tuple[Tensor, Tensor]],
+    sequences: Sequence[Tensor],
+    cache: LayerCache | None,
+    documents: Documents | None,
+    steps: int = 1,
 ) -> Tensor:
     """The outputs of `recurrence(*sequences, state) -> (o, state)`, between reading the cache and writing it.
 
     Time is axis 1 of all sequences and of o. Packed documents go through one by one, each from an empty state.
+    A token has `steps` rows.
     """
     if documents is None:
         o, state = recurrence(*sequences, None if cache is None else cache.get("state"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,9 @@ from dn_lib.forms.common import check_positive, working_dtype
 from dn_lib.forms.decay import retention
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import check_even, head_dim_or_default, heads_first
-from dn_lib.layers.documents import open_documents, positions_of
+from dn_lib.layers.documents import Documents, open_documents, positions_of
 from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
+from dn_lib.layers.registry import register_mixer
 from dn_lib.layers.rotary import rotary_embedding
 
 _retention = heads_first(retention)
@@ -40,7 +43,9 @@ class RetNet(RecurrentMixer):
         check_positive("rope_base", rope_base)
         self.rope_base = rope_base
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
+    ) -> Tensor:
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = self._heads_of(x, cache, documents)
         positions = positions_of(x, cache, documents)
@@ -52,3 +57,9 @@ class RetNet(RecurrentMixer):
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
         return 5 * self.heads * self.key_dim * self.value_dim
+
+
+@register_mixer("retnet", even=True)
+def _from_config(config: Any) -> RetNet:
+    options = {name: getattr(config, name) for name in ("conv_size", "rope_base", "norm_eps")}
+    return RetNet(config.width, config.heads, config.head_dim, **options)

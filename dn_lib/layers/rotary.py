@@ -46,5 +46,6 @@ def _rotations(positions: Tensor, d: int, base: float, dtype: torch.dtype) -> tu
 
 
 @_rotations.register_fake
-def _(positions, d, base, dtype):
-    return tuple(positions.new_empty(positions.shape[0], 1, (d + 1) // 2, dtype=dtype) for _ in range(2))
+def _(positions: Tensor, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos = positions.new_empty(positions.shape[0], 1, (d + 1) // 2, dtype=dtype)
+    return cos, torch.empty_like(cos)

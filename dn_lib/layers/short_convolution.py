@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dn_lib.forms.common import check_flag, check_integer, describe, working_dtype
 from dn_lib.layers.cache import LayerCache
-from dn_lib.layers.documents import Documents, check_rows
+from dn_lib.layers.documents import Documents, as_documents, check_rows
 
 
 class ShortConvolution(nn.Module):
@@ -44,9 +44,7 @@ class ShortConvolution(nn.Module):
     ) -> Tensor:
         size, channels = self.weight.shape[0], self.weight.shape[2]
         check_rows("x", x, channels, "B, L, channels")
-        documents = cu_seqlens
-        if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
-            documents = Documents(cu_seqlens, x)
+        documents = as_documents(cu_seqlens, x)
         if cache is not None and not isinstance(cache, LayerCache):
             raise TypeError(f"cache must be a LayerCache, got {describe(cache)}")
         if not isinstance(name, str):
@@ -67,10 +65,15 @@ class ShortConvolution(nn.Module):
         A sum of shifted products needs no transpose to [B, channels, L], and a compiler fuses it.
         """
         dtype, size = working_dtype(padded), self.weight.shape[0]
-        wide, weight, y = padded.to(dtype), self.weight.to(dtype), None
-        for tap in range(size):
+        wide, weight = padded.to(dtype), self.weight.to(dtype)
+
+        def product(tap: int) -> Tensor:
             shifted = wide[:, tap : tap + length]
             if documents is not None:
                 shifted = shifted.masked_fill(documents.positions[:, None] < size - 1 - tap, 0)
-            y = shifted * weight[tap] if y is None else y + shifted * weight[tap]
+            return shifted * weight[tap]
+
+        y = product(0)
+        for tap in range(1, size):
+            y = y + product(tap)
         return y if self.bias is None else y + self.bias.to(dtype)

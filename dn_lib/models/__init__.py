@@ -12,9 +12,10 @@ torch.Size([1, 8])
 
 from dn_lib.models.cache import Cache
 from dn_lib.models.config import HYBRIDS, LARGEST_SIZE, LARGEST_WINDOW, MIXERS, ModelConfig, check_config
-from dn_lib.models.files import WRAPPERS, load_model, save_model, unwrapped
+from dn_lib.models.files import CONFIG, WEIGHTS, load_model, save_model, unwrapped
 from dn_lib.models.generation import LONGEST, generate
-from dn_lib.models.language_model import CONFIG, WEIGHTS, Block, LanguageModel, build_mixer, check_in_vocabulary
+from dn_lib.models.language_model import Block, LanguageModel, build_mixer, check_in_vocabulary
+from dn_lib.models.wrappers import WRAPPERS, inner, plain_name
 
 __all__ = [
     "CONFIG",
@@ -33,7 +34,9 @@ __all__ = [
     "check_config",
     "check_in_vocabulary",
     "generate",
+    "inner",
     "load_model",
+    "plain_name",
     "save_model",
     "unwrapped",
 ]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from dn_lib.forms.common import describe
 from dn_lib.layers.common import ACTIVATIONS, QK_NORMS
+from dn_lib.layers.registry import mixer_kind, mixer_names
 from dn_lib.ops.backend import BACKENDS
 
-MIXERS = ("delta", "linear", "retnet", "gla", "mamba", "attention", "window")
+MIXERS = mixer_names()
 HYBRIDS = ("none", "window", "global")
 LARGEST_SIZE, LARGEST_WINDOW = 2**31 - 1, 2**63 - 1  # beyond, PyTorch refuses in words of its own
 
@@ -110,16 +111,16 @@ class ModelConfig:
             raise ValueError(f"beta_range must be in (0, 2], got {self.beta_range}")
 
     def _check_choices(self) -> None:
-        options = {"mixer": MIXERS, "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
+        options = {"mixer": mixer_names(), "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
         options["backend"] = BACKENDS
         for name, allowed in options.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.pattern is not None:
-            wrong = [mixer for mixer in self.pattern if mixer not in MIXERS]
+            wrong = [mixer for mixer in self.pattern if mixer not in mixer_names()]
             if wrong or len(self.pattern) != self.layers:
                 raise ValueError(
-                    f"pattern must name {self.layers} mixers (one a layer) out of {', '.join(MIXERS)}, "
+                    f"pattern must name {self.layers} mixers (one a layer) out of {', '.join(mixer_names())}, "
                     f"got {list(self.pattern)}"
                 )
         least = {"none": 1, "window": 2, "global": 4}[self.hybrid]
@@ -128,18 +129,15 @@ class ModelConfig:
 
     def _check_heads(self) -> None:
         used = set(self.mixers())
-        checks = []
-        if used & {"delta", "linear", "retnet", "gla"}:
-            checks.append(("heads", self.heads, self.head_dim, bool(used & {"retnet", "gla"})))
-        if used & {"attention", "window"}:
-            own = self.attention_heads is not None
-            name = "attention_heads" if own else "heads"
-            checks.append((name, getattr(self, name), None if own else self.head_dim, True))
-        for name, heads, head_dim, even in checks:
+        for kind in (mixer_kind(name) for name in mixer_names() if name in used):
+            field = next((field for field in kind.heads if getattr(self, field) is not None), None)
+            if field is None:  # a mixer without heads
+                continue
+            heads, head_dim = getattr(self, field), self.head_dim if field == "heads" else None
             if head_dim is None and self.width % heads:
-                raise ValueError(f"{name} must divide width, got {name} = {heads} and width = {self.width}")
+                raise ValueError(f"{field} must divide width, got {field} = {heads} and width = {self.width}")
             head_dim = head_dim or self.width // heads
-            if even and head_dim % 2:
+            if kind.even and head_dim % 2:
                 raise ValueError(f"head_dim must be even for {', '.join(sorted(used))}, got {head_dim}")
 
     def mixers(self) -> tuple[str, ...]:

@@ -8,13 +8,15 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dn_lib.forms.common import describe, is_integer
 from dn_lib.models.config import ModelConfig
-from dn_lib.models.language_model import CONFIG, WEIGHTS, LanguageModel
+from dn_lib.models.language_model import LanguageModel
+from dn_lib.models.wrappers import WRAPPERS, name_without_wrappers
 from dn_lib.stored import FLOATS, as_folder, digest, parse_json, read_tensors, read_text
 
 
@@ -41,8 +43,7 @@ def _write_atomically(path: Path, write) -> None:
         os.close(folder)
 
 
-# What torch.compile, DDP, FSDP and activation checkpointing put between a model's name for a tensor and ours.
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def unwrapped(model: nn.Module) -> LanguageModel:
@@ -52,14 +53,15 @@ def unwrapped(model: nn.Module) -> LanguageModel:
     >>> unwrapped(nn.DataParallel(model)) is model
     True
     """
-    inner = model
-    while not isinstance(inner, LanguageModel):
-        parts = inner.__dict__.get("_modules", {}) if isinstance(inner, nn.Module) else {}
-        name = next((name for name in WRAPPERS if name in parts), None)
+    inside: Any = model
+    while not isinstance(inside, LanguageModel):
+        # A wrapper of another package is followed too, if it calls what it wraps "module" as DDP does.
+        children = inside.__dict__.get("_modules", {}) if isinstance(inside, nn.Module) else {}
+        name = next((name for name in WRAPPERS if name in children), None)
         if name is None:
             raise TypeError(f"model must be a LanguageModel, compiled or wrapped or not, got {type(model).__name__}")
-        inner = parts[name]
-    return inner
+        inside = children[name]
+    return inside
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | None = None) -> None:
@@ -79,7 +81,7 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | N
     if state_dict is not None and not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of tensors or None, got {describe(state_dict)}")
     given = model.state_dict() if state_dict is None else state_dict
-    weights = {_plain_name(name): _to_store(name, t) for name, t in given.items()}
+    weights = {name_without_wrappers(name): _to_store(name, t) for name, t in given.items()}
     missing, extra = _difference(_expected(model.config), weights)
     if missing or extra:
         raise ValueError(f"state_dict must be of this model: missing {missing}, not wanted {extra}")
@@ -89,10 +91,6 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | N
     metadata = {"config": config, "sha256": digest(weights, config)}
     _write_atomically(folder / WEIGHTS, lambda p: save_file(weights, p, metadata=metadata))
     _write_atomically(folder / CONFIG, lambda p: Path(p).write_text(config + "\n", encoding="utf-8"))
-
-
-def _plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _to_store(name: str, tensor: Tensor) -> Tensor:

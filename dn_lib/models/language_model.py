@@ -8,49 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_lib.forms.common import active_transform, check_integer, describe
-from dn_lib.layers.attention import Attention
+from dn_lib.forms.common import active_transform, check_integer
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import RMSNorm
-from dn_lib.layers.delta_net import DeltaNet
 from dn_lib.layers.documents import Documents
-from dn_lib.layers.gla import GatedLinearAttention
-from dn_lib.layers.linear_attention import LinearAttention
-from dn_lib.layers.mamba import Mamba
-from dn_lib.layers.retnet import RetNet
+from dn_lib.layers.registry import Mixer, mixer_kind
 from dn_lib.layers.short_convolution import ShortConvolution
 from dn_lib.layers.swiglu import SwiGLU
 from dn_lib.models.cache import Cache
-from dn_lib.models.config import MIXERS, ModelConfig, check_config
+from dn_lib.models.config import ModelConfig, check_config
 from dn_lib.ops.checks import checking
 
 
-def build_mixer(name: str, config: ModelConfig) -> nn.Module:
-    """The layer that `name`, one of `MIXERS`, means under `config`.
+def build_mixer(name: str, config: ModelConfig) -> Mixer:
+    """The layer that `name`, one of the registered mixers, means under `config`.
 
     >>> type(build_mixer("gla", ModelConfig())).__name__
     'GatedLinearAttention'
     """
     check_config(config)
-    c = config
-    common = {"conv_size": c.conv_size, "norm_eps": c.norm_eps}
-    linear = {"activation": c.activation, "qk_norm": c.qk_norm, "output_gate": c.output_gate}
-    linear |= {"steps": c.delta_steps, **common}
-    if name in ("attention", "window"):
-        heads, head_dim = (c.attention_heads, None) if c.attention_heads else (c.heads, c.head_dim)
-        window = c.window if name == "window" else None
-        return Attention(c.width, heads, head_dim, window=window, rope_base=c.rope_base)
-    if name == "delta":
-        return DeltaNet(c.width, c.heads, c.head_dim, beta_range=c.beta_range, backend=c.backend, **linear)
-    if name == "linear":
-        return LinearAttention(c.width, c.heads, c.head_dim, **linear)
-    if name == "retnet":
-        return RetNet(c.width, c.heads, c.head_dim, rope_base=c.rope_base, **common)
-    if name == "gla":
-        return GatedLinearAttention(c.width, c.heads, c.head_dim, **common)
-    if name == "mamba":
-        return Mamba(c.width, expand=c.mamba_expand, state_size=c.mamba_state, conv_size=c.conv_size)
-    raise ValueError(f"name must be one of {', '.join(MIXERS)}, got {describe(name)}")
+    return mixer_kind(name).build(config)
 
 
 class Block(nn.Module):
@@ -114,8 +91,8 @@ class LanguageModel(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=residual if name.endswith(".output") else std)
         for module in self.modules():
-            if isinstance(module, Mamba):
-                module.reset_time_scale()
+            if isinstance(module, Mixer):
+                module.reset_own_parameters()
 
     def features(self, tokens: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """As `forward`, without the head: what it reads, `[B, L, width]`."""
@@ -217,7 +194,3 @@ class LanguageModel(nn.Module):
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear | ShortConvolution))
         weights += 0 if self.head is not None else self.embedding.weight.numel()
         return 3 * (2 * weights + sum(block.mixer.state_flops(length) for block in self.blocks))
-
-
-# --------------------------------------------------------------------------------- saving and loading
-WEIGHTS, CONFIG = "model.safetensors", "config.json"

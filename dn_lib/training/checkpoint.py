@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from dn_lib.models.wrappers import plain_name
 from dn_lib.stored import digest
-from dn_lib.training.distributed import assign, full_tensor, plain_name
+from dn_lib.training.distributed import assign, full_tensor
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 FILE_NAME = re.compile(r"checkpoint_([0-9]+)\.safetensors")

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dn_lib.models.wrappers import PARALLEL, inner
+
 Result = TypeVar("Result")
 
 
@@ -105,51 +107,13 @@ def in_all(place: Processes, action: Callable[[], Result]) -> Result:
     return result
 
 
-WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-COMPILED = "_orig_mod"  # the name under which `torch.compile` keeps the module that it wraps
-RECOMPUTED = "_checkpoint_wrapped_module"  # and activation checkpointing
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and DDP, however they are nested; `model` itself if it is bare.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> inner(nn.DataParallel(layer)) is inner(layer) is layer
-    True
-    """
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif COMPILED in model._modules:
-            model = model._modules[COMPILED]
-        else:
-            return model
-
-
-def plain_name(model: nn.Module, name: str) -> str:
-    """The name of a parameter or buffer of `model` without what wrappers put into it, at any depth.
-
-    Wrappers are `torch.compile`, DDP and activation checkpointing. A child that is really called "module" keeps it.
-
-    >>> plain_name(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "0.module.weight")
-    '0.weight'
-    """
-    kept, module = [], model
-    for part in name.split("."):
-        wrapped = part in (COMPILED, RECOMPUTED) or (part == "module" and isinstance(module, WRAPPERS))
-        if not wrapped:
-            kept.append(part)
-        module = module._modules.get(part, module)
-    return ".".join(kept)
-
-
 def distribute(model: nn.Module, place: Processes, parallel: str) -> nn.Module:
     """The module to call in the loop.  `model` keeps the parameters (as shards with "fsdp").
 
     "ddp": every process has all parameters, gradients are averaged.  "fsdp": each process has a part of
     every parameter and gathers a block's when the block runs.  A model that is in DDP already stays as it is.
     """
-    if place.world == 1 or any(isinstance(module, WRAPPERS) for module in model.modules()):
+    if place.world == 1 or any(isinstance(module, PARALLEL) for module in model.modules()):
         return model
     if parallel == "ddp":
         ids = [place.device.index] if place.device.type == "cuda" else None

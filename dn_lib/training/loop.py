@@ -18,17 +18,16 @@ from torch import nn
 from tqdm import tqdm
 
 from dn_lib.data import Batches, Corpus
+from dn_lib.models.wrappers import COMPILED, inner
 from dn_lib.training import checkpoint as checkpoints
 from dn_lib.training import folder as folders
 from dn_lib.training.config import TrainConfig
 from dn_lib.training.distributed import (
-    COMPILED,
     Processes,
     distribute,
     gradient_sync,
     in_all,
     in_first,
-    inner,
     join_processes,
     resolve_device,
     sum_over_processes,
