@@ -5,6 +5,8 @@ Shapes and dtypes as in `chunkwise`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -155,11 +157,22 @@ class ReversibleDeltaRule(torch.autograd.Function):
     """`chunkwise_delta_rule` with the backward pass of `chunkwise_delta_rule_backward`."""
 
     @staticmethod
-    def forward(ctx, q, k, v, beta, initial_state, scale, chunk_size):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
         dtype = working_dtype(q, k, v, beta, initial_state)
         state = initial_state_or_zeros(k, v, initial_state, dtype)
-        qs, *kvbeta = (x.to(dtype) for x in (q, k, v, beta))
-        o, errors, final_state = chunkwise_forward_with_errors(qs * scale, *kvbeta, state, chunk_size=chunk_size)
+        q_wide, k_wide, v_wide, beta_wide = (x.to(dtype) for x in (q, k, v, beta))
+        o, errors, final_state = chunkwise_forward_with_errors(
+            q_wide * scale, k_wide, v_wide, beta_wide, state, chunk_size=chunk_size
+        )
         ctx.save_for_backward(q, k, beta, errors, final_state)
         ctx.options = {"scale": scale, "chunk_size": chunk_size}
         ctx.dtypes = [
@@ -172,19 +185,21 @@ class ReversibleDeltaRule(torch.autograd.Function):
         return o.to(v.dtype), final_state
 
     @staticmethod
-    def backward(ctx, do, dstate):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        do, dstate = gradients
         refuse_transforms("reversible_chunkwise_delta_rule", "use chunkwise_delta_rule", do, dstate)
-        *qkbeta, errors, final_state = ctx.saved_tensors
+        q, k, beta, errors, final_state = ctx.saved_tensors
         with torch.no_grad():
-            wide = (x.to(errors.dtype) for x in qkbeta)
-            do_wide = do.to(errors.dtype)
-            grads = chunkwise_delta_rule_backward(*wide, errors, final_state, do_wide, dstate, **ctx.options)
+            q_wide, k_wide, beta_wide, do_wide = (x.to(errors.dtype) for x in (q, k, beta, do))
+            grads = chunkwise_delta_rule_backward(
+                q_wide, k_wide, beta_wide, errors, final_state, do_wide, dstate, **ctx.options
+            )
             typed = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
         message = (
             "reversible_chunkwise_delta_rule can be differentiated once (once_differentiable), not twice: "
             "use chunkwise_delta_rule"
         )
-        return *differentiable_once(message, typed, (*qkbeta, do, dstate)), None, None
+        return *differentiable_once(message, typed, (q, k, beta, do, dstate)), None, None
 
 
 def reversible_chunkwise_delta_rule(

@@ -69,7 +69,7 @@ def check_tensors(**tensors: Any) -> None:
     """
     first, reference = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None and name in _OPTIONAL:
+        if name in _OPTIONAL and tensor is None:
             continue
         check_is_tensor(name, tensor)
         if not tensor.is_floating_point():
@@ -268,9 +268,14 @@ def describe(value: Any) -> str:
 
 
 # --- What a hand-written derivative cannot do -----------------------------------------------------------
+# What torch tells nowhere in public.
+_functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  # pyright: ignore[reportPrivateUsage]
+
+
 def _in_torch_func() -> bool:
     """Asked for when a call is compiled, once: inside a transform the compiler is inside it too."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage] (torch says it nowhere else)
+    return _functorch_is_active()
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it: more than a second,
@@ -284,12 +289,10 @@ def active_transform(*tensors: Tensor | None) -> str | None:
         return "torch.func transforms (vmap, grad, jvp, jacrev, hessian, ...)"
     if torch.compiler.is_compiling():  # the compiler refuses the rest for itself
         return None
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (private, and unknown to type checkers)
-    if any(x is not None and functorch.is_legacy_batchedtensor(x) for x in tensors):
+    if any(x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors):
         return "several gradients at once (torch.autograd.grad with is_grads_batched)"
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    level = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+    if level >= 0 and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return "forward-mode differentiation (torch.autograd.forward_ad)"
     return None
 

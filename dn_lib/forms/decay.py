@@ -5,6 +5,8 @@ Shapes as in `linear_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,7 +78,17 @@ def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple
     return torch.stack(before, dim=-3), state
 
 
-def _in_chunks(q, k, v, log_decay, scores, *, scale, initial_state, chunk_size):
+def _in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scores: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """The body that both decays share; `scores(q, k, b)` are the decayed q_i . k_j inside a chunk."""
     check_chunk_size(chunk_size)
     dtype, length = working_dtype(q, k, v, log_decay, initial_state), v.shape[-2]
@@ -117,8 +129,8 @@ def retention(
     v: Tensor,
     log_decay: Tensor,
     *,
-    scale=None,
-    initial_state=None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """S_t = gamma_t S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, one decay gamma_t in (0, 1] a token and head.
@@ -135,8 +147,8 @@ def retention(
     check_sequence(q, k, v, initial_state)
     check_tensors(q=q, log_decay=log_decay)
     check_shape("log_decay", log_decay, "..., L", q.shape[:-1], "q")
-    options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
-    return _in_chunks(q, k, v, log_decay.unsqueeze(-1), _scores_scalar, **options)
+    decay = log_decay.unsqueeze(-1)
+    return _in_chunks(q, k, v, decay, _scores_scalar, scale=scale, initial_state=initial_state, chunk_size=chunk_size)
 
 
 @without_autocast
@@ -146,8 +158,8 @@ def gated_linear_attention(
     v: Tensor,
     log_decay: Tensor,
     *,
-    scale=None,
-    initial_state=None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
     chunk_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, a decay alpha_t for each key channel.
@@ -165,11 +177,14 @@ def gated_linear_attention(
     check_sequence(q, k, v, initial_state)
     check_tensors(q=q, log_decay=log_decay)
     check_shape("log_decay", log_decay, "..., L, d_k", q.shape, "q")
-    options = {"scale": scale, "initial_state": initial_state, "chunk_size": chunk_size}
-    return _in_chunks(q, k, v, log_decay, _scores_per_channel, **options)
+    return _in_chunks(
+        q, k, v, log_decay, _scores_per_channel, scale=scale, initial_state=initial_state, chunk_size=chunk_size
+    )
 
 
-def _scan_segment(x, delta, A, B, C, state, chunk: int) -> tuple[Tensor, Tensor]:
+def _scan_segment(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
     """`selective_scan` of a stretch: all its chunks step by step at once, then from chunk to chunk."""
     length = x.shape[1]
     x, delta, B, C = (_to_chunks(t, min(chunk, length)) for t in (x, delta, B, C))
@@ -184,7 +199,7 @@ def _scan_segment(x, delta, A, B, C, state, chunk: int) -> tuple[Tensor, Tensor]
     return (h * C.unsqueeze(-2)).sum(-1).flatten(1, 2)[:, :length], state
 
 
-def _check_scan(x, delta, A, B, C, initial_state) -> None:
+def _check_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
     check_tensors(x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
     if x.dim() != 3:
         raise ValueError(f"x must be [B, L, D], got {list(x.shape)}")
@@ -199,7 +214,14 @@ def _check_scan(x, delta, A, B, C, initial_state) -> None:
 
 @without_autocast
 def selective_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state=None, chunk_size=32
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T, y_t = h_t C_t: N states for each of D channels.
 

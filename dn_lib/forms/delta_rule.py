@@ -98,7 +98,9 @@ def delta_rule_step(
     return gated_step(q, k, v, torch.ones_like(beta), beta, state, scale_or_default(scale, q))
 
 
-def gated_step(q, k, v, alpha, beta, state, scale):
+def gated_step(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """The step without its checks."""
     dtype, out = working_dtype(q, k, v, alpha, beta, state), v.dtype
     q, k, v, alpha, beta, state = (x.to(dtype) for x in (q, k, v, alpha, beta, state))
@@ -136,7 +138,15 @@ def recurrent_delta_rule(
     return scan_steps(q, k, v, torch.ones_like(beta), beta, scale, initial_state)
 
 
-def scan_steps(q, k, v, alpha, beta, scale, initial_state):
+def scan_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Steps over the time dimension, inputs already checked."""
     scale, dtype = scale_or_default(scale, q), working_dtype(q, k, v, alpha, beta, initial_state)
     leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], beta.shape[:-1])

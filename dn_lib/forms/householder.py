@@ -7,6 +7,7 @@ float32, or in float64 if any input is float64, and results have that dtype.  Ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 from dn_lib.forms.common import check_function, check_tensors, describe, fresh, is_number, working_dtype
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
+
+
+Method = TypeVar("Method")
 
 
 def _prepare(k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +32,7 @@ def _prepare(k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return k.to(dtype), beta.to(dtype)
 
 
-def _choose(name: str, value: str, table: dict[str, Callable]) -> Callable:
+def _choose(name: str, value: str, table: dict[str, Method]) -> Method:
     if not isinstance(value, str) or value not in table:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, table))}, got {describe(value)}")
     return table[value]
@@ -176,32 +180,32 @@ def ut_transform(k: Tensor, beta: Tensor, *, method: str = "solve", matmul: MatM
     return _choose("method", method, UT_METHODS)((k @ k.mT).tril(-1), beta, matmul)
 
 
-def _ut_substitution(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+def _ut_substitution(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
     """eq-ut-row: row i from the i rows above it, i^2 multiplications."""
-    T = L[..., :0, :0]
-    for i in range(L.shape[-1]):
+    T = B[..., :0, :0]
+    for i in range(B.shape[-1]):
         beta_i = beta[..., i, None, None]
-        row = torch.cat([-beta_i * matmul(L[..., i : i + 1, :i], T), beta_i], dim=-1)
+        row = torch.cat([-beta_i * matmul(B[..., i : i + 1, :i], T), beta_i], dim=-1)
         T = torch.cat([pad(T, (0, 1)), row], dim=-2)
     return T
 
 
-def _ut_solve(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
-    A = beta[..., None] * L
-    identity_plus_A = A + _eye(L.shape[-1], L)
+def _ut_solve(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+    A = beta[..., None] * B
+    identity_plus_A = A + _eye(B.shape[-1], B)
     return torch.linalg.solve_triangular(identity_plus_A, torch.diag_embed(beta), upper=False, unitriangular=True)
 
 
-def _ut_blocked(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+def _ut_blocked(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
     """eq-scaled-inverse: T = D + D N D."""
-    return torch.diag_embed(beta) + beta[..., None] * _n_blocked(L, beta, matmul) * beta[..., None, :]
+    return torch.diag_embed(beta) + beta[..., None] * _n_blocked(B, beta, matmul) * beta[..., None, :]
 
 
-def _ut_doubling(L: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
+def _ut_doubling(B: Tensor, beta: Tensor, matmul: MatMul) -> Tensor:
     """eq-doubling: after the factor with power 2^m, `total` is the sum of all powers below 2^(m+1)."""
-    power = -beta[..., None] * L
-    total, reach = power + _eye(L.shape[-1], L), 2
-    while reach < L.shape[-1]:
+    power = -beta[..., None] * B
+    total, reach = power + _eye(B.shape[-1], B), 2
+    while reach < B.shape[-1]:
         power = matmul(power, power)
         total, reach = total + matmul(total, power), 2 * reach
     return total * beta[..., None, :]

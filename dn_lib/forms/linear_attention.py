@@ -178,8 +178,10 @@ def linear_attention_step(
     check_channels(q=q, v=v)
     check_shape("state", state, "..., d_k, d_v", (*k.shape, v.shape[-1]), "k and v")
     dtype = working_dtype(q, k, v, state)
-    o, state = write_and_read(*(x.to(dtype) for x in (q, k, v, state)), scale_or_default(scale, q))
-    return o.to(v.dtype), state
+    out, scale = v.dtype, scale_or_default(scale, q)
+    q, k, v, state = (x.to(dtype) for x in (q, k, v, state))
+    o, state = write_and_read(q, k, v, state, scale)
+    return o.to(out), state
 
 
 def write_and_read(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
