@@ -88,8 +88,8 @@ def _ut(k: Tensor, beta: Tensor) -> Tensor:
 
 def _n(k: Tensor, beta: Tensor) -> Tensor:
     """N as eq-scaled-inverse prints it."""
-    L, D = _below(k), torch.diag(beta)
-    return -torch.linalg.inv(_eye(len(k)) + L @ D) @ L
+    B, D = _below(k), torch.diag(beta)
+    return -torch.linalg.inv(_eye(len(k)) + B @ D) @ B
 
 
 def _recursion(k: Tensor, x: Tensor, beta: Tensor, seen: Callable = lambda t, u, x, k: u[t]) -> Tensor:
@@ -555,7 +555,7 @@ SCALED_INVERSE = Equation(
     label="eq-scaled-inverse",
     kind="identity",
     sample=_keys_with_zeros,
-    # Left: T from its definition, and N as it falls out of the derivation, -L + L T L, once for each form.
+    # Left: T from its definition, and N as it falls out of the derivation, -B + B T B, once for each form.
     left=lambda k, beta: (_ut(k, beta), *[_below(k) @ _ut(k, beta) @ _below(k) - _below(k)] * 2),
     right=lambda k, beta: (_d_plus_dnd(_n(k, beta), beta), _n(k, beta), _n_pushed(k, beta)),
     mutants={
@@ -573,7 +573,7 @@ SCALED_INVERSE = Equation(
             -_n(k, beta),
             -_n_pushed(k, beta),
         ),
-        "N = -L, the first order": lambda k, beta: (_d_plus_dnd(-_below(k), beta), -_below(k), -_below(k)),
+        "N = -B, the first order": lambda k, beta: (_d_plus_dnd(-_below(k), beta), -_below(k), -_below(k)),
         "D once": lambda k, beta: (
             torch.diag(beta) @ (_eye(len(k)) + _n(k, beta)),
             *SCALED_INVERSE.right(k, beta)[1:],
@@ -736,8 +736,8 @@ def _by_levels(k: Tensor, beta: Tensor, level: Callable[..., Tensor], mask: Call
     return N
 
 
-def _level(N: Tensor, L_s: Tensor, D: Tensor, eye: Tensor) -> Tensor:
-    return N - (eye + N @ D) @ L_s @ (eye + D @ N)
+def _level(N: Tensor, B_s: Tensor, D: Tensor, eye: Tensor) -> Tensor:
+    return N - (eye + N @ D) @ B_s @ (eye + D @ N)
 
 
 def _lower_left(i: Tensor, j: Tensor) -> Tensor:
@@ -754,13 +754,13 @@ N_LEVEL = Equation(
         "every neighbouring pair of blocks": lambda k, beta: _by_levels(k, beta, _level, lambda i, j: i == j + 1),
         "all that lies below the blocks": lambda k, beta: _by_levels(k, beta, _level, lambda i, j: i > j),
         "added": lambda k, beta: _by_levels(
-            k, beta, lambda N, L_s, D, eye: N + (eye + N @ D) @ L_s @ (eye + D @ N), _lower_left
+            k, beta, lambda N, B_s, D, eye: N + (eye + N @ D) @ B_s @ (eye + D @ N), _lower_left
         ),
         "D on the outer sides": lambda k, beta: _by_levels(
-            k, beta, lambda N, L_s, D, eye: N - (eye + D @ N) @ L_s @ (eye + N @ D), _lower_left
+            k, beta, lambda N, B_s, D, eye: N - (eye + D @ N) @ B_s @ (eye + N @ D), _lower_left
         ),
         "old blocks thrown away": lambda k, beta: _by_levels(
-            k, beta, lambda N, L_s, D, eye: -(eye + N @ D) @ L_s @ (eye + D @ N), _lower_left
+            k, beta, lambda N, B_s, D, eye: -(eye + N @ D) @ B_s @ (eye + D @ N), _lower_left
         ),
     },
 )

@@ -278,7 +278,7 @@ MERGE = Exercise(
     mutants=(
         Mutant(
             lambda N11, N22, L21, beta1, beta2: -_merge(N11, N22, L21, beta1, beta2),
-            "the sign: N begins with -L.",
+            "the sign: N begins with -B.",
             "Take blocks of size one, where N_11 = N_22 = 0.",
         ),
         Mutant(
