@@ -27,8 +27,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dn_lib.kernels import plan as configs
 from dn_lib.kernels.delta_rule import launch
+from dn_lib.kernels.plan import CHUNK_SIZES, Target, default_chunk, plan_call, using
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -82,33 +82,33 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
         return kernel
 
     JITFunction.run = record
-    launch.TMA_MIN_VALUES = 0  # so that a short call fetches its tiles as a long one does
-    configs.capability = lambda device_index: arch
-    if hasattr(configs.tiles, "cache_clear"):
-        configs.tiles.cache_clear()
     try:
-        for call, alone in itertools.product(calls, (False, True)):  # both regimes of `configs.alone`
-            configs.alone = lambda programs, device_index, alone=alone: alone
-            record.call = {**call, "alone": alone}
-            _launch(**call)
+        # Both regimes of `plan.is_one_wave`, and TMA in short calls as in long ones.
+        for call, sms in itertools.product(calls, (0, 10**6)):
+            record.call = {**call, "one_wave": sms > 0}
+            with using(target=Target(arch, sms), tma=True, segments=call["segments"]):
+                _launch(**call)
     finally:
         JITFunction.run = original
     return rows
 
 
-def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, segments: int):
+def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, **_):
     L, H, kind = max(2 * chunk, 1024), 1, DTYPES[dtype]
     q, k = (torch.zeros(1, L, H, K, dtype=kind) for _ in range(2))
     v, beta = torch.zeros(1, L, H, V, dtype=kind), torch.zeros(1, L, H, dtype=kind)
     first = torch.zeros(1, H, K, V) if state else None
     cu = torch.tensor([0, L], dtype=torch.int32) if varlen else None
-    common = {"scale": 1.0, "cu_seqlens": cu, "chunk": chunk, "precision": "ieee", "segments": segments}
-    for save in (False, True):
-        *_, saved = launch.forward(
-            q, k, v, beta, initial_state=first, norm=norm, save=save, final_state=state, **common
-        )
-    launch.backward(q, k, v, beta, saved, torch.zeros_like(v), first, initial_state=state, **common)
-    launch.recurrent(q, k, v, beta, scale=1.0, initial_state=first, final_state=first, cu_seqlens=cu, norm=norm)
+    inputs = {"q": q, "k": k, "v": v, "beta": beta, "scale": 1.0, "initial_state": first, "cu_seqlens": cu}
+    for training in (False, True):
+        plan = plan_call(q, k, v, cu_seqlens=cu, norm=norm, training=training, chunk=chunk)
+        *_, saved = launch.forward(plan=plan, **inputs, final_state=state)
+    launch.backward(
+        plan=plan, q=q, k=k, beta=beta, saved=saved, do=torch.zeros_like(v), dstate=first, scale=1.0,
+        initial_state=state,
+    )  # fmt: skip
+    plan = plan_call(q, k, v, cu_seqlens=cu, norm=norm, chunk=None)
+    launch.recurrent(plan=plan, **inputs, final_state=first)
 
 
 def configurations(everything: bool) -> list[dict]:
@@ -123,12 +123,12 @@ def configurations(everything: bool) -> list[dict]:
         sizes = [(16, 16), (40, 24), (64, 64), (64, 128), (128, 128), (128, 256), (256, 64), (256, 256)]
         layouts = [(False, 1), (False, 2), (True, 1)]
         rows = [
-            (dtype, K, V, norm, True, varlen, configs.default_chunk(DTYPES[dtype]), segments)
+            (dtype, K, V, norm, True, varlen, default_chunk(DTYPES[dtype]), segments)
             for dtype, (K, V), norm, (varlen, segments) in itertools.product(DTYPES, sizes, (False, True), layouts)
         ]
         rows += [
             (dtype, K, K, norm, False, False, chunk, 1)
-            for dtype, K, norm, chunk in itertools.product(DTYPES, (64, 128, 256), (False, True), configs.CHUNK_SIZES)
+            for dtype, K, norm, chunk in itertools.product(DTYPES, (64, 128, 256), (False, True), CHUNK_SIZES)
         ]
     return [dict(zip(names, row, strict=True)) for row in rows]
 

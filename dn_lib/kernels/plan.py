@@ -1,24 +1,63 @@
-"""Which kernels run with which tiles: a small explicit rule, no autotuning at run time.
+"""What a call runs: one frozen `Plan`, resolved once from the call's sizes and flags, and cached by them.
 
-`plan` chooses the regime from the shape; `tiles` the block sizes, warps and pipeline stages.
+    >>> x = torch.empty(1, 8192, 2, 128, dtype=torch.bfloat16, device="meta")
+    >>> with using(target=Target(arch=90, sms=132)):  # an H100
+    ...     plan = plan_call(x, x, x, training=True, chunk=64)
+    >>> plan.layout.segments, plan.launches["chunk_scan_fwd"].programs
+    (8, 32)
+
+`print(plan)` says all of it in words.  The launchers take a plan and decide nothing.  There is no autotuning at run
+time: the rules below are explicit, and only `using` overrides them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from dn_lib.forms.common import check_flag, check_integer, describe
+
+# What the kernels take.
 MAX_HEAD_DIM = 256
 CHUNK_SIZES = (16, 32, 64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Up to this length, and with no gradient asked for, the operator runs the recurrence itself, one token at a time.
+RECURRENT_MAX_LENGTH = 16
+SPLITS = (2, 4, 8, 16)
+TMA_MIN_LENGTH = 1024
+# Elements of q or v, in training.  The host takes time to make the descriptors, and in smaller calls the GPU waits.
+TMA_MIN_VALUES = 2**25
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes and resources of one kernel: BK key and BV value channels, warps, pipeline stages.
+# --- What a plan is made of ---------------------------------------------------------------------------------------
+class Target(NamedTuple):
+    """What the rules ask of a device.
 
-    tma: whether Hopper's copy engine fetches the tiles, where the shape allows it.
+    arch: compute capability, 90 for a Hopper GPU; None stands for Triton's interpreter.
+    sms: streaming multiprocessors (SMs), 0 on a CPU.
+    """
+
+    arch: int | None
+    sms: int
+
+
+class Tiles(NamedTuple):
+    """Block sizes and resources of one kernel's programs.
+
+    BK, BV: key and value channels of a tile; 0 where the kernel has no such axis.
+    stages: of the loads' software pipeline.  tma: whether TMA may fetch the tiles, where the shape allows it.
+    rows: keys and queries for one program, in `inverse_norms` alone.
     """
 
     BK: int
@@ -26,132 +65,563 @@ class Tiles:
     warps: int
     stages: int
     tma: bool = False
+    rows: int = 0
+
+
+class Overrides(NamedTuple):
+    """What `using` has set; None leaves the choice to the rules."""
+
+    segments: int | None = None
+    fused: bool | None = None
+    tma: bool | None = None
+    tiles: tuple[tuple[str, Tiles], ...] = ()
+    target: Target | None = None
+
+
+class Call(NamedTuple):
+    """All that determines a plan.  A tuple, because every call hashes one.
+
+    offsets: the dtype of cu_seqlens; None where sequences are not packed.
+    training: whether a backward may follow.
+    chunk: tokens of a chunk; None for the recurrence, one token at a time.
+    aligned: whether the tensors that TMA would read start at multiples of 16 bytes.
+    precision: of float32 dots, "ieee" or "tf32".
+    """
+
+    B: int
+    L: int
+    H: int
+    K: int
+    V: int
+    sequences: int
+    offsets: torch.dtype | None
+    dtype: torch.dtype
+    norm: bool
+    training: bool
+    chunk: int | None
+    precision: str
+    aligned: bool
+    target: Target
+    overrides: Overrides
+
+
+class Buffer(NamedTuple):
+    """Shape and dtype of a tensor that the forward makes besides its outputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward, besides its inputs.  `Layout.buffers` gives shapes and dtypes.
+
+    n: N of each chunk.  pseudo: Vn = D E, or E in the rows that `is_strong` leaves out.
+    q_norm, k_norm: 1/|q| and 1/|k|, where they are to be normalised.
+    states: the state that enters each chunk.  Small heads keep state_end instead, the state that leaves each segment.
+    transition: M of each segment, if a sequence has several.
+    token_offsets, chunk_offsets: of packed sequences, made from cu_seqlens by the functions of these names.
+    """
+
+    n: Tensor
+    pseudo: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    states: Tensor | None
+    state_end: Tensor | None
+    transition: Tensor | None
+    token_offsets: Tensor | None
+    chunk_offsets: Tensor | None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one call is laid out.
+class Layout:
+    """How a call is cut up.  Its numbers may be symbolic, where torch.compile asks for shapes.
 
-    chunk: rows of a chunk.
-    fused: small heads, where a state and its gradient fit in the registers of one program: the backward is one
-        kernel, which walks the state back beside its gradient.
-    segments: into how many parts each sequence is split (1: none), each of `segment` tokens.
+    fused: the backward of small heads is one kernel.  A state and its gradient fit in the registers of one program,
+    which carries both from right to left.
+    segments: into how many each sequence is split, one for each program; 1 is no split.
+    segment_length: in tokens, a multiple of the chunk; the last segment may be shorter.
     """
 
-    chunk: int
+    call: Call
     fused: bool
-    segment: int
     segments: int
+    segment_length: int
+
+    @property
+    def packed(self) -> bool:
+        return self.call.offsets is not None
+
+    @property
+    def tokens(self) -> int:
+        return self.call.B * self.call.L
+
+    @property
+    def total_segments(self) -> int:
+        return self.call.sequences * self.segments
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the whole batch.  An upper bound where lengths vary, since nobody reads them on the host."""
+        c = self.call
+        return c.L // c.chunk + c.sequences if self.packed else c.B * -(-c.L // c.chunk)
+
+    @functools.cached_property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """What the forward makes besides its outputs, by its name in `Saved`; in training all of it is kept."""
+        c, single = self.call, torch.float32
+        made = {"n": Buffer((c.B, c.L, c.H, c.chunk), c.dtype)}
+        if c.training:
+            made["pseudo"] = Buffer((c.B, c.L, c.H, c.V), c.dtype)
+        if c.norm:
+            made["q_norm"] = made["k_norm"] = Buffer((c.B, c.L, c.H), single)
+        if c.training and self.fused:
+            made["state_end"] = Buffer((self.total_segments, c.H, c.K, c.V), single)
+        elif c.training:
+            made["states"] = Buffer((self.chunks, c.H, c.K, c.V), c.dtype)
+        if self.segments > 1:
+            made["transition"] = Buffer((self.total_segments, c.H, c.K, c.K), single)
+        if self.packed:
+            made["token_offsets"] = Buffer((c.sequences + 1,), c.offsets)
+            made["chunk_offsets"] = Buffer((c.sequences + 1,), torch.int32)
+        return MappingProxyType(made)
 
 
-def padded(size: int) -> int:
-    """The next power of two, at least 16: the smallest inner size that a tensor-core dot takes."""
-    return max(16, 1 << (size - 1).bit_length())
+class Launch(NamedTuple):
+    """One kernel of a plan.
+
+    programs: of the launch's grid.  blocks: how many of them share the value channels of one state.
+    tma: whether TMA fetches the tiles; else threads compute addresses.
+    """
+
+    kernel: str
+    programs: int
+    blocks: int
+    tiles: Tiles
+    tma: bool
+    does: str
 
 
-@cache
-def multiprocessors(device_index: int) -> int:
-    """Streaming multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What runs for a call.  launches: in their order, by name; a kernel that runs twice has two names."""
+
+    layout: Layout
+    launches: Mapping[str, Launch]
+
+    @property
+    def call(self) -> Call:
+        return self.layout.call
+
+    def for_backward(self, *tensors: Tensor | None, precision: str) -> Plan:
+        """This plan, unless the backward reads tensors that TMA cannot, or float32 dots have another precision now."""
+        call = self.call._replace(precision=precision)
+        if call.aligned and not are_aligned(*tensors):
+            call = call._replace(aligned=False)
+        return self if call == self.call else resolve(call)
+
+    def __str__(self) -> str:
+        return "\n".join(_sentences(self))
 
 
+# --- Overriding the rules -----------------------------------------------------------------------------------------
+_NONE = Overrides()
+_overrides: contextvars.ContextVar[Overrides] = contextvars.ContextVar("dn_lib_plan", default=_NONE)
+# Names of launches, with the kernels that they run.
+KERNELS = {
+    "recurrent": "recurrent",
+    "inverse_norms": "inverse_norms",
+    "chunk_inverse": "chunk_inverse",
+    "segment_maps_fwd": "chunk_scan_fwd",
+    "merge_segments_fwd": "merge_segments",
+    "chunk_scan_fwd": "chunk_scan_fwd",
+    "segment_maps_bwd": "chunk_scan_bwd",
+    "merge_segments_bwd": "merge_segments",
+    "chunk_scan_bwd": "chunk_scan_bwd",
+    "chunk_bwd_dqk": "chunk_bwd_dqk",
+}
+
+
+@contextlib.contextmanager
+def using(
+    *,
+    segments: int | None = None,
+    fused: bool | None = None,
+    tma: bool | None = None,
+    tiles: Mapping[str, Tiles] | None = None,
+    target: Target | None = None,
+) -> Iterator[None]:
+    """Within it, calls of this thread are planned so, whatever the rules say; None changes nothing.
+
+    segments: into how many to split each sequence; packed ones are never split.
+    fused: whether the backward is one kernel.
+    tma: False for pointers everywhere; True for TMA in short calls too, wherever tiles, heads and chunks allow it.
+    tiles: by the name of a kernel, for all its launches, or of a launch (`KERNELS` lists both).
+    target: plan for this device in place of the tensors' own.
+    A backward follows the plan of its forward, wherever it runs.  Blocks may be nested: the inner one adds to the
+    outer.  Raises ValueError or TypeError, naming the argument.
+
+    >>> with using(segments=0):
+    ...     ...
+    Traceback (most recent call last):
+    ValueError: segments must be an integer of at least 1, got 0
+    """
+    if segments is not None:
+        check_integer("segments", segments)
+    for name, flag in (("fused", fused), ("tma", tma)):
+        if flag is not None:
+            check_flag(name, flag)
+    for name, chosen in (tiles or {}).items():
+        _check_tiles(name, chosen)
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(f"target must be a Target(arch, sms), got {describe(target)}")
+    outer = _overrides.get()
+    merged = {**dict(outer.tiles), **(tiles or {})}
+    token = _overrides.set(
+        Overrides(
+            segments=outer.segments if segments is None else int(segments),
+            fused=outer.fused if fused is None else bool(fused),
+            tma=outer.tma if tma is None else bool(tma),
+            tiles=tuple(sorted(merged.items())),
+            target=outer.target if target is None else target,
+        )
+    )
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def _check_tiles(name: str, tiles: Tiles) -> None:
+    if name not in KERNELS and name not in KERNELS.values():
+        known = ", ".join(sorted({*KERNELS, *KERNELS.values()}))
+        raise ValueError(f"tiles must be for one of {known}, got {describe(name)}")
+    if not isinstance(tiles, Tiles):
+        raise TypeError(f"tiles of {name} must be Tiles(BK, BV, warps, stages, ...), got {describe(tiles)}")
+    for field in ("BK", "BV", "warps", "rows"):
+        size = getattr(tiles, field)
+        if size < 0 or size & (size - 1):
+            raise ValueError(f"tiles of {name} must have a power of two for {field}, got {size}")
+    if min(tiles.BK, tiles.warps, tiles.stages) < 1:
+        raise ValueError(f"tiles of {name} must have BK, warps and stages of at least 1, got {tiles}")
+
+
+# --- From tensors to a plan ---------------------------------------------------------------------------------------
 def default_chunk(dtype: torch.dtype) -> int:
     """64, or 32 in float32, whose tiles are twice the size."""
     return 32 if dtype == torch.float32 else 64
 
 
-def alone(programs: int, device_index: int) -> bool:
-    """Whether no two of so many programs have to share a multiprocessor."""
-    return programs <= multiprocessors(device_index)
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The rules' view of a device, looked up once."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type != "cuda":
+        return Target(None, 0)
+    about = torch.cuda.get_device_properties(device)
+    return Target(None if interpreted else 10 * about.major + about.minor, about.multi_processor_count)
 
 
-def walk_programs(sequences: int, H: int, K: int, V: int, parts: int, first_pass: bool) -> int:
-    """Programs of a walk over sequences in `parts` segments each: one for each segment, head and 64 values.
+def target_in_use() -> Target | None:
+    """The target that `using` has set, if any."""
+    return _overrides.get().target
 
-    first_pass: the walk that makes the affine maps of all segments but the last; it also carries the columns of
-    M, which the first segment does not need.
+
+def are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether TMA can read all of them: it takes addresses that are multiples of 16 bytes."""
+    return not any(x is not None and x.data_ptr() % 16 for x in tensors)
+
+
+def call_of(
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    norm: bool = False,
+    training: bool = False,
+    chunk: int | None,
+    precision: str = "ieee",
+    aligned: bool = True,
+) -> Call:
+    """What determines the plan of a call on k `[B, L, H, K]` and v `[B, L, H, V]`; sizes may be symbolic."""
+    B, L, H, K = k.shape
+    packed, overrides = cu_seqlens is not None, _overrides.get()
+    target = overrides.target or target_of(k.device)
+    return Call(
+        B, L, H, K, v.shape[3], cu_seqlens.shape[0] - 1 if packed else B, cu_seqlens.dtype if packed else None,
+        k.dtype, norm, training, chunk, precision, aligned, target, overrides,
+    )  # fmt: skip
+
+
+def plan_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    norm: bool = False,
+    training: bool = False,
+    chunk: int | None,
+    precision: str = "ieee",
+) -> Plan:
+    """The plan for a call on tensors `[B, L, H, d]`; chunk None is for the recurrence.  See `Call`."""
+    aligned = chunk is None or are_aligned(q, k, v)
+    return resolve(
+        call_of(
+            k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=precision, aligned=aligned
+        )
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def resolve(call: Call) -> Plan:
+    """The plan for a call: the one place where everything is decided."""
+    layout = lay_out(call)
+    launches = _recurrent(call) if call.chunk is None else _chunkwise(layout)
+    return Plan(layout, MappingProxyType(launches))
+
+
+def lay_out(call: Call) -> Layout:
+    """The part of a plan that shapes depend on; sizes may be symbolic."""
+    if call.chunk is None:
+        return Layout(call, False, 1, call.L)
+    fused = call.overrides.fused
+    if fused is None:
+        fused = max(padded(call.K), padded(call.V)) <= 64 and call.dtype != torch.float32
+    wanted = choose_segments(call)
+    length = max(1, -(-call.L // (call.chunk * wanted))) * call.chunk
+    return Layout(call, fused, max(1, -(-call.L // length)), length)
+
+
+def _recurrent(call: Call) -> dict[str, Launch]:
+    tiles = _tiles("recurrent", call)
+    blocks = -(-call.V // tiles.BV)
+    programs = blocks * call.H * call.sequences
+    return {"recurrent": Launch("recurrent", programs, blocks, tiles, False, "the recurrence, one token at a time")}
+
+
+def _chunkwise(layout: Layout) -> dict[str, Launch]:
+    c, s, total = layout.call, layout.segments, layout.total_segments
+    launches: dict[str, Launch] = {}
+
+    def add(name: str, does: str, *, of: int, idle: int = 0, values: int = 0, keys: int = 0) -> None:
+        """A launch with `of` programs for each block of `values` columns, or of `keys` channels, that they share.
+
+        idle: programs of the grid that return at once, for each head.
+        """
+        one = _tiles(name, c, fused=layout.fused, one_wave=False)  # the regime changes the stages alone
+        blocks = -(-values // one.BV) if values else 1
+        programs = of * blocks * (-(-keys // one.BK) if keys else 1) * c.H
+        alone = is_one_wave(programs - idle * c.H, c.target)
+        tiles = _tiles(name, c, fused=layout.fused, one_wave=alone) if name in _SCANS else one
+        launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does)
+
+    if c.norm:
+        tiles = _tiles("inverse_norms", c)
+        programs = -(-layout.tokens * c.H // tiles.rows)
+        launches["inverse_norms"] = Launch("inverse_norms", programs, 1, tiles, False, "1/|q| and 1/|k|")
+    add("chunk_inverse", "N of each chunk", of=layout.chunks)
+    if s > 1:
+        # M is carried by programs of their own, which take BV of its K columns.  The first segment needs no M.
+        BV = _tiles("segment_maps_fwd", c).BV
+        idle = c.sequences * -(-c.K // BV)
+        columns = BV * (-(-c.V // BV) + -(-c.K // BV))
+        add("segment_maps_fwd", "the affine map of each segment but the last", of=total - c.sequences, idle=idle,
+            values=columns)  # fmt: skip
+        add("merge_segments_fwd", "the state that enters each segment", of=c.sequences, values=c.V)
+    add("chunk_scan_fwd", "the state along the chunks, and o", of=total, values=c.V)
+    if not c.training:
+        return launches
+    if s > 1:
+        add("segment_maps_bwd", "the same maps, reversed, for the gradient of the state", of=total - c.sequences,
+            values=c.V)  # fmt: skip
+        add("merge_segments_bwd", "the gradient of the state that leaves each segment", of=c.sequences, values=c.V)
+    if layout.fused:
+        add("chunk_scan_bwd", "the state and its gradient, right to left, and all gradients", of=total, values=c.V)
+        if launches["chunk_scan_bwd"].blocks > 1:
+            raise ValueError(f"fused must be False where d_v = {c.V} is more than one program's tile of values")
+    else:
+        add("chunk_scan_bwd", "the gradient of the state, right to left, dv and dbeta", of=total, values=c.V)
+        add("chunk_bwd_dqk", "dq and dk, all chunks at once", of=layout.chunks, keys=c.K)
+    return launches
+
+
+# --- The rules ----------------------------------------------------------------------------------------------------
+def padded(size: int) -> int:
+    """The next power of two, at least 16: the smallest inner size that a tensor-core dot takes."""
+    return max(16, 1 << (int(size) - 1).bit_length())
+
+
+def is_one_wave(programs: int, target: Target) -> bool:
+    """Whether all programs run at once, each with an SM to itself."""
+    return target.arch is not None and 0 < programs <= target.sms
+
+
+def choose_segments(call: Call) -> int:
+    """Into how many segments to split each sequence: few heads and long sequences leave SMs idle.
+
+    A split costs a first pass, for the affine maps of the segments, and their merge.  Picks the split with the lowest
+    estimated cost, in hundredths of one chunk step on an otherwise idle SM.  Two programs that share an SM take longer
+    by a factor that grows with the head size.  A step of the first pass counts 0.4, a merged segment 3, a split 8
+    (fitted to times on an H200, see README.md).  Integers alone, since torch.compile may hand over symbolic sizes.
     """
-    values, keys = -(-padded(V) // 64), -(-padded(K) // 64)
-    return sequences * H * ((parts - 1) * values + (parts - 2) * keys if first_pass else parts * values)
-
-
-def segments(sequences: int, L: int, H: int, K: int, V: int, chunk: int, device_index: int) -> int:
-    """Into how many parts to split each sequence: few heads and long sequences leave multiprocessors idle.
-
-    A split costs a first walk, for the affine maps of the parts, and their merge.  The choice is the least of a
-    count of steps, each a chunk of one program that has a multiprocessor to itself, in hundredths.  Two programs that
-    share one take longer by a factor that grows with the head size; a step of the first walk counts 0.4, a merged
-    part 3, a split 8 (fitted to times on an H200, see README.md).  Integers alone, since torch.compile may hand over
-    symbolic sizes.
-    """
-    shared = {64: 120, 128: 150, 256: 180}[max(64, padded(K), padded(V))]
+    if call.offsets is not None:
+        return 1
+    if call.overrides.segments is not None:
+        return call.overrides.segments
+    sms = call.target.sms
+    if not sms:
+        return 1
+    shared = {64: 120, 128: 150, 256: 180}[max(64, padded(call.K), padded(call.V))]
+    BV = _tiles("chunk_scan_fwd", call).BV
+    values, keys = -(-call.V // BV), -(-call.K // BV)
 
     def time(programs: int) -> int:
-        return 100 if alone(programs, device_index) else shared * -(-programs // (2 * multiprocessors(device_index)))
+        return 100 if programs <= sms else shared * -(-programs // (2 * sms))
 
-    best, least = 1, -(-L // chunk) * time(walk_programs(sequences, H, K, V, 1, False))
-    for parts in (2, 4, 8, 16):
-        if 8 * chunk * parts > L:
+    best, least = 1, -(-call.L // call.chunk) * time(call.sequences * call.H * values)
+    for segments in SPLITS:
+        if 8 * call.chunk * segments > call.L:
             break
-        steps = -(-L // (chunk * parts))
-        cost = steps * time(walk_programs(sequences, H, K, V, parts, False))
-        cost += steps * 2 * time(walk_programs(sequences, H, K, V, parts, True)) // 5 + 100 * (3 * parts + 8)
+        steps = -(-call.L // (call.chunk * segments))
+        first_pass = call.sequences * call.H * ((segments - 1) * values + (segments - 2) * keys)
+        cost = steps * time(call.sequences * call.H * segments * values)
+        cost += steps * 2 * time(first_pass) // 5 + 100 * (3 * segments + 8)
         if cost < least:
-            best, least = parts, cost
+            best, least = segments, cost
     return best
 
 
-def plan(L: int, K: int, V: int, dtype: torch.dtype, chunk: int, segments: int) -> Plan:
-    """The layout for sequences of length `L` (the longest one), each in at most `segments` parts."""
-    fused = max(padded(K), padded(V)) <= 64 and dtype != torch.float32
-    segment = max(1, -(-L // (chunk * segments))) * chunk
-    return Plan(chunk, fused, segment, max(1, -(-L // segment)))
+# Launches whose programs go along a sequence: what they wait for decides how far ahead they fetch.
+_SCANS = ("segment_maps_fwd", "chunk_scan_fwd", "segment_maps_bwd", "chunk_scan_bwd")
 
 
-@cache
-def capability(device_index: int) -> int:
-    """Compute capability of a GPU, 90 for a Hopper chip."""
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
+def _tiles(name: str, call: Call, *, fused: bool = False, one_wave: bool = False) -> Tiles:
+    """The tiles of a launch: those that `using` has set, or those of the rule."""
+    if call.overrides.tiles:
+        set_by_hand = dict(call.overrides.tiles)
+        if found := set_by_hand.get(name) or set_by_hand.get(KERNELS[name]):
+            return found
+    return choose_tiles(
+        name, int(call.K), int(call.V), call.dtype, norm=call.norm, fused=fused, one_wave=one_wave,
+        arch=call.target.arch,
+    )  # fmt: skip
 
 
-@cache
-def tiles(
-    kernel: str, K: int, V: int, dtype: torch.dtype, norm: bool, variant: str, alone: bool, device: int | None
+@functools.cache
+def choose_tiles(
+    name: str,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    *,
+    norm: bool = False,
+    fused: bool = False,
+    one_wave: bool = False,
+    arch: int | None,
 ) -> Tiles:
-    """The tiles of `kernel` for head sizes K and V.
+    """The rule's tiles for a launch (see `KERNELS`) on heads of K key and V value channels.
 
-    variant: "fused" or "transition" where the kernel has such a form, else "".
-    alone: no two programs of the launch share a multiprocessor.
-    device: index of the GPU; None is the interpreter, which pays for each program rather than for its size, so
-    there the tiles are as wide as they can be.
+    one_wave: see `is_one_wave`.
+    arch: as in `Target`.  The interpreter pays for each program rather than for its size, so there the tiles are as
+    wide as they can be.
+
+    >>> choose_tiles("chunk_scan_fwd", 128, 128, torch.bfloat16, arch=90)
+    Tiles(BK=128, BV=64, warps=4, stages=2, tma=True, rows=0)
     """
-    BK, BV = padded(K), padded(V)
+    kernel, BK, BV = KERNELS[name], padded(K), padded(V)
     if kernel == "inverse_norms":
-        return Tiles(BK, 4096 // BK, 4, 1)
-    if device is None:
-        return Tiles(BK, min(BV, 64) if kernel == "recurrent" else BV, 4, 1)
+        return Tiles(BK, 0, 4, 1, rows=4096 // BK)
     if kernel == "chunk_inverse":
+        if arch is None:
+            return Tiles(BK, 0, 4, 1)
         # Small dots, each waiting for the one before: many programs of one warp hide that, and need no barriers.
-        return Tiles(64, BV, 4 if dtype == torch.float32 else 1, 3)
+        return Tiles(64, 0, 4 if dtype == torch.float32 else 1, 3)
+    if arch is None:
+        return Tiles(BK, min(BV, 64) if kernel == "recurrent" else BV, 4, 1)
     if kernel == "recurrent":
         return Tiles(BK, min(BV, max(8, 2048 // BK)), 1, 1)
     if kernel == "merge_segments":
         return Tiles(BK, min(BV, 32), 8 if BK > 128 else 4, 1)
-    whole = kernel != "chunk_bwd_dqk" or norm
-    if dtype == torch.float32 or capability(device) < 90:
+    if dtype == torch.float32 or arch < 90:
         # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
-        return Tiles(BK if whole else min(BK, 64), min(BV, 32), 4, 1)
+        if kernel == "chunk_bwd_dqk":
+            return Tiles(BK if norm else min(BK, 64), min(BV, 32), 4, 1)
+        # The fused backward is one program, whose tile holds all value channels.
+        return Tiles(BK, BV if name == "chunk_scan_bwd" and fused else min(BV, 32), 4, 1)
     # Narrower tiles are padded to 64 channels: fewer configurations to prove, and 32-wide ones have been miscompiled.
     BK = max(BK, 64)
-    # A program that has a multiprocessor to itself prefetches deeply; two that share one hide each other's latency,
-    # so long as both fit: 113 KB of shared memory each.
-    if kernel == "chunk_scan_fwd":
-        stages = {64: 3, 128: 2 if variant != "transition" else 3, 256: 1}[BK]
-        return Tiles(BK, 64, 4, stages + 1 if alone else stages, tma=True)
-    if kernel == "chunk_scan_bwd":
-        return Tiles(BK, 64, 4, {64: 2, 128: 2, 256: 1}[BK] + alone, tma=True)
     if kernel == "chunk_bwd_dqk":
-        # Rows of 128 keys or more: the fewer programs share a row, the less of do, E and dR is read again.
+        # Rows of 128 keys or more: the fewer programs share a row, the less of do, pseudo and dR is read again.
         return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(min(BK, 128), 64, 4, 2, tma=True)
-    raise KeyError(f"kernel must be one that configs.tiles knows, got {kernel!r}")
+    # A program that has an SM to itself prefetches deeply.  Two that share one hide each other's latency, as long as
+    # both fit: 113 KB of shared memory each.
+    stages = {"chunk_scan_fwd": {64: 3, 128: 2, 256: 1}, "chunk_scan_bwd": {64: 2, 128: 2, 256: 1}}[kernel][BK]
+    if name == "segment_maps_fwd" and BK == 128:
+        stages = 3
+    return Tiles(BK, 64, 4, stages + one_wave, tma=True)
+
+
+def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
+    """Whether TMA fetches a launch's tiles.
+
+    It knows where a tensor ends, not where a sequence or a head does: chunks must be whole, and tiles divide heads.
+    """
+    c = layout.call
+    possible = tiles.tma and (name in _SCANS or name == "chunk_bwd_dqk")
+    possible = possible and c.aligned and not layout.packed and c.L > 0 and c.L % c.chunk == 0
+    if not possible or c.K % tiles.BK or c.V % tiles.BV or c.overrides.tma is False:
+        return False
+    repaid = c.L >= TMA_MIN_LENGTH and (not c.training or layout.tokens * c.H * max(c.K, c.V) >= TMA_MIN_VALUES)
+    return bool(c.overrides.tma) or repaid
+
+
+# --- In words -----------------------------------------------------------------------------------------------------
+def _sentences(plan: Plan) -> Iterator[str]:
+    c, layout = plan.call, plan.layout
+    name = str(c.dtype).removeprefix("torch.")
+    where = "Triton's interpreter" if c.target.arch is None else f"compute capability {c.target.arch / 10}"
+    where += f", {c.target.sms} SMs" if c.target.sms else ""
+    sequences = f"{c.sequences} packed sequences" if layout.packed else f"{c.B} x {c.L:,} tokens"
+    yield f"{sequences}, {c.H} heads of {c.K} key and {c.V} value channels, {name}; {where}"
+    if c.chunk is None:
+        yield "the recurrence, one token at a time, in float32"
+    else:
+        dots = f"; float32 dots in {c.precision}" if c.dtype == torch.float32 else ""
+        yield f"chunks of {c.chunk}{dots}; {_why_segments(plan)}"
+    for number, (step, launch) in enumerate(plan.launches.items(), 1):
+        t = launch.tiles
+        sizes = f"{t.rows} rows" if t.rows else f"tiles of {t.BK} keys" + (f" x {t.BV} values" if t.BV else "")
+        wave = ", one wave" if step in _SCANS and is_one_wave(launch.programs, c.target) else ""
+        parts = [
+            f"{launch.programs:,} programs{wave}", sizes, f"{t.warps} warp{'s' * (t.warps > 1)}",
+            f"{t.stages} stage{'s' * (t.stages > 1)}", "TMA" if launch.tma else "pointers",
+        ]  # fmt: skip
+        yield f"{number}. {launch.kernel} ({launch.does}): {', '.join(parts)}"
+    if c.training:
+        kept = layout.buffers
+        size = sum(math.prod(b.shape) * b.dtype.itemsize for b in kept.values())
+        each = (f"{key} {list(b.shape)} {str(b.dtype).removeprefix('torch.')}" for key, b in kept.items())
+        yield f"saved for the backward, {size / 2**20:,.1f} MiB: {', '.join(each)}"
+
+
+def _why_segments(plan: Plan) -> str:
+    c, layout = plan.call, plan.layout
+    scan = plan.launches["chunk_scan_fwd"]
+    if layout.packed:
+        return "one segment per sequence: packed sequences are not split"
+    if layout.segments > 1:
+        unsplit = scan.programs // layout.segments
+        why = (
+            "asked for"
+            if c.overrides.segments
+            else f"since unsplit {unsplit:,} programs would share {c.target.sms} SMs"
+        )
+        return f"{layout.segments} segments of {layout.segment_length:,} tokens per sequence, {why}"
+    if c.overrides.segments:
+        return "one segment per sequence, asked for"
+    if not c.target.sms:
+        return "one segment per sequence: a CPU runs programs one after the other"
+    if scan.programs >= c.target.sms:
+        return f"one segment per sequence, since {scan.programs:,} programs fill {c.target.sms} SMs"
+    return f"one segment per sequence: {scan.programs:,} programs leave SMs idle, and a split would cost more"

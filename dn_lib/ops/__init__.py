@@ -1,10 +1,9 @@
 """The public operators: `delta_rule`, its relatives in place and with fla's signatures, and the checks of values."""
 
-from dn_lib.ops.autograd import RECURRENT_MAX_LENGTH, for_triton, through_recurrent, through_triton
+from dn_lib.kernels.plan import RECURRENT_MAX_LENGTH
+from dn_lib.ops.autograd import for_triton, through_recurrent, through_triton
 from dn_lib.ops.backend import (
     BACKENDS,
-    TRITON_DTYPES,
-    TRITON_MAX_HEAD_DIM,
     choose_backend,
     resolve_backend,
     triton_problem,
@@ -24,12 +23,12 @@ from dn_lib.ops.checks import (
 )
 from dn_lib.ops.delta import autocast_dtype, decode_delta_rule, delta_rule
 from dn_lib.ops.fla import chunk_delta_rule, fused_recurrent_delta_rule
+from dn_lib.ops.planning import OperatorPlan, plan
 
 __all__ = [
     "BACKENDS",
     "RECURRENT_MAX_LENGTH",
-    "TRITON_DTYPES",
-    "TRITON_MAX_HEAD_DIM",
+    "OperatorPlan",
     "autocast_dtype",
     "check_arguments",
     "check_copy",
@@ -46,6 +45,7 @@ __all__ = [
     "for_triton",
     "fused_recurrent_delta_rule",
     "is_plain",
+    "plan",
     "refuse_gradients",
     "resolve_backend",
     "through_recurrent",

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib.util
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import active_transform, refuse_transforms
+from dn_lib.forms.common import active_transform, describe, refuse_transforms
+from dn_lib.kernels.plan import CHUNK_SIZES, DTYPES, MAX_HEAD_DIM
 
 BACKENDS = ("auto", "recurrent", "parallel", "chunkwise", "triton")
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_MAX_HEAD_DIM = 256
 # Looked up once: torch.compile cannot trace the look-up.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
+_auto: contextvars.ContextVar[str | None] = contextvars.ContextVar("dn_lib_auto", default=None)
+
+
+@contextlib.contextmanager
+def using(*, auto: str) -> Iterator[None]:
+    """Within it, backend "auto" takes `auto` wherever it may.  Raises ValueError for what is no backend.
+
+    With auto="triton" a CPU takes the kernels, through Triton's interpreter, as a GPU would.
+
+    >>> x = torch.ones(1, 4, 1, 16)
+    >>> with using(auto="recurrent"):
+    ...     print(choose_backend(x, x, None, "auto"))
+    recurrent
+    """
+    if not isinstance(auto, str) or auto not in BACKENDS:
+        raise ValueError(f"auto must be one of {', '.join(BACKENDS)}, got {describe(auto)}")
+    token = _auto.set(None if auto == "auto" else auto)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def forget_warnings() -> None:
+    """The next fallback of "auto" warns again, as the first one of a process does."""
+    _warned.clear()
 
 
 def triton_problem(device: torch.device | None = None) -> str | None:
@@ -35,35 +63,50 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
+def why_not_auto(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Why "auto" leaves the Triton kernels, in words; None where it takes them.  dim: the widest head."""
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, not on a GPU"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if triton_problem(device):
+        return triton_problem(device)
+    if dim > MAX_HEAD_DIM:
+        return f"head size {dim} is above {MAX_HEAD_DIM}, the most that the Triton kernels take"
+    return None
+
+
 def choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) -> str:
     """`auto` takes Triton on a GPU wherever it can, chunkwise elsewhere."""
     dim = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        if q.device.type != "cuda" or q.dtype not in TRITON_DTYPES or triton_problem(q.device):
-            return "chunkwise"
-        if dim > TRITON_MAX_HEAD_DIM:
-            if "head_dim" not in _warned:
-                _warned.add("head_dim")
-                warnings.warn(
-                    f"delta_rule: head size {dim} is above {TRITON_MAX_HEAD_DIM}, the most that the Triton kernels "
-                    "take; using backend='chunkwise'",
-                    stacklevel=3,
-                )
-            return "chunkwise"
-        return "triton"
+        # A compiled call is made for the rule.
+        if not torch.compiler.is_compiling() and (wanted := _auto.get()) is not None:
+            return wanted
+        problem = why_not_auto(q.device, q.dtype, dim)
+        if problem is None:
+            return "triton"
+        if q.device.type == "cuda" and q.dtype in DTYPES and dim > MAX_HEAD_DIM and "head_dim" not in _warned:
+            _warned.add("head_dim")
+            warnings.warn(f"delta_rule: {problem}; using backend='chunkwise'", stacklevel=3)
+        return "chunkwise"
     if backend == "triton":
         if problem := triton_problem(q.device):
             raise RuntimeError(f"backend 'triton' cannot run: {problem}")
-        if q.dtype not in TRITON_DTYPES:
-            raise TypeError(f"q must be float32, bfloat16 or float16 for backend 'triton', got {q.dtype}")
-        if dim > TRITON_MAX_HEAD_DIM:
-            raise ValueError(
-                f"q and v must have at most {TRITON_MAX_HEAD_DIM} channels for backend 'triton', got {dim}; "
-                "use 'chunkwise'"
-            )
-        if chunk_size not in (None, 16, 32, 64):
-            raise ValueError(f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {chunk_size}")
+        check_for_triton(q.dtype, dim, chunk_size)
     return backend
+
+
+def check_for_triton(dtype: torch.dtype, dim: int, chunk_size: int | None) -> None:
+    """Raise TypeError or ValueError for what the Triton kernels cannot take, on any device."""
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be float32, bfloat16 or float16 for backend 'triton', got {dtype}")
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"q and v must have at most {MAX_HEAD_DIM} channels for backend 'triton', got {dim}; use 'chunkwise'"
+        )
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {chunk_size}")
 
 
 def resolve_backend(q, k, v, beta, initial_state, chunk_size, backend):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule
 from dn_lib.forms.common import check_flag, l2_normalise, on_heads, scale_or_default, working_dtype
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
-from dn_lib.ops.autograd import through_triton
+from dn_lib.ops.autograd import decode_through_triton, through_triton
 from dn_lib.ops.backend import choose_backend, resolve_backend
 from dn_lib.ops.checks import (
     check_arguments,
@@ -180,12 +180,7 @@ def decode_delta_rule(
     refuse_gradients(q=q, k=k, v=v, beta=beta)
     with torch.no_grad(), _no_autocast(q):
         if choose_backend(sequence[0], sequence[2], None, "auto") == "triton":
-            from dn_lib.kernels.delta_rule import launch
-
-            o = launch.recurrent(
-                *sequence, scale=scale, initial_state=state, final_state=state, cu_seqlens=None, norm=qk_l2norm
-            )
-            return o[:, 0]
+            return decode_through_triton(*sequence, state, scale, qk_l2norm)[:, 0]
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)
         o, new = delta_rule_step(*(x.to(dtype) for x in (q, k, v, beta)), state, scale=scale)

@@ -370,19 +370,10 @@ def _operator_in_blocks(q, k, v, beta, chunk_size, block_v):
     The interpreter takes tiles as wide as they can be, so that there would be one block only.  A function of this
     module, because where kernels are compiled `observe` calls it in a child process.
     """
-    from dataclasses import replace
-    from unittest.mock import patch
-
     import dn_lib
-    from dn_lib.kernels import plan as configs
+    from dn_lib.kernels.plan import Tiles, padded, using
 
-    chosen = configs.tiles
-
-    def tiles(kernel, *args):
-        found = chosen(kernel, *args)
-        return replace(found, BV=block_v) if kernel == "chunk_scan_fwd" else found
-
-    with patch.object(configs, "tiles", tiles):
+    with using(tiles={"chunk_scan_fwd": Tiles(padded(k.shape[-1]), block_v, warps=4, stages=1)}):
         return dn_lib.delta_rule(q, k, v, beta, backend="triton", chunk_size=chunk_size, output_final_state=True)
 
 
