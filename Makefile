@@ -80,7 +80,7 @@ gpu: $(READY)
 	  || { echo "make gpu needs an NVIDIA GPU that torch can see; 'make test' needs none"; exit 1; }
 	$(PY) -m pytest -m gpu tests
 	@command -v compute-sanitizer > /dev/null || echo "compute-sanitizer is not installed: the kernels' accesses were not checked"
-	@! command -v compute-sanitizer > /dev/null || $(PY) -m tools.sanitize
+	@! command -v compute-sanitizer > /dev/null || $(PY) -m experiments sanitizer --out build/sanitizer.json
 
 aot: $(READY)
 	$(PY) -m dn_lib.kernels.aot --all

@@ -1,13 +1,17 @@
 """Errors of the operator against float64 on random calls with gradients: sizes, dtypes and options mixed.
 
-    python benchmarks/errors.py --out book/results/errors.json [--calls 2000] [--seconds 240]
-    python benchmarks/errors.py --out one.json --start 1234 --calls 1      # repeats call 1234 alone
+    python -m experiments errors --calls 2000 --seconds 240
+    python -m experiments errors --out one.json --start 1234 --calls 1      # repeats call 1234 alone
 
-A call is fixed by --seed, --variants and its number.  fla sees the same inputs where it takes them (bfloat16 and
-float16, head sizes 64 and 128), its autotuning cut to one configuration.  Single calls scatter, the more so the more
-alike the keys are: so the ratio of errors, ours over fla's, is judged by its geometric mean over the random calls of
-a configuration.  `scatter` tells how far fla is from itself: its error with other random numbers over its error with
-these, shape and options the same.
+A call is fixed by --seed, --variants and its number.  Kernels are compiled in parallel first, then the calls run.  The
+table gives median, 99th percentile and worst error of each dtype and output, and the ratio to fla's on the same
+inputs where fla takes them (bfloat16 and float16, head sizes 64 and 128), its autotuning cut to one configuration.
+Failures are stored with their settings.
+
+A single call's ratio scatters, as fla's own error does with other random numbers (`scatter`: its error with others
+over its error with these, shape and options the same), the more so the more alike the keys are.  So the ratio, ours
+over fla's, is judged by its geometric mean over the random calls of a configuration, if there are ten or more
+(`ratio_by_configuration`).
 
 Exits with 1 if a result is not finite, if an error in float32 with ieee dots is above 1e-5, if a call raises, or if
 the ratio of a configuration is above 1.1 for any output; with 3 if the GPU is lost.
@@ -19,32 +23,20 @@ import argparse
 import contextlib
 import itertools
 import math
-import multiprocessing
-import os
 import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
-from unittest import mock
 
 import torch
-from measure import (
-    OUTPUTS,
-    Problem,
-    Results,
-    device_of,
-    draw,
-    errors_of,
-    exact_results,
-    first_line,
-    forward_backward,
-    load_fla,
-    long_calls,
-    operator,
-    split,
-)
+
+from dn_lib.kernels import plan
+from experiments.harness.cli import Experiment, device_of, settings_of
+from experiments.harness.errors import MEANING, errors_of, exact_results
+from experiments.harness.peers import load_fla
+from experiments.harness.problems import OUTPUTS, Problem, draw, forward_backward, operator
+from experiments.harness.processes import compile_ahead
+from experiments.harness.results import Results, first_line
 
 SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (40, 24), (128, 64), (64, 128), (16, 16))
 DTYPES = ("bfloat16", "float16", "float32")
@@ -68,8 +60,8 @@ def configurations(variants: int, seed: int, smoke: bool = False) -> list[dict]:
             "varlen": (False, True),
             "chunk": (64, 32, 16),
             "segments": (None, 2, 3, 5),
-            "alone": (False, True),  # whether programs have a multiprocessor to themselves: other tiles
-            "whole": (False, True),  # whole chunks, 1,024 tokens at least: the copy engine fetches the tiles
+            "alone": (False, True),  # whether each program has an SM to itself: other tiles
+            "whole": (False, True),  # whole chunks, 1,024 tokens at least: TMA fetches the tiles
         }
         dealt = {}
         for name, values in decks.items():
@@ -113,57 +105,44 @@ def problem(c: dict, device: str) -> Problem:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def regime(alone: bool) -> Iterator[None]:
-    """Within it the tiles are those of programs that do, or do not, have a multiprocessor to themselves.
+def planned(c: dict, device: str) -> contextlib.AbstractContextManager:
+    """Within it the operator is planned as the call says.
 
-    Whole chunks are fetched by the copy engine, as they are in calls of many more tokens.
+    With `alone` every program has an SM to itself, else none has: the plan is for a GPU that has very many, or none.
     """
-    with mock.patch("dn_lib.kernels.plan.alone", lambda programs, device_index: alone), long_calls():
-        yield
+    arch = plan.target_of(torch.device(device)).arch
+    target = plan.Target(arch, sms=2**20 if c["alone"] else 0)
+    return plan.using(segments=c["segments"], tma=True if c["whole"] else None, target=target)
 
 
 def fla_takes(c: dict) -> bool:
     return (c["d_k"], c["d_v"]) in FLA_SIZES and c["dtype"] != "float32" and 0 not in (c["lengths"] or [1])
 
 
-def compile_one(job: tuple[dict, bool]) -> str | None:
-    """In a process of its own: one small call, so that Triton's cache holds the kernels.  What went wrong, if so."""
+def compile_one(job: tuple[dict, bool]) -> None:
+    """In a process of its own: one small call, so that Triton's cache holds the kernels."""
     c, with_fla = job
-    try:
-        c = c | {"number": -1, "B": 1, "L": 150, "H": FLA_HEADS, "bias": 0.0, "beta_range": 1.0, "seed": 0}
-        c["lengths"] = [100, 50] if c["varlen"] else None
-        if c["segments"] is not None:
-            c["L"] = 64 * c["segments"]
-        if c["whole"]:
-            c["L"] = 1024
-        p = problem(c, "cuda")
-        with split(c["segments"]), regime(c["alone"]):
-            forward_backward(operator, p)
-        if with_fla and fla_takes(c):
-            peer = load_fla(False)
-            if peer.chunk is not None:
-                peer.cut = True
-                forward_backward(peer.form, p)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{c}: {first_line(error)}"
-    return None
-
-
-def precompile(configs: list[dict], with_fla: bool, workers: int) -> dict:
-    """Compiles all of `configs` on all cores; what fails here fails again, and is recorded, in its own call."""
-    begun = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        failed = [f for f in pool.imap_unordered(compile_one, [(c, with_fla) for c in configs], chunksize=1) if f]
-    return {"configurations": len(configs), "workers": workers, "seconds": time.monotonic() - begun, "failed": failed}
+    c = c | {"number": -1, "B": 1, "L": 150, "H": FLA_HEADS, "bias": 0.0, "beta_range": 1.0, "seed": 0}
+    c["lengths"] = [100, 50] if c["varlen"] else None
+    if c["segments"] is not None:
+        c["L"] = 64 * c["segments"]
+    if c["whole"]:
+        c["L"] = 1024
+    p = problem(c, "cuda")
+    with planned(c, "cuda"):
+        forward_backward(operator, p)
+    if with_fla and fla_takes(c):
+        peer = load_fla(False)
+        if peer.chunk is not None:
+            peer.cut = True
+            forward_backward(peer.form, p)
 
 
 def measure(c: dict, device: str, peer) -> dict:
     """Errors of ours, and of fla if `peer` is given, for one call."""
     p = problem(c, device)
     exact = exact_results(p)
-    with split(c["segments"]), regime(c["alone"]):
+    with planned(c, device):
         row = {"ours": errors_of(forward_backward(operator, p), exact)}
     # Far smaller references than results are a sign of cancellation in the problem, not in the kernels.
     row["norms"] = {name: x.detach().norm().item() for name, x in exact.items()}
@@ -323,33 +302,25 @@ def table(s: dict) -> str:
     return "\n".join(lines)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--start", type=int, default=0, help="number of the first call")
     parser.add_argument("--seconds", type=float, help="begin no call after so many, compilation not counted")
     parser.add_argument("--variants", type=int, default=4, help="draws of the options for each size and dtype")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-fla", action="store_true")
     parser.add_argument("--fla-calls", type=int, default=150, help="at most so many calls of fla")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile; 0: none")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny calls in Triton's interpreter")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
+def run(options: argparse.Namespace) -> int:
     device = device_of(options.smoke)
     options.out.unlink(missing_ok=True)
     configs = configurations(options.variants, options.seed, options.smoke)
     peer = load_fla(options.no_fla, options.smoke)
     peer.cut = True
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    settings |= {
+    settings = settings_of(options) | {
         "fla": {"status": peer.status, **peer.facts, "autotuning": "first configuration"},
         "sizes": SIZES,
-        "errors": "relative Frobenius norm against float64 (PyTorch chunkwise form) of the same rounded inputs",
+        "errors": MEANING,
         "reproduce": "the same command with --start NUMBER --calls 1 and the same --seed and --variants",
         "rows": "failures first, then the worst call of each dtype and output",
     }
@@ -358,9 +329,23 @@ def main(argv: list[str] | None = None) -> int:
     numbers = range(options.start, options.start + options.calls)
     used = [configs[i] for i in sorted({n % len(configs) for n in numbers})]
     if options.workers and not options.smoke and len(used) > 1:
-        settings["precompiled"] = precompile(used, peer.chunk is not None, min(options.workers, len(used)))
+        jobs = [(c, peer.chunk is not None) for c in used]
+        settings["precompiled"] = {"configurations": len(used), **compile_ahead(compile_one, jobs, options.workers)}
         print(settings["precompiled"], flush=True)
-    tally, left, begun, shown, code = Tally(), options.fla_calls, time.monotonic(), 0.0, 0
+    tally, begun = Tally(), time.monotonic()
+    code = calls(numbers, configs, options, device, peer, tally)
+    results.summary = tally.summary() | {"seconds": time.monotonic() - begun}
+    for kind, rows in (("failure", tally.failures[:200]), ("worst", tally.worst.values())):
+        results.rows += [results.marked({"key": f"{kind} {i}", **row}) for i, row in enumerate(rows)]
+    failed = [" ".join(map(str, ("FAILED", *failure["wrong"], failure["call"]))) for failure in tally.failures[:10]]
+    counts = f"{tally.calls} calls, {tally.fla_calls} of fla, {len(tally.failures)} failures"
+    worse = [row for row in results.summary["ratio_by_configuration"] if row["above"]]
+    return results.finish("\n".join([*failed, table(results.summary), counts]), code, failed=tally.failures or worse)
+
+
+def calls(numbers: range, configs: list[dict], options: argparse.Namespace, device: str, peer, tally: Tally) -> int:
+    """Makes the calls and tallies them: 0; 3 if the GPU was lost."""
+    left, begun, shown = options.fla_calls, time.monotonic(), 0.0
     for number in numbers:
         elapsed = time.monotonic() - begun
         if options.seconds is not None and elapsed > options.seconds:
@@ -378,25 +363,20 @@ def main(argv: list[str] | None = None) -> int:
                     torch.cuda.synchronize()
             except Exception:
                 print(f"GPU lost at call {c}: go on with --start {number + 1}", flush=True)
-                code = 3
-                break
+                return 3
         if elapsed - shown > 10:
             shown = elapsed
             print(f"[{elapsed:5.0f} s] {tally.calls} calls, {len(tally.failures)} failures", flush=True)
-    results.summary = tally.summary() | {"seconds": time.monotonic() - begun}
-    for kind, rows in (("failure", tally.failures[:200]), ("worst", tally.worst.values())):
-        for i, row in enumerate(rows):
-            results.rows.append({"key": f"{kind} {i}", **row, **results.origin, "measured": not options.smoke})
-    results.write()
-    for failure in tally.failures[:10]:
-        print("FAILED", *failure["wrong"], failure["call"], flush=True)
-    print(table(results.summary))
-    print(f"{tally.calls} calls, {tally.fla_calls} of fla, {len(tally.failures)} failures")
-    if options.smoke:
-        print("NOT MEASURED: smoke run")
-    worse = [row for row in results.summary["ratio_by_configuration"] if row["above"]]
-    return code or int(bool(tally.failures or worse))
+    return 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+EXPERIMENT = Experiment(
+    question="How far from float64 is the operator on some thousand random calls, and how far is fla?",
+    writes=("errors.json",),
+    minutes=4,
+    gpu="H200",
+    run=run,
+    options=options,
+    each=(("--calls", "2200", "--seconds", "160", "--variants", "2", "--fla-calls", "400"),),
+    shared=("seed", "smoke", "workers"),
+)

@@ -1,6 +1,24 @@
-"""What `operator.py` runs: errors first, then times, for our operator and whatever else is to be had.
+"""Time, memory and errors of the operator beside fla, softmax attention, the recurrence and PyTorch, in one process.
 
-Sections (`--only`): grid, small, odd, varlen, dtypes, decode, norm, first.
+Errors come first: output and gradients of ours, and of fla, on a batch of at most two sequences of at most 1,024
+tokens with the same heads (and, where the operator would split a long sequence, in as many parts), against the
+PyTorch form in float64.  A shape at which an error of ours is above the dtype's limit (bfloat16: 8e-3), or above 1.1
+times fla's, is not timed; its row says `refused` and why.  Then times, ours and fla by turns, so that
+`ours_samples_ms` shows the spread.
+
+--only picks sections: grid (21 shapes), small (one sequence of 512 tokens, many calls in a row), odd (unequal and
+uneven head sizes), varlen, dtypes, decode, norm (normalisation inside the kernels) and first (seconds of the first
+call in a new process with an empty cache, and how many kernels further shapes compile).  A row holds
+
+- forward, forward_backward: ours_ms, fla_ms, ratio (fla over ours, so above 1 is faster than fla),
+  of_compulsory_time (ours over the time to move the compulsory bytes at the copy rate measured in the same run),
+  compulsory_bytes_per_s, ours_peak_extra_bytes, fla_peak_extra_bytes;
+- others: milliseconds of the other forms, in the grid;
+- errors, and fla: how fla was configured.
+
+fla tunes itself for over a minute at each new head size, number of heads and dtype; --fla-first-config stops that
+outside the grid, and rows made so say "fla": "first configuration": their ratio flatters us, by how much we do not
+know.
 """
 
 from __future__ import annotations
@@ -17,47 +35,36 @@ import time
 from pathlib import Path
 
 import torch
-from measure import (
-    COMPULSORY,
-    Clock,
-    DeviceLost,
-    Form,
-    OutOfTime,
-    Peer,
-    Problem,
-    Results,
-    ceilings,
-    compulsory_bytes,
-    device_of,
-    draw,
-    errors_of,
-    exact_results,
-    first_line,
-    forward,
-    forward_backward,
-    geometric_mean,
-    interleaved,
-    limit_of,
-    load_fla,
-    long_calls,
-    mixed_lengths,
-    operator,
-    peak_extra_bytes,
-    pytorch_form,
-    recurrent_form,
-    relative,
-    softmax_form,
-    split,
-    verdict,
-)
 
 import dn_lib
-from dn_lib.kernels import plan as configs
+from dn_lib.kernels import plan
+from dn_lib.testing import mixed_lengths, relative_error
+from experiments.harness.cli import Experiment, device_of, settings_of
+from experiments.harness.clock import Clock, ceilings, interleaved, peak_extra_bytes
+from experiments.harness.errors import MEANING, errors_of, exact_results, limit_of, refused, verdict
+from experiments.harness.peers import Peer, load_fla
+from experiments.harness.problems import (
+    COMPULSORY,
+    INPUTS,
+    Form,
+    Problem,
+    compulsory_bytes,
+    draw,
+    forward,
+    forward_backward,
+    matmul_precision,
+    operator,
+    pytorch_form,
+    recurrent_form,
+    segments_of,
+    softmax_form,
+)
+from experiments.harness.provenance import ROOT
+from experiments.harness.results import Results, first_line, geometric_mean
 
 HEADS = ((64, 32), (128, 16), (256, 8))  # (d, H): 2,048 channels
 BATCHES = ((32, 1024), (16, 2048), (8, 4096), (4, 8192), (2, 16384), (1, 32768), (1, 8192))  # (B, L)
 TUNED = ("autotuned", "first configuration")  # what a row says of fla if fla was there
-SECTIONS = ("grid", "small", "odd", "varlen", "dtypes", "decode", "norm", "first")
 
 
 class Bench:
@@ -66,17 +73,16 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options, self.smoke = options, options.smoke
         self.device = device_of(options.smoke)
-        self.clock = Clock(*((10, 40) if options.quick else (25, 100)), smoke=options.smoke)
+        self.clock = Clock.of(options)
         self.rounds = 1 if options.quick or options.smoke else 2
         self.peer: Peer = load_fla(options.skip_fla, options.smoke)
         settings = {
-            **{name: value for name, value in vars(options).items() if name not in ("out", "first_call")},
+            **settings_of(options, "first_call"),
             "fla": {"status": self.peer.status, **self.peer.facts},
-            "clock": f"triton.testing.do_bench medians, warm-up {self.clock.warmup} ms, {self.clock.rep} ms measured; "
-            "calls above 30 ms: median of three",
+            "clock": f"{self.clock}; calls above 30 ms: median of three",
             "order": "ours, fla, ours" if self.rounds == 1 else "ours, fla, ours, fla, ours",
-            "inputs": "q, k normalised in float32 then cast; beta = sigmoid(normal); v, do normal; torch.autograd.grad",
-            "errors": "relative Frobenius norm against float64 (PyTorch chunkwise form) of the same rounded inputs",
+            "inputs": f"{INPUTS}; torch.autograd.grad",
+            "errors": MEANING,
             "refused": "where an error of ours is above the dtype's limit or above 1.1 times fla's",
             "compulsory_bytes": COMPULSORY,
             "memory": "peak allocated during a call, less what was allocated before it",
@@ -101,9 +107,11 @@ class Bench:
         """Errors of ours and of fla on `p`, and what is wrong with ours; made once for each `key`."""
         if key not in self.checked:
             exact = exact_results(p)
-            with split(segments), long_calls():
+            # Short calls of whole chunks fetch their tiles as the long ones that are timed do.
+            tma = True if p.q.shape[1] >= plan.TMA_MIN_LENGTH else None
+            with plan.using(segments=segments, tma=tma):
                 found = {"ours": errors_of(forward_backward(operator, p), exact)}
-                found["ours"] |= {"o (no gradient)": relative(forward(operator, p), exact["o"])}
+                found["ours"] |= {"o (no gradient)": relative_error(forward(operator, p), exact["o"])}
             if theirs is not None:
                 try:
                     found["fla"] = errors_of(forward_backward(theirs, p), exact)
@@ -134,7 +142,7 @@ class Bench:
         limit = limit_of(p.q.dtype, precision, self.device)
         row["errors"] = check = self.check(key, sample, segments, limit, theirs)
         if check["wrong"]:
-            return row | {"status": "refused", "failure": "; ".join(check["wrong"])}
+            return row | refused(check["wrong"])
         row["copy_bytes_per_s"] = rate = self.results.ceilings["copy_bytes_per_s"]
         median = self.clock.loop if loop else self.clock.median
         for name, run, size in zip(
@@ -177,11 +185,6 @@ class Bench:
 # --- Sections ----------------------------------------------------------------------------------------------------
 
 
-def parts_of(bench: Bench, B: int, L: int, H: int, d: int) -> int:
-    """Into how many parts the operator's rule splits each sequence of this shape."""
-    return 1 if bench.smoke else configs.segments(B, L, H, d, d, configs.default_chunk(torch.bfloat16), 0)
-
-
 def grid(bench: Bench) -> None:
     heads, batches = (((16, 1), (32, 1)), ((2, 40),)) if bench.smoke else (HEADS, BATCHES)
     shapes = [(d, H, B, L) for d, H in heads for B, L in batches]
@@ -190,7 +193,7 @@ def grid(bench: Bench) -> None:
     for d, H, B, L in shapes:
 
         def row(d=d, H=H, B=B, L=L):
-            kind, parts = torch.bfloat16, parts_of(bench, B, L, H, d)
+            kind, parts = torch.bfloat16, segments_of(B, L, H, d, torch.bfloat16, bench.device)
             sample = draw(min(B, 2), min(L, 1024), H, d, d, kind, bench.device, seed=1)
             p = draw(B, L, H, d, d, kind, bench.device, seed=2)
             # The split form is checked too, on a sequence short enough for a reference.
@@ -244,16 +247,12 @@ def dtypes(bench: Bench) -> None:
     for dtype, precision in kinds[:2] if bench.smoke else kinds:
 
         def row(dtype=dtype, precision=precision):
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
-            try:
+            with matmul_precision("highest" if precision == "ieee" else "high"):
                 sample = draw(min(B, 2), min(L, 1024), H, d, d, dtype, bench.device, seed=8)
                 p = draw(B, L, H, d, d, dtype, bench.device, seed=9)
                 cut = bench.options.fla_first_config
                 row = bench.compare(p, sample, ("dtypes", dtype, precision), cut=cut, precision=precision)
-                return row | {"precision": precision}
-            finally:
-                torch.set_float32_matmul_precision(before)
+            return row | {"precision": precision}
 
         name = str(dtype).removeprefix("torch.")
         bench.results.measure(f"dtypes {name} {precision} d={d} H={H} B={B} L={L}", row, again=bench.again)
@@ -272,11 +271,11 @@ def decode(bench: Bench) -> None:
         first = state[few].double()
         o, last = dn_lib.delta_rule(*wide, initial_state=first, output_final_state=True, backend="recurrent")
         got = dn_lib.decode_delta_rule(*token, state)
-        errors = {"o": relative(got[few], o[:, 0]), "state": relative(state[few], last)}
+        errors = {"o": relative_error(got[few], o[:, 0]), "state": relative_error(state[few], last)}
         limit = limit_of(torch.bfloat16, device=bench.device)
         result = {"sequences": N, "H": H, "d": d, "errors": {"ours": errors, "limit": limit}}
         if wrong := verdict(errors, None, limit):
-            return result | {"status": "refused", "failure": "; ".join(wrong)}
+            return result | refused(wrong)
         theirs = None
         if bench.peer.recurrent is not None:
             q, k, v, beta = (x[:, None] for x in token)
@@ -319,10 +318,9 @@ def first(bench: Bench) -> None:
             if bench.smoke:
                 return {"d": d, **first_call(d, H, "cpu")}
             with tempfile.TemporaryDirectory(prefix="fresh_cache_") as folder:
-                script = Path(__file__).resolve().with_name("operator.py")
-                command = [sys.executable, str(script), "--first-call", f"{d},{H}", "--out", os.devnull]
+                command = [sys.executable, "-m", "experiments", "side_by_side", "--first-call", f"{d},{H}"]
                 environment = {**os.environ, "TRITON_CACHE_DIR": folder}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode)
             return {"d": d, **json.loads(done.stdout.splitlines()[-1])}
@@ -347,6 +345,9 @@ def first_call(d: int, H: int, device: str) -> dict:
         calls.append({"B": B, "L": L, "H": heads, "seconds": seconds, "kernels_compiled": count - before})
         before = count
     return {"first_call_s": calls[0]["seconds"], "calls": calls}
+
+
+SECTIONS = {f.__name__: f for f in (grid, small, odd, varlen, dtypes, decode, norm, first)}
 
 
 # --- What it comes to --------------------------------------------------------------------------------------------
@@ -424,33 +425,25 @@ def a_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="operator.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="result file; rows in it are kept and not repeated")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--shapes", nargs="+", type=a_shape, metavar="d,H,B,L", help="these shapes of the grid alone")
     parser.add_argument("--skip-fla", action="store_true")
     parser.add_argument("--fla-first-config", action="store_true", help="outside the grid, do not let fla autotune")
-    parser.add_argument("--quick", action="store_true", help="shorter timings, and no PyTorch form")
-    parser.add_argument("--retry", action="store_true", help="repeat rows that failed or were refused")
-    parser.add_argument("--any-commit", action="store_true", help="keep rows that other commits measured")
-    parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter; times are stubs")
     parser.add_argument("--first-call", metavar="d,H", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """0; 1 if a row failed or was refused; 2 if the budget ran out; 3 if the GPU was lost."""
-    options = arguments(argv)
     if options.first_call:
         d, H = map(int, options.first_call.split(","))
         print(json.dumps(first_call(d, H, "cuda")))
         return 0
     bench = Bench(options)
-    results, code = bench.results, 0
+    results = bench.results
     print(f"fla: {bench.peer.status}", flush=True)
-    try:
+
+    def body() -> None:
         results.ceilings = ceilings(bench.clock)
         results.write()
         rate, flops = results.ceilings["copy_bytes_per_s"], results.ceilings["matmul_flops_per_s"]
@@ -458,23 +451,28 @@ def main(argv: list[str] | None = None) -> int:
             print(f"copy {rate / 1e12:.2f} TB/s, matmul {flops / 1e12:.0f} TFLOP/s", flush=True)
             torch.cuda.empty_cache()
         for name in options.only:
-            globals()[name](bench)
-    except OutOfTime:
-        print(f"stopped at the budget, {results.elapsed():.0f} s; the same command goes on", flush=True)
-        code = 2
-    except DeviceLost as error:
-        print(f"GPU lost at {error}; the same command goes on after it", flush=True)
-        code = 3
+            SECTIONS[name](bench)
+
+    code = results.fill(body)
     results.summary = summary(results.rows)
-    results.write()
-    print(table(results.rows))
+    lines = [table(results.rows)]
     for name in ("forward", "forward_backward"):
         s = results.summary[name]
         if s["geometric_mean_ratio"] is not None and math.isfinite(s["geometric_mean_ratio"]):
-            print(
+            lines.append(
                 f"{name}: geometric mean {s['geometric_mean_ratio']:.2f} times fla over {s['shapes_with_fla']} shapes, "
                 f"least {s['least_ratio']:.2f} at {s['least_ratio_at']}"
             )
-    if bench.smoke:
-        print("NOT MEASURED: smoke run")
-    return code or int(bool(results.summary["refused_or_failed"]))
+    return results.finish("\n".join(lines), code, failed=results.summary["refused_or_failed"])
+
+
+EXPERIMENT = Experiment(
+    question="How fast, how large and how exact is the operator beside fla, attention, the recurrence and PyTorch?",
+    writes=("operator.json",),
+    minutes=6,
+    gpu="H200",
+    run=run,
+    options=options,
+    shared=("any-commit", "budget", "quick", "retry", "smoke"),
+    dry=("first_call",),
+)

@@ -1,7 +1,5 @@
 """Same weights, same logits: fla's DeltaNetForCausalLM against ours, on a GPU with fla installed.
 
-    python benchmarks/check_fla_conversion.py --out book/results/fla_conversion.json
-
 For each variant a small fla model with random weights is built and converted. Logits of random tokens are
 compared as relative norms, |ours - fla's| / |fla's|, once with all weights in float32 and once in bfloat16. The
 lengths lie on both sides of 64 tokens, where fla changes from its recurrent to its chunkwise kernel; the latter
@@ -36,18 +34,19 @@ import argparse
 import functools
 import importlib.util
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from measure import first_line, load_fla, plain
-from peer_compile import Died, default_workers, spread
-from provenance import package_version, provenance
 
 from dn_lib.models.convert import from_fla_state_dict
+from dn_lib.testing import relative_error
+from experiments.harness.cli import Experiment
+from experiments.harness.peers import load_fla
+from experiments.harness.processes import Died, spread
+from experiments.harness.provenance import package_version, provenance
+from experiments.harness.results import first_line, plain, write_json
 
 VARIANTS = {
     "as in the paper": {},
@@ -60,13 +59,6 @@ VARIANTS = {
 }
 BEYOND = ("1 + elu",)  # judged in bfloat16 by either side's distance from float64: the reason is in the docstring
 FLOAT32_TOLERANCE = 1e-3  # TF32 in some of the products of either side: a relative rounding of 2^-11
-
-
-def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
-    x, reference = x.double().cpu(), reference.double().cpu()
-    return ((x - reference).norm() / reference.norm()).item()
-
-
 SORTS = {  # name: (dtype, layers, standard deviation of the weights)
     "float32": (torch.float32, 4, 0.06),
     "bfloat16": (torch.bfloat16, 2, 0.02),
@@ -90,13 +82,13 @@ def compare(theirs, ours, exact, tokens: torch.Tensor, device: str) -> dict:
     row = {"shape": list(tokens.shape)}
     reference = exact(tokens)
     o = ours(tokens.to(device))
-    row["ours_to_float64"] = relative(o, reference)
+    row["ours_to_float64"] = relative_error(o, reference)
     try:
         f = theirs(tokens.to(device), use_cache=False).logits
     except Exception as error:
         return row | {"refused_by_fla": first_line(error)[:200]}
-    row["fla_to_float64"] = relative(f, reference)
-    row["ours_to_fla"] = relative(o, f)
+    row["fla_to_float64"] = relative_error(f, reference)
+    row["ours_to_fla"] = relative_error(o, f)
     row["same_argmax"] = (o.argmax(-1) == f.argmax(-1)).float().mean().item()
     return row
 
@@ -136,7 +128,7 @@ def compare_unit(unit: Unit, device: str, lengths: list[int], seed: int, until: 
     return rows
 
 
-def run(of_unit: Callable[[Unit], list[dict]], units: list[Unit], workers: int) -> Iterator[dict]:
+def rows_of_all(of_unit: Callable[[Unit], list[dict]], units: list[Unit], workers: int) -> Iterator[dict]:
     """The rows of all units, in their order whatever the number of processes."""
     for (variant, sort), rows in spread(of_unit, units, workers):
         yield from [{"variant": variant, "sort": sort, "failure": str(rows)}] if isinstance(rows, Died) else rows
@@ -172,20 +164,20 @@ def verdict(rows: list[dict], limits: dict[str, float]) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the JSON")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[7, 64, 65, 300])
     parser.add_argument("--tolerance", type=float, default=2e-2, help="for bfloat16 (default 2e-2)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--budget", type=float, metavar="S", help="begin no model after so many seconds")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes; 0: all in this one")
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 if `passed`; 1 if not; 2 where it cannot be run."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device: run this on a machine with an NVIDIA GPU")
+        print("no CUDA device: run this on a machine with an NVIDIA GPU")
+        return 2
     if importlib.util.find_spec("fla") is None:
-        parser.error("fla is absent: pip install flash-linear-attention==0.6.0 transformers")
+        print("fla is absent: pip install flash-linear-attention==0.6.0 transformers")
+        return 2
     limits = {"float32": FLOAT32_TOLERANCE, "bfloat16": options.tolerance}
     versions = {"fla": package_version("flash-linear-attention"), "transformers": package_version("transformers")}
     report = {"provenance": provenance(seed=options.seed, **versions), "limits": limits, "rows": []}
@@ -197,16 +189,21 @@ def main(argv: list[str] | None = None) -> int:
         until=None if options.budget is None else time.time() + options.budget,
     )
     units = [(variant, sort) for variant in VARIANTS for sort in SORTS]
-    for row in run(of_unit, units, options.workers):
+    for row in rows_of_all(of_unit, units, options.workers):
         report["rows"].append(plain(row))
         report |= verdict(report["rows"], limits)
         print(json.dumps(plain(row)), flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.out, report)
     print(json.dumps({key: report[key] for key in ("worst", "beyond", "limits", "passed")}))
     return 0 if report["passed"] else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+EXPERIMENT = Experiment(
+    question="Does a converted fla model give fla's logits?",
+    writes=("fla_conversion.json",),
+    minutes=2,
+    gpu="H200 with 10 cores",
+    run=run,
+    options=options,
+    shared=("budget", "seed", "workers"),
+)

@@ -1,11 +1,18 @@
 """What the operator's errors depend on, one axis at a time, against float64 on the same rounded inputs.
 
-    python benchmarks/error_microscope.py --out book/results/error_microscope.json [--budget 60]
-
 The point: keys of norm 1, independent of each other, beta uniform in [0, 1], bfloat16, chunks of 64, heads of 128.  The
-axes: chunk size, number format, norm of the keys, their correlation, range of beta.  Then the triangular inverse alone,
-by each method, along the same axes.  Exits with 1 if a call raised, or if a result is not finite where no step of
-the recurrence can grow; with 2 if the budget ran out; with 3 if the GPU is lost.
+axes: chunk size, number format (float32 with full products and with TF32), norm of the keys, their correlation (with
+beta up to 1 and to 2), range of beta.  Each point holds median and largest relative error of o, dq, dk, dv and dbeta
+over the seeds, how many seeds were not finite, and what the inputs turned out to be once rounded: `measured_cosine`,
+and `may_grow` where some beta |k|^2 is above 2, so that a step of the recurrence itself can grow.
+
+Rows of section `inverse` do the same for the triangular inverse by each method, a chunk at a time: error of T, of N
+where the method makes it, and of o and the gradients if these alone were wrong.  `how` says whether a kernel made it
+or an emulation in PyTorch.  The row `tf32 rounding` shows whether a compiled TF32 dot rounds its operands or cuts them
+off.
+
+Exits with 1 if a call raised, or if a result is not finite where no step of the recurrence can grow (doubling
+excepted, which is there to fail); with 2 if the budget ran out; with 3 if the GPU is lost.
 """
 
 from __future__ import annotations
@@ -13,35 +20,23 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import multiprocessing
-import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
-
-import dn_lib  # noqa: F401  # isort: skip  (before Triton: it decides on the interpreter)
 
 import torch
 import triton
 import triton.language as tl
-from measure import (
-    DeviceLost,
-    OutOfTime,
-    Problem,
-    Results,
-    device_of,
-    exact_results,
-    first_line,
-    forward_backward,
-    operator,
-)
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from dn_lib.forms.householder import rounded_matmul, scaled_inverse, ut_transform
 from dn_lib.kernels import inverse, ladder
 from dn_lib.kernels.common import dot
+from experiments.harness.cli import Experiment, device_of, settings_of
+from experiments.harness.errors import exact_results
+from experiments.harness.problems import Problem, forward_backward, matmul_precision, operator
+from experiments.harness.processes import compile_ahead
+from experiments.harness.results import Results, first_line
 
 # name -> dtype, torch's switch for float32 products, chunk size (the one that the operator would choose)
 FORMATS = {
@@ -146,12 +141,8 @@ def of_operator(c: dict, source: Source) -> dict:
     dtype, switch, _ = FORMATS[c["format"]]
     p = source.problem(c, dtype)
     exact = exact_results(p)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(switch)
-    try:
+    with matmul_precision(switch):
         got = forward_backward(operator, p)
-    finally:
-        torch.set_float32_matmul_precision(before)
     return facts(p.k, p.beta) | {"errors": errors_by_seed(got, exact)}
 
 
@@ -295,31 +286,22 @@ def tf32_rounding(device: str) -> dict:
 # --- Compilation, on all cores ------------------------------------------------------------------------------------
 
 
-def compile_one(job: tuple[str, dict, dict]) -> str | None:
-    """In a process of its own: one call, so that Triton's cache holds its kernels.  What went wrong, if anything."""
+def compile_one(job: tuple[str, dict, dict]) -> None:
+    """In a process of its own: one call, so that Triton's cache holds its kernels."""
     name, c, sizes = job
-    try:
-        source = Source([0], device="cuda", **sizes)
-        if name in METHODS:
-            of_inverse(c, source, name)
-        else:
-            of_operator(c, source)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{name} {c}: {first_line(error)}"
-    return None
+    source = Source([0], device="cuda", **sizes)
+    if name in METHODS:
+        of_inverse(c, source, name)
+    else:
+        of_operator(c, source)
 
 
 def precompile(big: dict, small: dict, workers: int) -> dict:
-    """What fails here fails again, and is recorded, in its own row.  The slowest to compile come first."""
     jobs = [(name, BASE | {"format": name, "chunk": chunk}, big) for name, (_, _, chunk) in FORMATS.items()][::-1]
     kernels = [name for name, (_, how, _) in METHODS.items() if how == KERNEL]
     jobs += [(name, BASE | p, small) for p in AXES["chunk"][::-1] for name in kernels]
     jobs += [(BASE["format"], BASE | p, big) for p in AXES["chunk"] if p["chunk"] != BASE["chunk"]]
-    begun = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        failed = [f for f in pool.imap_unordered(compile_one, jobs, chunksize=1) if f]
-    return {"jobs": len(jobs), "workers": workers, "seconds": time.monotonic() - begun, "failed": failed}
+    return {"jobs": len(jobs), **compile_ahead(compile_one, jobs, workers)}
 
 
 # --- Rows --------------------------------------------------------------------------------------------------------
@@ -377,45 +359,39 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n* some step multiplies by more than 1: beta |k|^2 > 2 as the inputs were rounded"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget", type=float, metavar="S", help="begin no row after so many seconds")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile first; 0: none")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny points in Triton's interpreter")
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
     device, smoke = device_of(options.smoke), options.smoke
     axes = SMOKE_AXES if smoke else AXES
     big = dict(L=32, H=1, d=16) if smoke else dict(L=1024, H=2, d=128)
     small = dict(L=32, H=1, d=16) if smoke else dict(L=512, H=1, d=64)
     seeds = list(range(2 if smoke else options.seeds))
     base_chunk = {"chunk": 16} if smoke else {}
+    chunks_alone = "chunks by themselves, from state zero; bfloat16 inputs; o and gradients in float64 but for T and N"
     settings = {
-        **{name: value for name, value in vars(options).items() if name != "out"},
+        **settings_of(options),
         "base": BASE | base_chunk,
         "operator": big,
         "formats": {name: {"dtype": f[0], "float32_matmul_precision": f[1]} for name, f in FORMATS.items()},
         "unit_roundoff": UNIT,
         "inputs": "q of norm 1, k as said, v and do standard normal, beta uniform; made in float64, then rounded",
         "error": "|x - exact| / |exact| by seed, against float64 on the same rounded inputs",
-        "inverse": small
-        | {
-            "what": "chunks by themselves, from state zero; bfloat16 inputs; o and gradients in float64 but for T and N"
-        },
+        "inverse": small | {"what": chunks_alone},
     }
     if options.workers and not smoke:
         settings["precompiled"] = precompile(big, small, options.workers)
         print(settings["precompiled"], flush=True)
     results = Results(options.out, settings, budget=options.budget, smoke=smoke)
     source, chunks = Source(seeds, device=device, **big), Source(seeds, device=device, **small)
-    code = 0
 
     def sweep(section: str, axis: str, name: str, points: list[dict], run: Callable[[dict], dict], **more: str) -> None:
         row = {"section": section, "axis": axis, **more}
         results.measure(f"{section} {axis}: {name}", lambda: row | a_sweep([p | base_chunk for p in points], run))
 
-    try:
+    def body() -> None:
         for name, (_, _, chunk) in FORMATS.items():
             for axis, points in axes.items():
                 if name == BASE["format"] or axis in EVERY_FORMAT:
@@ -426,22 +402,20 @@ def main(argv: list[str] | None = None) -> int:
             for name, (_, how, _) in METHODS.items():
                 run = functools.partial(of_inverse, source=chunks, method=name)
                 sweep("inverse", axis, name, axes[axis], run, method=name, how=how)
-    except OutOfTime:
-        print("stopped at the budget; the same command goes on", flush=True)
-        code = 2
-    except DeviceLost as error:
-        print(f"GPU lost at {error}; the same command goes on after it", flush=True)
-        code = 3
+
+    code = results.fill(body)
     wrong = faults(results.rows)
     results.summary = {"amplification": amplification(results.rows), "faults": wrong}
-    results.write()
-    print(table(results.rows))
-    for fault in wrong:
-        print("FAULT", fault)
-    if smoke:
-        print("NOT MEASURED: smoke run")
-    return code or int(bool(wrong))
+    lines = [table(results.rows), *(f"FAULT {fault}" for fault in wrong)]
+    return results.finish("\n".join(lines), code, failed=wrong)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+EXPERIMENT = Experiment(
+    question="What do the errors of the operator, and of the triangular inverse alone, depend on?",
+    writes=("error_microscope.json",),
+    minutes=1,
+    gpu="H200",
+    run=run,
+    options=options,
+    shared=("budget", "smoke", "workers"),
+)

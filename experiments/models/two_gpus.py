@@ -1,12 +1,11 @@
 """Two GPUs against one: the same losses, and the delta rule along a sequence that two GPUs share.
 
-    python benchmarks/two_gpus.py --out book/results/two_gpus.json
-
 Starts, side by side, `python -m dn_lib train ...` and `torchrun --nproc-per-node 2 -m dn_lib train ...` with
 --parallel ddp and fsdp, in float32 and at the same total batch, over NCCL: the losses of every step and of the
 evaluation must agree to 1e-5.  And `dn_lib.parallel.affine`, forward and backward, on stretches of unequal
 length, against the chunkwise form on one GPU: 1e-5 in float32, 1e-12 in float64.
---smoke does it on a CPU, over gloo, with a tiny model.  Exits with 1 if anything differs or fails.
+--smoke does it on a CPU, over gloo, with a tiny model.  Exits with 1 if anything differs or fails (`failures` holds the
+last words of what failed).
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import device_of, first_line, relative
-from provenance import provenance
 
 from dn_lib.forms.chunkwise import chunkwise_delta_rule
 from dn_lib.parallel.affine import _loopback, split_and_run
+from dn_lib.testing import relative_error
+from experiments.harness.cli import Experiment, device_of
+from experiments.harness.provenance import ROOT, provenance
+from experiments.harness.results import SMOKE_RUN, first_line, write_json
 
 LIMITS = {"training": 1e-5, "float32": 1e-5, "float64": 1e-12}
-ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN = {"steps": 10, "batch": 16, "length": 256, "width": 256, "layers": 4, "heads": 4, "hybrid": "global"}
 TRAIN |= {"learning-rate": 1e-3, "warmup": 4, "evaluate-every": 0, "evaluation-tokens": 16384, "precision": "float32"}
@@ -48,7 +48,8 @@ def commands(folder: Path, corpus: str, device: str, smoke: bool) -> dict[str, l
         "one": [*train, str(folder / "one")],
         "ddp": [*two, str(folder / "ddp"), "--parallel", "ddp"],
         "fsdp": [*two, str(folder / "fsdp"), "--parallel", "fsdp"],
-        "sequence": [*TORCHRUN, __file__, "--worker", str(folder / "sequence.json"), *(["--smoke"] if smoke else [])],
+        "sequence": [*TORCHRUN, "-m", "experiments", "two_gpus", "--worker", str(folder / "sequence.json")]
+        + (["--smoke"] if smoke else []),
     }
 
 
@@ -86,12 +87,14 @@ def sequence_errors(shape: dict, dtype: torch.dtype, device: str) -> dict[str, f
     grads = torch.autograd.grad((o, state), leaves, (inputs["do"], inputs["dstate"]))
     whole = {"o": o, **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
     errors = {
-        name: relative(mine[name], x.split(lengths, dim=2)[rank]) for name, x in whole.items() if name[1:] != names[4]
+        name: relative_error(mine[name], x.split(lengths, dim=2)[rank])
+        for name, x in whole.items()
+        if name[1:] != names[4]
     }
     if rank == 0:
-        errors["dinitial_state"] = relative(mine["dinitial_state"], whole["dinitial_state"])
+        errors["dinitial_state"] = relative_error(mine["dinitial_state"], whole["dinitial_state"])
     else:
-        errors["state"] = relative(mine["state"], state)
+        errors["state"] = relative_error(mine["state"], state)
     return errors
 
 
@@ -138,22 +141,20 @@ def finish(processes: dict[str, subprocess.Popen], seconds: float) -> dict[str, 
     return failures
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", default="stdlib")
     parser.add_argument("--seconds", type=float, default=150, help="give up after so many")
-    parser.add_argument("--smoke", action="store_true", help="on a CPU, over gloo")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
     if options.worker:
         worker(options.worker, options.smoke)
         return 0
-    if options.out is None:
-        parser.error("--out is needed")
     device = device_of(options.smoke)
     if not options.smoke and torch.cuda.device_count() < 2:
-        parser.error(f"two GPUs are needed, torch finds {torch.cuda.device_count()}: --smoke runs it on a CPU")
+        print(f"two GPUs are needed, torch finds {torch.cuda.device_count()}: --smoke runs it on a CPU")
+        return 2
     begun, loopback = time.monotonic(), _loopback()
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -181,16 +182,23 @@ def main(argv: list[str] | None = None) -> int:
     record |= {"provenance": provenance(seed=0), "backend": "gloo" if options.smoke else "nccl", "commands": shown}
     record |= {"checks": checks, "failures": failures, "seconds": round(time.monotonic() - begun, 1)}
     record["passed"] = not failures and all(check["passed"] for check in checks.values())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.out, record)
     for name, check in checks.items():
         parts = [check] if name != "sequence" else [check.get("float32", check), check.get("float64", check)]
         print(f"{name:9s}", *(f"{p['worst']:.1e} (limit {p['limit']:g})" if "worst" in p else p for p in parts))
     print(json.dumps(failures) if failures else f"passed: {record['passed']}, {record['seconds']} s")
     if options.smoke:
-        print("NOT MEASURED: smoke run")
+        print(SMOKE_RUN)
     return 0 if record["passed"] else 1
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+EXPERIMENT = Experiment(
+    question="Do two GPUs give the losses of one, and does a sequence that they share give its gradients?",
+    writes=("two_gpus.json",),
+    minutes=1,
+    gpu="two H200",
+    run=run,
+    options=options,
+    shared=("smoke",),
+    dry=("worker",),
+)

@@ -1,6 +1,6 @@
 """How long each chapter runs, one after the other on an otherwise idle machine, and whether it runs to its end.
 
-    python benchmarks/chapter_times.py --out book/results/chapter_times.json
+    python -m experiments chapter_times --out book/results/chapter_times.json
 
 README.md's table shows these times.  Results are kept by device, so that a run on a GPU adds a column; `different`
 holds the cells whose text is not the stored one (figures, times and devices left out).
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import nbformat
 import torch
-from provenance import provenance
 
-from tools.lowering import Book, lower
-from tools.notebooks import ROOT, execute
+from experiments.harness.cli import Experiment
+from experiments.harness.provenance import ROOT, provenance
+from experiments.harness.results import write_json
 
 
 def shown(cell) -> str:
@@ -40,11 +36,16 @@ def differences(notebook, stored) -> list[dict]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="these chapters alone")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    import nbformat  # the chapters' tools come with the extra `book`
+
+    from tools.lowering import Book, lower
+    from tools.notebooks import execute
+
     book = Book(ROOT / "book")
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     place = "gpu" if torch.cuda.is_available() else "cpu"
@@ -69,9 +70,15 @@ def main() -> int:
                 seconds.pop(chapter.stem, None)
                 print(f"{chapter.stem}  FAILED\n{error}", flush=True)
         known[place] = {"provenance": provenance(), "seconds": seconds, "different": different}
-        options.out.write_text(json.dumps(known, indent=1) + "\n")
+        write_json(options.out, known)
     return int(failed > 0)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+EXPERIMENT = Experiment(
+    question="How long does each chapter run, and does it show what is stored?",
+    writes=("chapter_times.json",),
+    minutes=4,
+    gpu="H200; 3 on a CPU",
+    run=run,
+    options=options,
+)

@@ -1,29 +1,40 @@
 """Multi-query associative recall at the paper's size: accuracy of several mixers against the width of the model.
 
-    python benchmarks/mqar.py --out book/results/mqar.json --budget 110
-    python benchmarks/mqar.py --out small.json --device cpu --length 64 --pairs 8 --vocab 256 --widths 64 --steps 300
+    python -m experiments mqar --budget 110
+    python -m experiments mqar --out small.json --device cpu --length 64 --pairs 8 --vocab 256 --widths 64 --steps 300
 
 512 tokens, 64 pairs, 8,192 words, two layers without a feed-forward part.  Each cell (model, width, seed) is trained on
-its own and written when it is done; the same command again goes on with what is missing, failed or was skipped.
+its own, on batches drawn on the GPU, asked on 3,000 other examples, and written when it is done; the same command again
+goes on with what is missing, failed or was skipped.  Every mixer but softmax attention has a short convolution of two
+taps.  DeltaNet goes through the Triton kernels, the others through PyTorch.
+
+At full length the loss stays for long where it begins, so a cell learns from 64 tokens and 8 pairs first, then 128 and
+16, then 256 and 32 (--lessons; 1 does without), each until the accuracy is above 90%, or for an eighth of the steps.
+Training ends at --steps, or once the accuracy of 25 batches in a row is above 99%.  A GPU runs the whole step as one
+CUDA graph (`steps_by` says whether it could be recorded).
+
+`results` has one entry for each model and width: `accuracy`, one number for each seed, and `steps`, how many were
+taken.  `rows` are the cells with their learning curves.  --budget leaves out (`skipped`) a cell that would end later,
+judged after its first 25 steps.  One learning rate serves all models unless --learning-rates names several, of which
+the best is kept, model by model and width by width: with one, a low accuracy may be the rate's fault, or that of too
+few steps, as well as the memory's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import DeviceLost, OutOfTime, Results, device_of, first_line, plain
 from torch import Tensor
 
 from dn_lib.data.recall import multi_query_associative_recall
 from dn_lib.models import LanguageModel, ModelConfig
+from experiments.harness.cli import Experiment, device_of
+from experiments.harness.results import Results, first_line, plain
 
 MODELS = {
     "delta": "DeltaNet",
@@ -247,6 +258,8 @@ def collected(rows: list[dict]) -> list[dict]:
 class Accuracies(Results):
     """`Results` with what a reader of the file wants first: `results`, see `collected`."""
 
+    not_measured = "smoke run: a few steps of a tiny model; no accuracy here is a result"
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         # A row of other settings is another experiment: `settings["training"]` is kept in each row.
@@ -255,15 +268,9 @@ class Accuracies(Results):
         if len(self.rows) < before:
             print(f"{before - len(self.rows)} cells that failed or have other settings will be replaced", flush=True)
 
-    def write(self) -> None:
-        record = {"provenance": self.provenance, "settings": self.settings, "results": collected(self.rows)}
-        if self.smoke:
-            record = {"not_measured": "smoke run: a few steps of a tiny model; no accuracy here is a result", **record}
-        record |= {"rows": self.rows}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
-        os.replace(part, self.path)
+    def record(self) -> dict:
+        found = {"provenance": self.provenance, "settings": self.settings}
+        return {**found, "results": collected(self.rows), "rows": self.rows}
 
 
 def plan(o: argparse.Namespace) -> list[tuple[str, int, float, int]]:
@@ -274,10 +281,8 @@ def plan(o: argparse.Namespace) -> list[tuple[str, int, float, int]]:
     ]
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, required=True)
     add("--models", nargs="+", choices=list(MODELS), default=["delta", "linear", "retnet", "gla"])
     add("--widths", nargs="+", type=int, default=[64, 128, 256])
     add("--seeds", type=int, default=2, help="seeds 0, 1, ... of each model and width")
@@ -295,11 +300,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--conv-size", type=int, default=2, help="taps of the short convolutions, 0 for none")
     add("--test", type=int, default=3000, help="examples on which a trained model is asked")
-    add("--budget", type=float, metavar="S", help="begin no cell after so many seconds")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--eager", action="store_true", help="no CUDA graph")
-    add("--smoke", action="store_true", help="a few steps of a tiny model on the CPU")
-    return parser.parse_args(argv)
 
 
 def table(rows: list[dict]) -> str:
@@ -315,9 +317,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(o: argparse.Namespace) -> int:
     """0; 1 if a cell failed; 2 if the budget ran out; 3 if the GPU was lost."""
-    o = arguments(argv)
     if o.smoke:
         o.device, o.models, o.widths, o.seeds, o.steps, o.warmup = "cpu", ["delta", "retnet"], [16], 2, 3, 1
         o.batch, o.length, o.pairs, o.vocab, o.test = 2, 32, 8, 32, 5
@@ -338,8 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     results = Accuracies(o.out, settings, budget=o.budget, smoke=o.smoke)
     torch.set_float32_matmul_precision("high")
-    code = 0
-    try:
+
+    def body() -> None:
         for mixer, width, rate, seed in plan(o):
             left = None if o.budget is None else lambda: o.budget - results.elapsed()
             results.measure(
@@ -347,18 +348,18 @@ def main(argv: list[str] | None = None) -> int:
                 lambda m=mixer, w=width, r=rate, s=seed, left=left: a_cell(m, w, r, s, o, device, left),
                 again=lambda row: row["status"] != "ok",
             )
-    except OutOfTime:
-        print("stopped at the budget; the same command goes on", flush=True)
-        code = 2
-    except DeviceLost as error:
-        print(f"GPU lost at {error}; the same command goes on after it", flush=True)
-        code = 3
-    results.write()
-    print(table(results.rows))
-    if o.smoke:
-        print("NOT MEASURED: smoke run")
-    return code or int(any(row["status"] == "failed" for row in results.rows))
+
+    code = results.fill(body)
+    return results.finish(table(results.rows), code, failed=any(row["status"] == "failed" for row in results.rows))
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+EXPERIMENT = Experiment(
+    question="How well does each mixer recall what it has seen, by the width of the model?",
+    writes=("mqar.json",),
+    minutes=1,
+    gpu="H200, for two of the models and one seed",
+    run=run,
+    options=options,
+    shared=("budget", "smoke"),
+    each=(("--models", "delta", "linear", "--seeds", "1"),),
+)

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "book" / "results"
+
 
 def git_commit() -> str:
     """`DN_COMMIT` if that is set (for a copy whose `.git` is missing or older); else the commit of the checkout.
@@ -69,9 +72,10 @@ def provenance(seed: int | list[int] | None = None, **extra: Any) -> dict[str, A
 
     arguments = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "", *sys.argv[1:]]
     script = Path(sys.argv[0]).resolve() if sys.argv and sys.argv[0] else None
-    root = Path(__file__).resolve().parent.parent
-    if script and script.is_relative_to(root):
-        arguments[0] = script.relative_to(root).as_posix()
+    if script == ROOT / "experiments" / "__main__.py":
+        arguments[:1] = ["-m", "experiments"]
+    elif script and script.is_relative_to(ROOT):
+        arguments[0] = script.relative_to(ROOT).as_posix()
     # Folders of the machine say nothing to a reader: of an absolute path the name is kept.
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return {

@@ -1,14 +1,16 @@
-"""Train a language model for a few minutes and write what happened to a JSON file.
+"""Train a language model for a few minutes and write what happened: the three runs that chapter 6 compares.
 
-    python benchmarks/train_hybrid.py --out book/results/hybrid_training.json
-    python benchmarks/train_hybrid.py --corpus wheels.tar.xz --minutes 8 --out ...
-    python benchmarks/train_hybrid.py --kind delta --steps 5000 --out book/results/delta_training.json
-    python benchmarks/train_hybrid.py --kind attention --steps 5000 --out book/results/attention_training.json
+    python -m experiments train_hybrid --out book/results/hybrid_training.json
+    python -m experiments train_hybrid --corpus wheels.tar.xz --minutes 8 --out ...
+    python -m experiments train_hybrid --kind delta --steps 5000 --out book/results/delta_training.json
+    python -m experiments train_hybrid --kind attention --steps 5000 --out book/results/attention_training.json
 
 The first seconds time a step on a copy of the model; the number of steps that fits in --minutes is then
 fixed, and written down, so that `--steps` repeats the run exactly.  Give other kinds the same --steps, and they
 see the same tokens.  The kinds (hybrid, delta, attention: a Transformer++) have the same width, depth, heads and
 feed-forward part, which leaves their parameters within a percent of each other: --sizes prints them and stops.
+One block of each sort is compiled and serves all (--compile model compiles the whole); a copy of the model takes the
+first steps, so that `tokens_per_second` holds no compiling.  `timings` says what was spent outside of training.
 --folder keeps checkpoints there, and a killed or stopped run goes on from them.
 """
 
@@ -17,21 +19,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import dn_lib  # noqa: F401  (before anything that imports triton)
-
-# isort: split
 import torch
-from provenance import provenance
 
 from dn_lib.data import load_corpus
 from dn_lib.data.tokens import SEPARATOR
@@ -49,6 +43,9 @@ from dn_lib.training import (
 )
 from dn_lib.training.distributed import Processes, resolve_device
 from dn_lib.training.loop import flop_use
+from experiments.harness.cli import Experiment
+from experiments.harness.provenance import provenance
+from experiments.harness.results import write_json
 
 PROMPTS = ("def ", "class ", "\ndef read_file(path):\n    ")
 KINDS = {
@@ -59,10 +56,8 @@ KINDS = {
 SHAPE = ("width", "layers", "heads", "mixer", "hybrid", "window", "conv_size")
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, help="the JSON file to write")
     add("--kind", choices=KINDS, help="sets --mixer and --hybrid")
     add("--sizes", action="store_true", help="print the parameters of every kind at these sizes, and stop")
     add("--folder", type=Path, help="checkpoints and log go here; an earlier run there is resumed")
@@ -93,15 +88,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--precision", default="auto")
     add("--device", default="auto")
-    add("--seed", type=int, default=0)
     add("--samples", type=int, default=16, help="samples for each prompt, to see how many parse")
     add("--sample-tokens", type=int, default=256)
-    options = parser.parse_args(argv)
-    if options.kind:
-        vars(options).update(KINDS[options.kind])
-    if options.out is None and not options.sizes:
-        parser.error("--out is needed")
-    return options
 
 
 def sizes(options, vocab_size: int = 256) -> dict[str, int]:
@@ -186,13 +174,6 @@ def decode_cost(model, options) -> dict:
     return {"points": points}
 
 
-def write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def prepared(model, corpus, config, options, blocks: bool) -> TrainConfig:
     """`config` with its number of steps: those that fit in --minutes, unless --steps says it.
 
@@ -226,12 +207,13 @@ class Stopwatch:
         print(f"[{name}: {self.parts[name]:.1f} s]", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    options, watch = arguments(argv), Stopwatch()
+def run(options: argparse.Namespace) -> int:
+    watch = Stopwatch()
     if options.sizes:
         for kind, count in sizes(options).items():
             print(f"{kind:10s} {count:,}")
-        return
+        return 0
+    vars(options).update(KINDS.get(options.kind, {}))
     device = resolve_device(options.device)
     torch.set_float32_matmul_precision("high")
     corpus = load_corpus(options.corpus)
@@ -274,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             warmup=min(options.warmup, max(config.steps // 10, 1)),
             evaluate_every=max(config.steps // options.evaluations, 1),
         )
-        write(began_with, config.to_dict())
+        write_json(began_with, config.to_dict())
     watch.lap("compiling and timing a step")
     print(f"{config.steps} steps of {config.tokens_per_step:,} tokens, checkpoints in {folder}", flush=True)
     if device.type == "cuda":
@@ -294,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     wall = time.perf_counter() - started
     watch.lap("training, evaluations and checkpoints")
     if history.stopped:
-        sys.exit(f"stopped; the same command with --folder {folder} goes on")
+        print(f"stopped; the same command with --folder {folder} goes on")
+        return 1
     model.eval()
     place = Processes(0, 1, device)
     stride = max(len(history.steps) // 1000, 1)
@@ -330,16 +313,26 @@ def main(argv: list[str] | None = None) -> None:
     result["decode"] = decode_cost(model, options)
     watch.lap("decoding")
     result["timings"] = watch.parts
-    write(options.out, result)
+    write_json(options.out, result)
     print(
         f"{result['final']['bits_per_byte']:.4f} bits per byte, "
         f"{history.tokens_per_second:,.0f} tokens/s, {options.out}"
     )
+    return 0
 
 
 def _mixing(shape: ModelConfig) -> dict[str, str]:
     return {"mixer": shape.mixer, "hybrid": shape.hybrid}
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(
+    question="How well do a DeltaNet, a hybrid and a Transformer of equal size learn the same tokens?",
+    writes=tuple(f"{kind}_training.json" for kind in KINDS),
+    minutes=2,
+    gpu="H200, each with 1,264 steps on the text of `python -m dn_lib prepare-data wheels`",
+    run=run,
+    options=options,
+    shared=("seed",),
+    each=tuple(("--kind", kind, "--corpus", "wheels.tar.xz", "--steps", "1264") for kind in KINDS),
+    dry=("sizes",),
+)

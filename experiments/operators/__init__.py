@@ -1,0 +1,1 @@
+"""Experiments with the operator and its kernels."""
