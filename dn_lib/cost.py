@@ -137,15 +137,16 @@ def total_flops(costs: Iterable[Cost]) -> int:
 # --- What nobody can avoid ------------------------------------------------------------------------------
 
 
-def compulsory(shape: Shape, *, backward: bool = False) -> tuple[Cost, ...]:
-    """Each input read once and each output written once; with `backward`, of both passes together."""
-    forward = _cost(shape, "compulsory", "q k v beta", "o", 0)
+def compulsory(
+    shape: Shape, *, inputs: Iterable[str] = ("q", "k", "v", "beta"), backward: bool = False
+) -> tuple[Cost, ...]:
+    """Each of `inputs` read once and o written once; with `backward`, of both passes together."""
+    reads = {n: shape.tensor_bytes(n) for n in inputs}
+    forward = Cost("compulsory", reads, {"o": shape.tensor_bytes("o")}, 0)
     if not backward:
         return (forward,)
-    reads = {n: shape.tensor_bytes(n) for n in ("q", "k", "v", "beta")}
     gradients = {f"d{n}": size for n, size in reads.items()}
-    reads["do"] = shape.tensor_bytes("o")
-    return forward, Cost("compulsory backward", reads, gradients, 0)
+    return forward, Cost("compulsory backward", reads | {"do": shape.tensor_bytes("o")}, gradients, 0)
 
 
 def softmax_attention(shape: Shape) -> tuple[Cost, ...]:
@@ -201,6 +202,19 @@ def recurrent_delta_rule(shape: Shape) -> tuple[Cost, ...]:
     """Token after token, the state on chip: 6 d_k d_v a token and head."""
     flops = shape.B * shape.L * shape.H * 6 * shape.d_k * shape.d_v
     return (_cost(shape, "recurrent", "q k v beta", "o final", flops, again="q k beta", steps=shape.L),)
+
+
+def chunkwise_delta_rule_flops(shape: Shape) -> int:
+    """FLOPs of the matrix products and the triangular solves of `dn_lib.forms.chunkwise.chunkwise_delta_rule`.
+
+    Implements eq-chunk-work, which counts multiply-adds, for chunks that are all full.
+
+    >>> chunkwise_delta_rule_flops(Shape(B=1, L=64, H=1, d_k=64, d_v=64)) // (2 * 64**3)
+    8
+    """
+    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
+    chunk = C * C * (3 * d_k + 2 * d_v) + C * C * (C - 1) // 2 + 3 * C * d_k * d_v
+    return 2 * shape.heads * shape.chunks * chunk
 
 
 def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost, ...]:
