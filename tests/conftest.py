@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -18,3 +19,12 @@ def tracked() -> list[Path]:
     if done.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture
+def auto_takes():
+    """A function that says what backend "auto" takes until the test ends: on a GPU it would be "triton"."""
+    from dn_lib.ops.backend import using
+
+    with contextlib.ExitStack() as stack:
+        yield lambda backend: stack.enter_context(using(auto=backend))

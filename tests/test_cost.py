@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from torch.nn.functional import normalize
 import dn_lib
 from dn_lib import cost
 from dn_lib.kernels import ladder
-from dn_lib.kernels import plan as configs
+from dn_lib.kernels.plan import Tiles, using
 from dn_lib.teaching.judge.trace import observe
 
 sizes = st.builds(
@@ -87,16 +85,6 @@ def test_one_kernel_moves_and_multiplies_what_is_predicted(method, s):
     assert_counted(trace, cost.fused(s, method=method))
 
 
-def in_blocks(monkeypatch, **blocks):
-    """From here on the named kernels of the operator take blocks of so many channels, as they do on a GPU."""
-    chosen = configs.tiles
-
-    def tiles(kernel, *rest):
-        return dataclasses.replace(chosen(kernel, *rest), **blocks.get(kernel, {}))
-
-    monkeypatch.setattr(configs, "tiles", tiles)
-
-
 def recursion(dtype):
     """How N is made from inputs of this type, as `cost.inverse_flops` names it."""
     return "halves" if dtype == torch.float16 else "scaled"
@@ -127,15 +115,16 @@ def test_training_moves_and_multiplies_what_is_predicted(C, dtype):
     assert [s.tensor_bytes(name) for name in names] == [x.nbytes for x in gradients]
 
 
-def test_training_in_blocks_moves_and_multiplies_what_is_predicted(monkeypatch):
+def test_training_in_blocks_moves_and_multiplies_what_is_predicted():
     """Two blocks of values and two of keys, as the widest heads have them on a GPU: the first block of keys adds up
-    the parts of dbeta."""
+    the partial sums of dbeta."""
     s = cost.Shape(B=1, L=48, H=2, d_k=32, d_v=32, C=16, element=4, block_v=16, block_k=16)
-    wide = {"BV": 16}
-    in_blocks(monkeypatch, chunk_scan_fwd=wide, chunk_scan_bwd=wide, chunk_bwd_dqk={"BK": 16})
+    by_values, by_keys = (Tiles(BK, BV, warps=4, stages=1) for BK, BV in ((32, 16), (16, 32)))
+    tiles = {"chunk_scan_fwd": by_values, "chunk_scan_bwd": by_values, "chunk_bwd_dqk": by_keys}
     leaves = [x.requires_grad_() for x in tensors(s)]
     options = dict(backend="triton", chunk_size=s.C, output_final_state=True)
-    (o, _), trace = observe(dn_lib.delta_rule, *leaves, **options)
+    with using(tiles=tiles):
+        (o, _), trace = observe(dn_lib.delta_rule, *leaves, **options)
     assert_counted(trace, cost.two_kernels(s, save="Vn states"))
     _, trace = observe(torch.autograd.grad, o, leaves, torch.randn_like(o))
     walk, last = cost.backward(s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import differentiable_once, refuse_transforms
+from dn_lib.forms.common import check_offsets, differentiable_once, refuse_transforms
 from dn_lib.kernels.plan import (
     DTYPES,
     RECURRENT_MAX_LENGTH,
@@ -33,6 +33,12 @@ def chunk_of(L: int, dtype: torch.dtype, chunk_size: int | None, training: bool)
     if chunk_size is None and not training and L <= RECURRENT_MAX_LENGTH:
         return None
     return chunk_size or default_chunk(dtype)
+
+
+def check_offsets_on_cpu(cu_seqlens: Tensor | None, L: int) -> None:
+    """Raise ValueError unless offsets on a CPU rise from 0 to L.  Reading a GPU's would wait for it."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        check_offsets(cu_seqlens.tolist(), L)
 
 
 # --- The eager path: no dispatcher between the caller and the kernels ---------------------------------------------
@@ -94,6 +100,7 @@ def _forward_op(
     from dn_lib.kernels.delta_rule import launch
 
     check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk, "triton")
+    check_offsets_on_cpu(cu_seqlens, q.shape[1])
     plan = plan_call(
         q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk, precision=dot_precision()
     )  # fmt: skip
@@ -187,6 +194,7 @@ def through_triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens,
     chunk = chunk_of(q.shape[1], q.dtype, chunk_size, training)
     if chunk is None:
         return through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm)
+    check_offsets_on_cpu(cu_seqlens, q.shape[1])
     plan = plan_call(
         q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=dot_precision()
     )  # fmt: skip
@@ -204,6 +212,7 @@ def through_triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens,
 def through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm):
     from dn_lib.kernels.delta_rule import launch
 
+    check_offsets_on_cpu(cu_seqlens, q.shape[1])
     plan = plan_call(q, k, v, cu_seqlens=cu_seqlens, norm=norm, chunk=None)
     c, state = plan.call, None
     if final_state:

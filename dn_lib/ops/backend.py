@@ -41,6 +41,14 @@ def using(*, auto: str) -> Iterator[None]:
         _auto.reset(token)
 
 
+def _auto_choice() -> str | None:
+    """What `using` has set.  Asked for when a call is compiled, once."""
+    return _auto.get()
+
+
+_auto_choice._dynamo_marked_constant = True  # as `dn_lib.forms.common` explains beside `_in_torch_func`
+
+
 def forget_warnings() -> None:
     """The next fallback of "auto" warns again, as the first one of a process does."""
     _warned.clear()
@@ -80,8 +88,7 @@ def choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) -
     """`auto` takes Triton on a GPU wherever it can, chunkwise elsewhere."""
     dim = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        # A compiled call is made for the rule.
-        if not torch.compiler.is_compiling() and (wanted := _auto.get()) is not None:
+        if (wanted := _auto_choice()) is not None:
             return wanted
         problem = why_not_auto(q.device, q.dtype, dim)
         if problem is None:

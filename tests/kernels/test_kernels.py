@@ -14,11 +14,11 @@ import dn_lib  # noqa: F401 - before Triton
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from dn_lib.kernels import plan as configs
 from dn_lib.kernels.common import INTERPRETED
 from dn_lib.kernels.delta_rule import launch
 from dn_lib.kernels.inverse import scaled_inverse
 from dn_lib.kernels.ladder import tl, triton
+from dn_lib.kernels.plan import plan_call, using
 from dn_lib.testing import (
     NAMES,
     delta_rule_inputs,
@@ -42,18 +42,23 @@ UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 ROUNDINGS = 8  # on the way from an input to a gradient: N, U, W, a state, P, the new values, their gradient, the result
 
 
+def planned(q, k, v, *, segments=None, **options):
+    with using(segments=segments):
+        return plan_call(q, k, v, **options)
+
+
 def run(
     q, k, v, beta, *, initial_state=None, do=None, dstate=None,
     scale=None, cu_seqlens=None, qk_l2norm=False, chunk=16, segments=None,
 ):  # fmt: skip
     """[o, final state, dq, dk, dv, dbeta(, dinitial)] of one launch forward and one backward."""
-    shared = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "cu_seqlens": cu_seqlens, "chunk": chunk}
-    shared |= {"precision": "ieee", "segments": segments}
+    plan = planned(q, k, v, cu_seqlens=cu_seqlens, norm=qk_l2norm, training=True, chunk=chunk, segments=segments)
+    shared = {"plan": plan, "q": q, "k": k, "beta": beta, "scale": q.shape[-1] ** -0.5 if scale is None else scale}
     o, state, saved = launch.forward(
-        q, k, v, beta, initial_state=initial_state, norm=qk_l2norm, save=True, final_state=True, **shared
+        **shared, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, final_state=True
     )
     *gradients, dfirst = launch.backward(
-        q, k, v, beta, saved, do, dstate, initial_state=initial_state is not None, **shared
+        **shared, saved=saved, do=do, dstate=dstate, initial_state=initial_state is not None
     )
     return [o, state, *gradients] + ([] if dfirst is None else [dfirst])
 
@@ -170,7 +175,7 @@ def test_packed_sequences_are_those_computed_one_by_one():
 def test_split_sequences(segments, L, norm, state):
     """Affine maps of the segments, forward and backward; the last segment may be shorter."""
     x = delta_rule_inputs(2, L, 1, 20, 12, state=2 if state else None, unit=not norm)
-    assert launch.shape_of(x[1], x[2], None, 16, segments).plan.segments == segments
+    assert planned(*x[:3], chunk=16, segments=segments).layout.segments == segments
     compare(x, qk_l2norm=norm, segments=segments)
 
 
@@ -186,21 +191,22 @@ def test_split_state_wider_than_the_block_of_merge():
 def test_half_precision(dtype, L, d_k, d_v, norm, segments):
     """Up to 64 channels the backward is one kernel."""
     x = delta_rule_inputs(1, L, 1, d_k, d_v, dtype=dtype, state=1, unit=not norm)
-    assert configs.plan(L, d_k, d_v, dtype, 16, 1).fused == (d_k <= 64)
+    assert planned(*x[:3], training=True, chunk=16).layout.fused == (d_k <= 64)
     compare(x, qk_l2norm=norm, segments=segments)
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.float16])
 @pytest.mark.parametrize("norm", [False, True])
 def test_inference_equals_the_forward_of_training(dtype, norm):
-    """Without `save` nothing is kept but what is asked for."""
-    *x, S = delta_rule_inputs(1, 40, 1, 24, 16, dtype=dtype, state=1, unit=not norm)
-    shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": None, "norm": norm, "chunk": 16, "precision": "ieee"}
-    o, state, _ = launch.forward(*x, **shared, save=True, final_state=True)
-    fast, end, saved = launch.forward(*x, **shared, save=False, final_state=True)
-    assert saved.state_end is None and saved.states is None and saved.transition is None
+    """Without a backward nothing is kept but what is asked for."""
+    q, k, v, beta, S = delta_rule_inputs(1, 40, 1, 24, 16, dtype=dtype, state=1, unit=not norm)
+    shared = {"q": q, "k": k, "v": v, "beta": beta, "scale": 0.5, "initial_state": S}
+    plans = {training: planned(q, k, v, norm=norm, training=training, chunk=16) for training in (True, False)}
+    o, state, _ = launch.forward(plan=plans[True], **shared, final_state=True)
+    fast, end, saved = launch.forward(plan=plans[False], **shared, final_state=True)
+    assert saved is None and not {"pseudo", "states", "state_end"} & {*plans[False].layout.buffers}
     assert torch.equal(fast, o) and torch.equal(end, state)
-    assert launch.forward(*x, **shared, save=False, final_state=False)[1] is None
+    assert launch.forward(plan=plans[False], **shared, final_state=False)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -225,13 +231,15 @@ def test_every_output_is_written_and_nothing_unwritten_is_read(dtype, options):
             assert torch.equal(a, b)
         without = run(*x, do=do, dstate=None, **options)
         assert all(y.isfinite().all() for y in without)
-        shared = {"scale": 0.5, "initial_state": S, "cu_seqlens": cu, "norm": "qk_l2norm" in options}
-        o, state, _ = launch.forward(
-            *x, **shared, chunk=16, precision="ieee", save=False, final_state=True, segments=options.get("segments")
-        )
+        shared = dict(zip(("q", "k", "v", "beta"), x, strict=True))
+        shared |= {"scale": 0.5, "initial_state": S, "cu_seqlens": cu}
+        about = {"cu_seqlens": cu, "norm": "qk_l2norm" in options}
+        plan = planned(*x[:3], **about, chunk=16, segments=options.get("segments"))
+        o, state, _ = launch.forward(plan=plan, **shared, final_state=True)
         assert o.isfinite().all() and state.isfinite().all()
         state.fill_(float("nan"))
-        assert launch.recurrent(*x, **shared, final_state=state).isfinite().all() and state.isfinite().all()
+        o = launch.recurrent(plan=planned(*x[:3], **about, chunk=None), **shared, final_state=state)
+        assert o.isfinite().all() and state.isfinite().all()
 
 
 # --- Few key channels: sums that cancel -------------------------------------------------------------------------
@@ -310,7 +318,7 @@ def test_half_precision_on_few_key_channels(L, d_k, d_v, chunk, norm, beta_max, 
     g = torch.Generator().manual_seed(seed)
     do, dstate = torch.randn(x[2].shape, generator=g).to(dtype), torch.randn(x[4].shape, generator=g)
     options = {"scale": d_k**-0.5, "chunk": chunk}
-    assert configs.plan(L, d_k, d_v, dtype, chunk, 1).fused
+    assert planned(*x[:3], training=True, chunk=chunk).layout.fused
     exact = forward_and_gradients(
         delta_rule_reference, leaves(*x, dtype=torch.float64), do, dstate, scale=options["scale"], qk_l2norm=norm
     )
@@ -340,14 +348,15 @@ def test_recurrent_kernel_in_place(lengths, norm):
     sequences = 2 if lengths is None else 3
     *x, S = delta_rule_inputs(2 if lengths is None else 1, 9, 2, 5, 70, state=sequences, unit=not norm)
     expected, end, _ = delta_rule_reference(*x, scale=0.8, initial_state=S, cu_seqlens=lengths, qk_l2norm=norm)
-    common = {"scale": 0.8, "cu_seqlens": lengths, "norm": norm}
+    common = dict(zip(("q", "k", "v", "beta"), x, strict=True)) | {"scale": 0.8, "cu_seqlens": lengths}
+    common["plan"] = planned(*x[:3], cu_seqlens=lengths, norm=norm, chunk=None)
     elsewhere = torch.full_like(S, float("nan"))
     before = S.clone()
-    o = launch.recurrent(*x, initial_state=S, final_state=elsewhere, **common)
+    o = launch.recurrent(**common, initial_state=S, final_state=elsewhere)
     assert torch.equal(S, before) and relative_error(o, expected) < 1e-5 and relative_error(elsewhere, end) < 1e-5
-    in_place = launch.recurrent(*x, initial_state=S, final_state=S, **common)
+    in_place = launch.recurrent(**common, initial_state=S, final_state=S)
     assert torch.equal(in_place, o) and torch.equal(S, elsewhere)
-    zeros = launch.recurrent(*x, initial_state=None, final_state=None, **common)
+    zeros = launch.recurrent(**common)
     assert relative_error(zeros, delta_rule_reference(*x, scale=0.8, cu_seqlens=lengths, qk_l2norm=norm)[0]) < 1e-5
 
 
@@ -428,10 +437,8 @@ def test_interpreter_multiplies_bfloat16_as_numbers():
     *x, _ = delta_rule_inputs(1, 16, 1, 16, 16, dtype=torch.bfloat16)
     eye = torch.eye(16, dtype=torch.bfloat16)[None, :, None]
     two = torch.full_like(x[2], 2.0)
-    o, _, _ = launch.forward(
-        eye * 1.5, eye, two, torch.ones_like(x[3]), scale=1.0, initial_state=None, cu_seqlens=None, norm=False,
-        chunk=16, precision="ieee", save=True, final_state=False,
-    )  # fmt: skip
+    plan = planned(eye, eye, two, training=True, chunk=16)
+    o, _, _ = launch.forward(plan=plan, q=eye * 1.5, k=eye, v=two, beta=torch.ones_like(x[3]), scale=1.0)
     assert torch.equal(o, torch.full_like(o, 3.0))
 
 

@@ -16,7 +16,14 @@ from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule, va
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
-from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
+from dn_lib.testing import (
+    delta_rule_inputs,
+    delta_rule_reference,
+    forward_and_gradients,
+    leaves,
+    poisoned,
+    relative_error,
+)
 
 F32, F64 = torch.float32, torch.float64
 needs_triton = pytest.mark.skipif(ops.triton_problem(torch.device("cpu")) is not None, reason="needs the interpreter")
@@ -111,50 +118,40 @@ def test_offsets_are_checked_on_a_cpu(backend, offsets):
 
 @needs_triton
 @pytest.mark.parametrize("offsets, safe", [([0, -7, 30, 12, 24], [0, 0, 24, 24, 24]), ([3, 2, 9], [3, 3, 9])])
-def test_offsets_where_they_are_not_read_cannot_lead_outside(monkeypatch, offsets, safe):
-    """What happens on a GPU: they are clamped and made to rise; tokens of no sequence get zeros."""
-    from dn_lib.kernels import arguments
-    from dn_lib.kernels.delta_rule import launch
+def test_offsets_where_they_are_not_read_cannot_lead_outside(offsets, safe):
+    """What happens on a GPU, whose offsets no operator reads: a launch clamps them and makes them rise.
 
-    monkeypatch.setattr(arguments, "check_offsets", lambda *_: None)
+    Tokens of no sequence get zeros.
+    """
+    from dn_lib.kernels.arguments import token_offsets
+    from dn_lib.kernels.delta_rule import launch
+    from dn_lib.kernels.plan import plan_call
+
     *x, S = delta_rule_inputs(1, 24, 1, 4, 5, state=len(offsets) - 1)
     cu = torch.tensor(offsets)
-    assert arguments.token_offsets(cu, x[0]).tolist() == safe
+    assert token_offsets(cu, x[0]).tolist() == safe
     first, last = safe[0], safe[-1]
-    poison = Poison(launch)
-    monkeypatch.setattr(launch, "torch", poison)
     do, dS = torch.ones_like(x[2]), torch.ones_like(S)
-    options = {"cu_seqlens": cu, "backend": "triton", "output_final_state": True, "chunk_size": 16}
-    o, state, *gradients = forward_and_gradients(delta_rule, leaves(*x, S), do, dS, **options)
-    inside = [y[:, first:last] for y in x]
-    options["cu_seqlens"] = torch.tensor(safe) - first
-    expected = forward_and_gradients(delta_rule, leaves(*inside, S), do[:, first:last], dS, **options)
-    assert torch.equal(state, expected[1]) and torch.equal(gradients[4], expected[6])
-    for got, wanted in zip((o, *gradients[:4]), (expected[0], *expected[2:6]), strict=True):
-        assert torch.equal(got[:, first:last], wanted)
-        assert not got[:, :first].any() and not got[:, last:].any()
-    with torch.no_grad():
-        shared = {"scale": 0.5, "initial_state": S, "norm": False}
-        o = launch.recurrent(*x, final_state=None, cu_seqlens=cu, **shared)
-        inside = launch.recurrent(*inside, final_state=None, cu_seqlens=options["cu_seqlens"], **shared)
-    assert torch.equal(o[:, first:last], inside) and not o[:, :first].any() and not o[:, last:].any()
-
-
-class Poison:
-    """torch, with NaN in what it allocates without filling it."""
-
-    def __init__(self, module):
-        self.real = module.torch
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
-
-    def empty(self, *shape, **options):
-        x = self.real.empty(*shape, **options)
-        return x.fill_(float("nan"))
-
-    def empty_like(self, x, **options):
-        return self.real.full_like(x, float("nan"), **options)
+    inside, inside_cu = [y[:, first:last] for y in x], torch.tensor(safe) - first
+    options = {"cu_seqlens": inside_cu, "backend": "triton", "output_final_state": True, "chunk_size": 16}
+    with poisoned():
+        plan = plan_call(*x[:3], cu_seqlens=cu, training=True, chunk=16)
+        shared = {"plan": plan, "q": x[0], "k": x[1], "beta": x[3], "scale": 0.5}
+        o, state, saved = launch.forward(**shared, v=x[2], initial_state=S, cu_seqlens=cu, final_state=True)
+        *gradients, dfirst = launch.backward(**shared, saved=saved, do=do, dstate=dS, initial_state=True)
+        expected = forward_and_gradients(delta_rule, leaves(*inside, S), do[:, first:last], dS, **options)
+        assert torch.equal(state, expected[1]) and torch.equal(dfirst, expected[6])
+        for got, wanted in zip((o, *gradients), (expected[0], *expected[2:6]), strict=True):
+            assert torch.equal(got[:, first:last], wanted)
+            assert not got[:, :first].any() and not got[:, last:].any()
+        o, expected = (
+            launch.recurrent(
+                plan=plan_call(*y[:3], cu_seqlens=edges, chunk=None), q=y[0], k=y[1], v=y[2], beta=y[3], scale=0.5,
+                initial_state=S, cu_seqlens=edges,
+            )
+            for y, edges in ((x, cu), (inside, inside_cu))
+        )  # fmt: skip
+    assert torch.equal(o[:, first:last], expected) and not o[:, :first].any() and not o[:, last:].any()
 
 
 @needs_triton
@@ -238,10 +235,10 @@ def test_the_kernels_of_the_ladder_read_any_layout_and_name_what_does_not_fit(na
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_triton)])
-def test_decoding_raises_the_version_of_its_state(monkeypatch, kernel):
+def test_decoding_raises_the_version_of_its_state(auto_takes, kernel):
     """A backward through an earlier use of the state fails, in PyTorch's own words, instead of using the new values."""
     if kernel:
-        monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
+        auto_takes("triton")
     *x, S = leaves(*delta_rule_inputs(1, 20, 1, 4, 5, state=1))
     _, state = delta_rule(*x, initial_state=S, output_final_state=True)
     loss = state.square().sum()
@@ -254,9 +251,9 @@ def test_decoding_raises_the_version_of_its_state(monkeypatch, kernel):
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_triton)])
-def test_decoding_raises_the_version_of_an_initial_state(monkeypatch, kernel):
+def test_decoding_raises_the_version_of_an_initial_state(auto_takes, kernel):
     if kernel:
-        monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
+        auto_takes("triton")
     *x, _ = leaves(*delta_rule_inputs(1, 20, 1, 4, 5))
     S = torch.ones(1, 1, 4, 5)
     o, _ = delta_rule(*x, initial_state=S)
@@ -266,10 +263,10 @@ def test_decoding_raises_the_version_of_an_initial_state(monkeypatch, kernel):
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_triton)])
-def test_decoding_in_inference_mode(monkeypatch, kernel):
+def test_decoding_in_inference_mode(auto_takes, kernel):
     """Such tensors have no version; one made outside has."""
     if kernel:
-        monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
+        auto_takes("triton")
     x = [y[:, 0] for y in delta_rule_inputs(1, 1, 1, 4, 5)[:4]]
     outside = torch.zeros(1, 1, 4, 5)
     with torch.inference_mode():

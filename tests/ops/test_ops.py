@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 import dn_lib
 from dn_lib import checked, chunk_delta_rule, decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
+from dn_lib.kernels.plan import using
+from dn_lib.ops.backend import forget_warnings
+from dn_lib.teaching.judge.trace import observe, record
 from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -259,21 +262,18 @@ def test_arguments_that_make_no_sense_here(function):
 
 
 @needs_triton
-def test_fused_recurrent_through_the_kernel(monkeypatch):
+def test_fused_recurrent_through_the_kernel(auto_takes):
     """What happens on a GPU, where "auto" is Triton: the recurrent kernel, whatever the length; no gradient."""
-    from dn_lib.kernels.delta_rule import launch
-
-    monkeypatch.setattr(ops, "choose_backend", lambda *_: "triton")
-    calls = []
-    real = launch.recurrent
-    monkeypatch.setattr(launch, "recurrent", lambda *a, **o: calls.append(1) or real(*a, **o))
+    auto_takes("triton")
     *x, S = delta_rule_inputs(1, 24, 1, 5, 6, state=2)
     cu = torch.tensor([0, 20, 24])
-    o, state = fused_recurrent_delta_rule(*x, 0.3, S, True, True, cu)
+    (o, state), trace = observe(fused_recurrent_delta_rule, *x, 0.3, S, True, True, cu)
     expected, end, _ = delta_rule_reference(*x, scale=0.3, initial_state=S, cu_seqlens=cu, qk_l2norm=True)
-    assert relative_error(o, expected) < 1e-5 and relative_error(state, end) < 1e-5 and len(calls) == 1
-    fused_recurrent_delta_rule(*leaves(*x))[0].sum().backward()
-    assert len(calls) == 1
+    assert relative_error(o, expected) < 1e-5 and relative_error(state, end) < 1e-5
+    assert [launch.kernel for launch in trace.launches] == ["recurrent"]
+    (o, _), trace = observe(fused_recurrent_delta_rule, *leaves(*x))
+    o.sum().backward()
+    assert "recurrent" not in [launch.kernel for launch in trace.launches]
     with checked(), pytest.raises(ValueError, match="v must be finite"):
         fused_recurrent_delta_rule(x[0], x[1], x[2] * float("nan"), x[3])
 
@@ -417,8 +417,8 @@ class OnGPU:
 
 
 @needs_triton
-def test_auto_falls_back_with_one_warning(monkeypatch):
-    monkeypatch.setattr(ops, "_warned", set())
+def test_auto_falls_back_with_one_warning():
+    forget_warnings()
     assert ops.choose_backend(OnGPU(256), OnGPU(256), None, "auto") == "triton"
     assert ops.choose_backend(OnGPU(64, F64), OnGPU(64, F64), None, "auto") == "chunkwise"
     with warnings.catch_warnings(record=True) as seen:
@@ -610,18 +610,12 @@ def test_opcheck_backward(norm, state):
 
 
 @needs_triton
-def test_opcheck_where_sequences_are_split_or_packed_or_empty(monkeypatch):
-    from dn_lib.kernels.delta_rule import launch
-
-    shape_of = launch.shape_of
+def test_opcheck_where_sequences_are_split_or_packed_or_empty():
     tests = ("test_schema", "test_faketensor")
-    monkeypatch.setattr(
-        launch, "shape_of", lambda k, v, cu, chunk, _=None, **kind: shape_of(k, v, cu, chunk, 2, **kind)
-    )
     # A batch of one: the last of its segments is a view of all of them.
     *x, S = delta_rule_inputs(1, 40, 1, 5, 16, state=1)
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
-    monkeypatch.undo()
+    with using(segments=2):
+        torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
     cu = torch.tensor([0, 20, 20, 40])
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, cu, 0.3, False, 16, True), test_utils=tests)
     *x, S = leaves(*delta_rule_inputs(1, 0, 1, 5, 16, state=1))
@@ -687,21 +681,18 @@ def test_one_graph_for_every_length():
 
 
 @needs_triton
-def test_matmul_precision_is_asked_at_every_call(monkeypatch):
+def test_matmul_precision_is_asked_at_every_call():
     """Compiled too: a change of torch's switch compiles again."""
-    from dn_lib.kernels.delta_rule import launch
-
-    seen = []
-    real = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a, **o: seen.append(o["precision"]) or real(*a, **o))
     torch._dynamo.reset()
     x = delta_rule_inputs(1, 17, 1, 4, 4)[:4]
     compiled = torch.compile(triton_rule, fullgraph=True, backend="aot_eager")
-    before = torch.get_float32_matmul_precision()
+    before, seen = torch.get_float32_matmul_precision(), []
     try:
         for setting in ("highest", "high", "highest"):
             torch.set_float32_matmul_precision(setting)
-            triton_rule(*x), compiled(*x)
+            with record() as trace:
+                triton_rule(*x), compiled(*x)
+            seen += [c.constants["PRECISION"] for c in trace.launches if c.kernel == "chunk_scan_fwd"]
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == ["ieee"] * 2 + ["tf32"] * 2 + ["ieee"] * 2

@@ -59,12 +59,12 @@ def test_triton_says_what_it_cannot_do_and_what_can(transform, short):
 @needs_triton
 @pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "gradients-at-once"])
 @pytest.mark.parametrize("function", [delta_rule, fused_recurrent_delta_rule])
-def test_auto_takes_chunkwise_where_triton_cannot(monkeypatch, function, transform):
+def test_auto_takes_chunkwise_where_triton_cannot(auto_takes, function, transform):
     """What happens on a GPU, where "auto" is Triton."""
     x = inputs()
     run = TRANSFORMS[transform]
     expected = run(lambda *y: loss(*y, backend="chunkwise"), *x)
-    monkeypatch.setattr(ops, "choose_backend", lambda q, v, chunk, name: "triton" if name == "auto" else name)
+    auto_takes("triton")
     got = run(lambda *y: function(*y)[0].square().sum(), *x)
     assert torch.equal(got, expected)
 
@@ -136,12 +136,12 @@ def test_decoding_names_what_can_be_differentiated():
 
 
 @needs_triton
-def test_compiled_transforms_too(monkeypatch):
+def test_compiled_transforms_too(auto_takes):
     torch._dynamo.reset()
     x = inputs()
     compiled = torch.compile(lambda *y, **o: grad(lambda *z: loss(*z, **o))(*y), backend="aot_eager")
     expected = grad(lambda *y: loss(*y, backend="chunkwise"))(*x)
     with pytest.raises(RuntimeError, match=r"backend 'triton' does not support torch\.func.*use backend='chunkwise'"):
         compiled(*x, backend="triton")
-    monkeypatch.setattr(ops, "choose_backend", lambda q, v, chunk, name: "triton" if name == "auto" else name)
+    auto_takes("triton")
     assert relative_error(compiled(*x), expected.double()) < 1e-6  # 8 eps: the compiler may sum in another order

@@ -67,13 +67,17 @@ class Outside:
 
 @dataclass
 class Launch:
-    """One launch of a kernel: its grid, its tensors by name, and what its programs did, in their order."""
+    """One launch of a kernel: its grid, its tensors by name, and what its programs did, in their order.
+
+    constants: its other arguments, by name.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     shapes: dict[str, tuple[int, ...]]
     events: list[Access | Dot] = field(default_factory=list)
     outside: list[Outside] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
 
     @property
     def programs(self) -> int:
@@ -207,12 +211,13 @@ class _Arena:
         addresses = addresses.astype(np.int64)
         slots = np.clip((addresses - self.base) // self.slot, 0, len(self.groups) - 1)
         names = self.groups[int(np.bincount(slots.ravel()).argmax())]
-        best = None
+        best: tuple[str, np.ndarray, np.ndarray] | None = None
         for name in names:
             offsets = (addresses - self.addresses[name]) // self.tensors[name].element_size()
             inside = (offsets >= 0) & (offsets < self.spans[name])
             if best is None or inside.sum() > best[2].sum():
                 best = name, offsets, inside
+        assert best is not None  # a slot has at least one tensor
         return best
 
     def index(self, name: str, offset: int) -> tuple[int, ...]:
@@ -315,15 +320,17 @@ def record() -> Iterator[Trace]:
     trace, original = Trace(), interpreter.GridExecutor.__call__
     builder = interpreter.interpreter_builder
 
-    def launch_and_watch(self, *args, **kwargs):
+    def launch_and_watch(self: Any, *args, **kwargs):
         names = inspect.getfullargspec(self.fn).args
         bound = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
         tensors = {n.removesuffix("_ptr"): x for n, x in bound.items() if isinstance(x, Tensor)}
         arena = _Arena(tensors)
         copies = {n: arena.copies[n.removesuffix("_ptr")] for n, x in bound.items() if isinstance(x, Tensor)}
-        grid = self.grid(bound) if callable(self.grid) else self.grid
-        grid = (*grid, 1, 1)[:3]
-        launch = Launch(self.fn.__name__, grid, {n: tuple(t.shape) for n, t in tensors.items()})
+        grid: Any = self.grid(bound) if callable(self.grid) else self.grid
+        x, y, z = (*grid, 1, 1)[:3]
+        shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+        constants = {n: value for n, value in bound.items() if not isinstance(value, Tensor)}
+        launch = Launch(self.fn.__name__, (x, y, z), shapes, constants=constants)
         trace.launches.append(launch)
         patches = _Watcher(builder, arena, launch).patches()
         vars(builder).update(patches)
