@@ -10,15 +10,17 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Number
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+
+from dn_lib import testing
 
 Kind = Literal["identity", "definition", "bound", "count"]
 KINDS = ("identity", "definition", "bound", "count")
@@ -103,34 +105,22 @@ def leaves(value: Any) -> list[torch.Tensor]:
         plain = type(value) is np.ndarray or isinstance(value, (Number, np.generic))
     if not plain:
         raise TypeError(f"value must hold tensors, arrays and numbers, got {type(value).__name__}")
-    is_complex = value.is_complex() if isinstance(value, torch.Tensor) else np.iscomplexobj(value)
+    is_complex = value.is_complex() if isinstance(value, torch.Tensor) else np.iscomplexobj(cast(Any, value))
     tensor = torch.as_tensor(value, dtype=torch.complex128 if is_complex else torch.float64).detach().cpu()
     return [tensor if tensor.layout is torch.strided else tensor.to_dense()]
 
 
-def _scaled(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """|value - ref| / |ref| for two tensors of one shape; |value| if the reference is zero."""
-    scale = reference.norm().item()
-    if not 1e-150 < scale < 1e150:  # where squares overflow, or vanish
-        unit = reference.abs().max().item() if reference.numel() else 0.0
-        if not 0.0 < unit < math.inf:
-            scale = 1.0
-        else:
-            value, reference = value / unit, reference / unit
-            scale = reference.norm().item()
-    return (value - reference).norm().item() / scale
-
-
 def relative_error(value: Any, reference: Any) -> float:
-    """Largest |value - ref| / |ref| over the leaves; infinite if shapes differ, or NaN or infinity appears.
+    """Largest |value - ref| / |ref| over the leaves, absolute for a reference of zero; infinite if shapes differ.
 
+    It is that of `dn_lib.testing` for nests of tensors, arrays and numbers: infinite, too, if NaN or infinity appears.
     Raises TypeError for what holds no numbers (see `leaves`).
     """
     a, b = leaves(value), leaves(reference)
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return math.inf
-    errors = [_scaled(x, y) for x, y in zip(a, b, strict=True)]
-    return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
+    errors = (testing.relative_error(x, y, size=0.0 if y.any() else 1.0) for x, y in zip(a, b, strict=True))
+    return max(errors, default=0.0)
 
 
 def holds(equation: Equation, right: Callable[..., Any] | None = None, seed: int = 0) -> bool:
@@ -156,9 +146,10 @@ def _modules(package: str) -> list[ModuleType]:
     return [importlib.import_module(f"{package}.{name}") for name in sorted(i.name for i in pkgutil.iter_modules(path))]
 
 
-def _collect(package: str, key: str) -> dict[str, Any]:
+def collect(modules: Iterable[Any], key: str) -> dict[str, Any]:
+    """The ENTRIES of `modules` by their field `key`.  Raises ValueError for one that is there twice."""
     found: dict[str, Any] = {}
-    for module in _modules(package):
+    for module in modules:
         for entry in module.ENTRIES:
             name = getattr(entry, key)
             if name in found:
@@ -170,10 +161,10 @@ def _collect(package: str, key: str) -> dict[str, Any]:
 @cache
 def all_equations() -> dict[str, Equation]:
     """All equations of the book, by label."""
-    return _collect("dn_lib.teaching.equations", "label")
+    return collect(_modules("dn_lib.teaching.equations"), "label")
 
 
 @cache
 def all_exercises() -> dict[str, Exercise]:
     """All exercises of the book, by number."""
-    return _collect("dn_lib.teaching.exercises", "number")
+    return collect(_modules("dn_lib.teaching.exercises"), "number")
