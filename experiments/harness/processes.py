@@ -8,10 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
-from experiments.harness.results import first_line
-
 MOST_WORKERS = 16  # each holds a context on the GPU, and throughput.py's a model and the activations of its step
 
 
@@ -74,6 +70,10 @@ def _received(process, receiver, deadline: float | None) -> object:
 
 
 def _attempt(function: Callable, job) -> str | None:
+    import torch  # not above: a process that needs neither starts in a fraction of the time
+
+    from experiments.harness.results import first_line
+
     try:
         function(job)
         if torch.cuda.is_available():

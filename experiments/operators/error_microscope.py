@@ -23,6 +23,8 @@ import math
 import statistics
 from collections.abc import Callable
 
+import dn_lib  # noqa: F401  # isort: skip  (before Triton: it decides on the interpreter)
+
 import torch
 import triton
 import triton.language as tl

@@ -24,7 +24,6 @@ from small_runs import CONFIG, TEXT, corpus, last_logged, losses, model, wait_un
 
 import dn_lib  # noqa: F401
 from dn_lib.data import ByteTokenizer, Corpus, DataError, split_text
-from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.training import (
     CheckpointError,
     TrainConfig,
@@ -242,7 +241,7 @@ class TestResume:
 PARENT = """
     import io, os, sys, time, dn_lib, torch
     torch.set_num_threads(1)
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     from test_training import CONFIG, checkpoint, corpus, model, replace, train
 
     class SlowDisk(io.FileIO):
@@ -277,7 +276,9 @@ def forking_parent():
     milliseconds, where a new Python would cost seconds. Writing half of a checkpoint takes a hundredth of a second,
     as with a larger model or a slow disk, so that there is something to interrupt.
     """
-    script = textwrap.dedent(PARENT.format(tests=str(Path(__file__).parent), steps=TestKilled.steps))
+    script = textwrap.dedent(
+        PARENT.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], steps=TestKilled.steps)
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
@@ -381,7 +382,7 @@ class TestFullDisk:
 PARALLEL = """
     import json, sys, dn_lib, torch
     torch.set_num_threads(1)
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     from test_training import CONFIG, CheckpointError, corpus, losses, model, replace, train
     found = {{}}
     try:
@@ -566,125 +567,3 @@ class TestMeasures:
     )
     def test_parses(self, source, good):
         assert parses(source) is good
-
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def from_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return __import__
-
-
-def start_script(name: str, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
-    return subprocess.Popen(
-        command,
-        cwd=BENCHMARKS.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-class TestComparedModels:
-    def test_equal_parameters(self, from_benchmarks):
-        """The three kinds of chapter 6's comparison, and those of the throughput benchmark, within 2%."""
-        script = from_benchmarks("train_hybrid")
-        sizes = script.sizes(script.arguments(["--sizes"]))
-        assert set(sizes) == {"hybrid", "delta", "attention"}
-        assert max(sizes.values()) < 1.02 * min(sizes.values())
-        assert sizes["hybrid"] == pytest.approx(26e6, rel=0.02)
-        shape = pytest.importorskip("triton") and from_benchmarks("throughput").SHAPE
-        with torch.device("meta"):
-            counts = [
-                LanguageModel(ModelConfig(**shape, mixer=mixer)).num_parameters() for mixer in ("delta", "attention")
-            ]
-        assert max(counts) < 1.02 * min(counts)
-
-    def test_a_run_stopped_and_resumed_writes_what_the_chapter_reads(self, tmp_path):
-        """SIGTERM during `train_hybrid.py`; the same command finishes, with the steps fixed at the start."""
-        text = tmp_path / "texts"
-        text.mkdir()
-        for number in range(30):  # by the hash of their names, some of them are for validation
-            (text / f"part_{number}.py").write_bytes(TEXT[:5000])
-        out, run = tmp_path / "delta_training.json", tmp_path / "run"
-        # fmt: off
-        options = [
-            "--kind", "delta", "--corpus", str(text), "--steps", "60", "--width", "16", "--layers", "2", "--heads", "2",
-            "--batch", "4", "--length", "64", "--evaluations", "3", "--evaluation-tokens", "256", "--samples", "1",
-            "--sample-tokens", "8", "--device", "cpu", "--folder", str(run), "--out", str(out),
-        ]
-        # fmt: on
-        process = start_script("train_hybrid", *options)
-        wait_until(lambda: process.poll() is not None or last_logged(run) >= 20, 120)
-        process.terminate()
-        printed, _ = process.communicate()
-        assert process.returncode == 1 and "stopped; the same command" in printed, printed
-        process = start_script("train_hybrid", *[*options[:5], "999", *options[6:]])
-        printed, _ = process.communicate()
-        assert process.returncode == 0, printed
-        result = json.loads(out.read_text())
-        assert result["kind"] == "delta" and result["training_tokens"] == 60 * 4 * 64
-        assert [record["step"] for record in result["evaluations"]] == [20, 40, 60]
-        wanted = {"final", "samples", "share_that_parses", "decode", "timings", "provenance", "corpus", "flop_use"}
-        assert wanted <= set(result) and {"first", "later"} == set(result["final"]["loss_at_names"])
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="--smoke is for machines without a GPU")
-    def test_throughput_smoke_and_resume(self, tmp_path):
-        pytest.importorskip("triton")
-        out = tmp_path / "throughput.json"
-        options = ["--smoke", "--profile", "--repeats", "1", "--warmup", "1", "--rounds", "1", "--out", str(out)]
-        for lengths in ("64", "32,64"):
-            printed, _ = start_script("throughput", *options, "--lengths", lengths).communicate()
-            assert printed.rstrip().endswith("NOT MEASURED: smoke run"), printed
-        record = json.loads(out.read_text())
-        assert "not_measured" in record and not record["summary"]["failed"]
-        keys = [row["key"] for row in record["rows"]]
-        assert len(keys) == len(set(keys)) == 10 and "profile delta 64" in keys
-        assert "7 rows kept" not in printed and "8 rows kept" in printed
-        assert all(row["measured"] is False for row in record["rows"])
-        assert record["summary"]["training"].keys() == {"64", "32"}
-
-    def test_kernels_by_their_names(self, from_benchmarks):
-        pytest.importorskip("triton")
-        category = from_benchmarks("throughput").category
-        names = {
-            "chunk_scan_fwd": "delta rule",
-            "chunk_bwd_dqk": "delta rule",
-            "merge_segments": "delta rule",
-            "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": "delta rule",
-            "recompute_w_u_fwd_kernel": "delta rule",
-            "merge_16x16_to_64x64_inverse_kernel": "delta rule",
-            "l2norm_fwd_kernel": "delta rule",
-            "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_NTT": "matrix products",
-            "sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n_tilesize128x128x64": "matrix products",
-            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimiser",
-            "cross_entropy_fwd_kernel": "loss",
-            "triton_red_fused__log_softmax_nll_loss_forward_0": "loss",
-            "causal_conv1d_fwd_kernel": "convolution",
-            "triton_poi_fused__to_copy_add_cat_mul_silu_slice_3": "convolution",
-            "triton_red_fused__fused_rms_norm_add_1": "norms, activations",
-            "layer_norm_fwd_kernel": "norms, activations",
-            "swiglu_fwd_kernel": "norms, activations",
-            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>": "attention",
-            "Memset (Device)": "copies, fills, the rest",
-        }
-        assert {name: category(name) for name in names} == names
-
-    def test_two_gpus_is_judged_strictly(self, from_benchmarks, tmp_path):
-        script = from_benchmarks("two_gpus")
-        assert script.compared([1.0, 2.0], [1.0, 2.00001])["passed"]
-        assert not script.compared([1.0, 2.0], [1.0, 2.0001])["passed"]
-        with pytest.raises(ValueError, match="logged 2 losses, two 1"):
-            script.compared([1.0, 2.0], [1.0])
-        good = [{"o": 1e-7, "dq": 1e-6}, {"o": 1e-7, "state": 2e-6}]
-        assert script.judged({"float32": good, "float64": [{"o": 1e-14}]})["passed"]
-        assert not script.judged({"float32": good, "float64": [{"o": 1e-7}]})["passed"]
-        assert not script.judged({"float32": [{"o": float("nan")}], "float64": [{"o": 0.0}]})["passed"]
-        words = script.commands(tmp_path, "stdlib", "cuda", smoke=False)
-        assert words["ddp"][-2:] == ["--parallel", "ddp"] and words["one"][:3] == ["-m", "dn_lib", "train"]
-        assert words["one"][3:-1] == words["fsdp"][len(script.TORCHRUN) + 3 : -3]
