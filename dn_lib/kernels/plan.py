@@ -255,7 +255,8 @@ def using(
 
     segments: into how many to split each sequence; packed ones are never split.
     fused: whether the backward is one kernel.
-    tma: False for pointers everywhere; True for TMA in short calls too, wherever tiles, heads and chunks allow it.
+    tma: False for pointers everywhere; True for TMA in small batches too, of at least TMA_MIN_LENGTH tokens in a
+        sequence, wherever tiles, heads and chunks allow it.
     tiles: by the name of a kernel, for all its launches, or of a launch (`KERNELS` lists both).
     target: plan for this device in place of the tensors' own.
     A backward follows the plan of its forward, wherever it runs.  Blocks may be nested: the inner one adds to the
@@ -569,11 +570,11 @@ def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
     """
     c = layout.call
     possible = tiles.tma and (name in _SCANS or name == "chunk_bwd_dqk")
-    possible = possible and c.aligned and not layout.packed and c.L > 0 and c.L % c.chunk == 0
+    possible = possible and c.aligned and not layout.packed and c.L % c.chunk == 0
     if not possible or c.K % tiles.BK or c.V % tiles.BV or c.overrides.tma is False:
         return False
-    repaid = c.L >= TMA_MIN_LENGTH and (not c.training or layout.tokens * c.H * max(c.K, c.V) >= TMA_MIN_VALUES)
-    return bool(c.overrides.tma) or repaid
+    repaid = not c.training or layout.tokens * c.H * max(c.K, c.V) >= TMA_MIN_VALUES
+    return c.L >= TMA_MIN_LENGTH and (repaid or bool(c.overrides.tma))
 
 
 # --- In words -----------------------------------------------------------------------------------------------------

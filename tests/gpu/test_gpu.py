@@ -6,6 +6,7 @@ the former compile anew.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -17,6 +18,8 @@ import torch
 
 import dn_lib
 from dn_lib import decode_delta_rule, delta_rule, fused_recurrent_delta_rule, ops
+from dn_lib.kernels.plan import plan_call, using
+from dn_lib.ops.backend import forget_warnings
 from dn_lib.testing import NAMES, delta_rule_inputs, forward_and_gradients, leaves, poisoned, relative_error
 
 pytestmark = [
@@ -34,12 +37,12 @@ BOUND = {BF16: 8e-3, F16: 1.2e-3, F32: 1e-5, "tf32": 3 * 2**-10}
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    """TF32 off, the copy engine used in short calls too, and nothing of the last test in memory."""
-    monkeypatch.setattr("dn_lib.kernels.delta_rule.launch.TMA_MIN_VALUES", 0)
+def clean():
+    """TF32 off, TMA in short calls of whole chunks too, and nothing of the last test in memory."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    yield
+    with using(tma=True):
+        yield
     torch.set_float32_matmul_precision(before)
     torch.cuda.empty_cache()
 
@@ -158,19 +161,17 @@ def test_packed_sequences(kind, d, norm, state, index):
 
 
 @pytest.mark.parametrize("kind, d, norm", [(BF16, 64, True), (BF16, 128, False), (F32, 128, False)])
-@pytest.mark.parametrize("parts", [2, 3])
-def test_split_sequences(monkeypatch, kind, d, norm, parts):
-    from dn_lib.kernels import plan as configs
-
-    monkeypatch.setattr(configs, "segments", lambda *_: parts)
-    compare(cuda_inputs(2, 500, 2, d, d, dtype=kind, state=2, unit=not norm, beta_max=1.0), BOUND[kind], qk_l2norm=norm)
+@pytest.mark.parametrize("segments", [2, 3])
+def test_split_sequences(kind, d, norm, segments):
+    x = cuda_inputs(2, 500, 2, d, d, dtype=kind, state=2, unit=not norm, beta_max=1.0)
+    with using(segments=segments):
+        assert ops.plan(*x[:4], qk_l2norm=norm, training=True).kernels.layout.segments == segments
+        compare(x, BOUND[kind], qk_l2norm=norm)
 
 
 def test_the_split_that_is_chosen():
-    from dn_lib.kernels.delta_rule import launch
-
     x = cuda_inputs(1, 8192, 2, 128, 128, dtype=BF16, state=1, beta_max=1.0)
-    assert launch.shape_of(x[1], x[2], None, 64).plan.segments > 1
+    assert ops.plan(*x[:4], training=True).kernels.layout.segments > 1
     compare(x, BOUND[BF16])
 
 
@@ -234,17 +235,19 @@ def test_fifty_runs_agree_bit_for_bit(kind, d, norm):
 
 @pytest.mark.parametrize("regime", ["plain", "split", "packed"])
 @pytest.mark.parametrize("kind, d, norm", STEADY)
-def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, kind, d, norm, regime):
-    from dn_lib.kernels import plan as configs
-
+def test_every_output_is_written_and_nothing_unwritten_is_read(kind, d, norm, regime):
     cu = torch.tensor(lengths(6), device="cuda") if regime == "packed" else None
     L = cu[-1].item() if cu is not None else 300
     sequences = 1 if cu is None else 6
-    if regime == "split":
-        monkeypatch.setattr(configs, "segments", lambda *_: 2)
     x = cuda_inputs(1, L, 2, d, d, dtype=kind, state=sequences, unit=not norm)
     do, dS = upstream(x[0], x[2], sequences)
+    planned = using(segments=2) if regime == "split" else contextlib.nullcontext()
     run = functools.partial(forward_and_gradients, triton_rule, do=do, dstate=dS, qk_l2norm=norm, cu_seqlens=cu)
+    with planned:
+        written_and_read(run, x, norm, cu)
+
+
+def written_and_read(run, x, norm, cu):
     clean = run(leaves(*x))
     with torch.no_grad():
         inference = triton_rule(*x[:4], initial_state=x[4], qk_l2norm=norm, cu_seqlens=cu)
@@ -257,11 +260,13 @@ def test_every_output_is_written_and_nothing_unwritten_is_read(monkeypatch, kind
 
 
 @pytest.mark.parametrize("d, H", [(64, 32), (128, 16)])
-def test_offsets_beyond_31_bits(monkeypatch, d, H):
+def test_offsets_beyond_31_bits(d, H):
     """The last sequence of a batch of more than 2^31 elements equals the same sequence alone."""
-    from dn_lib.kernels import plan as configs
+    with using(segments=1):
+        last_of_many(d, H)
 
-    monkeypatch.setattr(configs, "segments", lambda *_: 1)
+
+def last_of_many(d, H):
     B, L = 1025, 1024
     elements = B * L * H * d
     assert elements > 2**31
@@ -585,11 +590,13 @@ def test_a_backward_that_begins_in_a_new_thread():
     from dn_lib.kernels.delta_rule import launch
 
     q, k, v, beta, _ = cuda_inputs(1, 1024, 2, 64, 64, dtype=BF16)
-    options = {"scale": 0.1, "cu_seqlens": None, "chunk": 64, "precision": "ieee"}
-    *_, saved = launch.forward(q, k, v, beta, initial_state=None, norm=False, save=True, final_state=False, **options)
+    plan = plan_call(q, k, v, training=True, chunk=64)
+    assert plan.launches["chunk_scan_bwd"].tma
+    shared = {"plan": plan, "q": q, "k": k, "beta": beta, "scale": 0.1}
+    *_, saved = launch.forward(**shared, v=v)
 
     def backward():
-        return launch.backward(q, k, v, beta, saved, v, None, initial_state=False, **options)
+        return launch.backward(**shared, saved=saved, do=v, dstate=None, initial_state=False)
 
     expected, found = backward(), []  # and what it allotted is in the cache: the thread need not ask the driver
     thread = threading.Thread(target=lambda: found.extend(backward()))
@@ -658,12 +665,12 @@ def test_prefill_then_decode_equals_one_pass(kind):
     assert relative_error(whole, exact) < BOUND[kind] and relative_error(end, last) < BOUND[kind]
 
 
-def test_auto_on_a_gpu(monkeypatch):
+def test_auto_on_a_gpu():
     """Triton where it can; chunkwise for float64 and, with one warning, for heads above 256."""
     x = cuda_inputs(1, 40, 1, 64, 64, dtype=BF16)[:4]
     assert torch.equal(delta_rule(*x)[0], triton_rule(*x)[0])
     assert delta_rule(*(y.double() for y in x))[0].dtype == torch.float64
-    monkeypatch.setattr(ops, "_warned", set())
+    forget_warnings()
     wide = cuda_inputs(1, 5, 1, 257, 8, dtype=BF16)[:4]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

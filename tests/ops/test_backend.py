@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from small_models import SMALL, model_and_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dn_lib import layers
 from dn_lib.layers import DeltaNet
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.ops import BACKENDS
@@ -14,18 +14,38 @@ from dn_lib.ops import BACKENDS
 SINGLE = 1e-5  # float32, sums of a few hundred terms
 
 
-def test_every_layer_hands_its_backend_to_the_operator(monkeypatch):
-    seen = []
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations, and those among them that make a matrix of `length` rows and columns."""
 
-    def recorded(*arguments, backend, **options):
-        seen.append(backend)
-        return layers.delta_rule(*arguments, backend=backend, **options)
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.count, self.square = length, 0, 0
 
-    monkeypatch.setattr(layers, "delta_rule_in_full_precision", recorded)
-    for backend in ("auto", "recurrent", "parallel", "chunkwise"):
-        model, tokens = model_and_tokens({"hybrid": "window", "backend": backend})
-        model(tokens)
-    assert seen == [name for name in ("auto", "recurrent", "parallel", "chunkwise") for _ in range(2)]
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.count += 1
+        self.square += isinstance(result, torch.Tensor) and result.shape[-2:] == (self.length, self.length)
+        return result
+
+
+@pytest.mark.parametrize("backend", ["auto", "recurrent", "parallel", "chunkwise"])
+def test_every_layer_hands_its_backend_to_the_operator(backend):
+    """Told by what the operator does: a step for each token, or an L x L matrix, or neither."""
+    length = 150  # more than two chunks
+    model, _ = model_and_tokens({"hybrid": "window", "backend": backend})
+    mixers = [module for module in model.modules() if isinstance(module, DeltaNet)]
+    assert len(mixers) == 2
+    for mixer in mixers:
+        with Operations(length) as seen, torch.no_grad():
+            mixer(torch.randn(1, length, SMALL["width"]))
+        assert (seen.square > 0) == (backend == "parallel")
+        assert (seen.count > 3 * length) == (backend == "recurrent")
+
+
+def test_the_backend_of_a_layer_is_the_one_that_refuses():
+    model, tokens = model_and_tokens({"backend": "triton"})
+    with pytest.raises((TypeError, RuntimeError), match="backend 'triton'"):
+        model.double()(tokens)
 
 
 @pytest.mark.parametrize("backend", ["recurrent", "parallel", "chunkwise"])
