@@ -165,7 +165,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
     """float32 `x` as TF32 holds it: the 13 lowest of 23 fraction bits rounded away, half away from zero.
 
     What a tensor core sees of float32 operands by default, or twice as close to it: an H200 was measured to cut the
-    bits off (`benchmarks/error_microscope.py`).  Here so that a CPU can show it.
+    bits off (`experiments/operators/error_microscope.py`).  Here so that a CPU can show it.
 
     >>> round_to_tf32(torch.tensor([1.0 + 2**-11, 1.0 + 2**-12])).tolist()
     [1.0009765625, 1.0]
