@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment with the pinned set, once.
 #   make book      execute the chapters and build the site
 #   make test      lint, tests, doctests and notebooks
+#   make lint      ruff, the directions of imports, types
 #   make lab       JupyterLab on a copy of the chapters, to work in
 #   make notebooks execute the chapters into book/notebooks (ONLY=03 for one)
 #   make gpu       the tests that need an NVIDIA GPU, and compute-sanitizer where it is installed
@@ -29,11 +30,14 @@ endif
 export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+# pyright asks for a path, where PYTHON may be a name.
+INTERPRETER = $$($(PY) -c 'import sys; print(sys.executable)')
+
 SUITE = $(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
 
-.PHONY: help book test test-newest suite margins lab notebooks gpu aot clean
+.PHONY: help book test lint test-newest suite margins lab notebooks gpu aot clean
 help:
-	@sed -n '2,12s/^# //p' Makefile
+	@sed -n '2,13s/^# //p' Makefile
 
 # torch comes first and by itself: one requirement alone keeps pip from fetching gigabytes while it compares versions.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -44,17 +48,23 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "[2/3] torch, the largest part"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PINS) "$(TORCH)"
 	@echo "[3/3] the rest"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PINS) -e ".[book,test]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PINS) -e ".[book,test,dev]"
 	@$(VENV)/bin/python -c 'import matplotlib.font_manager'  # builds its font cache, which would warn later
 	@touch $@
 
 book: $(READY)
 	$(PY) -m tools.site
 
-test: $(READY)
+test: lint
+	$(SUITE)
+
+# What needs no test to be seen. pyright is told which environment to read: by itself it takes the first Python on PATH.
+lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(SUITE)
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo --no-cache
+	$(PY) -m pyright --pythonpath $(INTERPRETER)
+	$(PY) -m pyright --pythonpath $(INTERPRETER) --project pyright-strict.json
 
 # In an environment of its own, from the ranges alone: what `pip install dn-lib` gives on the day. No lint, since a
 # newer ruff has rules of its own.
