@@ -108,7 +108,7 @@ def _settings(ctx: typer.Context, begun_with: dict) -> dict:
     from dn_lib.data.sources import NAMED
 
     own = {name: value for name, value in ctx.params.items() if name not in MACHINE}
-    default = {name for name in own if ctx.get_parameter_source(name).name != "COMMANDLINE"}
+    default = {name for name in own if getattr(ctx.get_parameter_source(name), "name", None) != "COMMANDLINE"}
     settings = own | {name: value for name, value in begun_with.items() if name in default}
     corpus = settings["corpus"]
     if corpus.strip() and corpus not in NAMED and Path(corpus).exists():  # found again from another working folder

@@ -53,8 +53,8 @@ codecs.register_error("dn_lib.plain", _in_plain)
 def print_anything() -> None:
     """Let stdout and stderr print every text, whatever their encoding: what it lacks is spelled in ASCII."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="dn_lib.plain")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="dn_lib.plain")
 
 
 def say(text: str) -> None:
@@ -131,13 +131,14 @@ class Commands(TyperGroup):
         except typer.Abort:
             status = 130
         except Exception as error:
-            if not hasattr(error, "format_message"):  # DN_LIB_TRACEBACK is set
+            message = getattr(error, "format_message", None)
+            if message is None:  # DN_LIB_TRACEBACK is set
                 raise
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context else ""
             with contextlib.suppress(OSError):
-                typer.echo(f"error: {' '.join(error.format_message().split())}{hint}", file=sys.stderr)
-            status = error.exit_code
+                typer.echo(f"error: {' '.join(message().split())}{hint}", file=sys.stderr)
+            status = getattr(error, "exit_code", 1)
         end_streams()
         sys.exit(status if isinstance(status, int) else 0)
 

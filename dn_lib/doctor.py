@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,7 +72,7 @@ def devices() -> list[Finding]:
 
 # Doubles eight numbers, in a loop whose bound is read at run time (what fails first where versions do not match): on
 # the GPU where Triton compiles, on the CPU where it interprets.
-_TRIAL = """
+TRIAL = """
 import os, torch, dn_lib.kernels.common, triton, triton.language as tl
 
 @triton.jit
@@ -87,11 +87,11 @@ assert x.tolist() == [2.0 * i for i in range(8)], x
 """
 
 
-def _try_triton(seconds: float = 120) -> str | None:
-    """Run `_TRIAL` in a process of its own, since a broken compiler may take it along; None if all is well."""
+def try_triton(seconds: float = 120, trial: str = TRIAL) -> str | None:
+    """Run `trial` in a process of its own, since a broken compiler may take it along; None if all is well."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "trial.py")  # Triton reads a kernel's source from its file
-        script.write_text(_TRIAL)
+        script.write_text(trial)
         command = [sys.executable, str(script)]
         try:
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
@@ -102,8 +102,8 @@ def _try_triton(seconds: float = 120) -> str | None:
     return (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def triton() -> Finding:
-    """Whether Triton compiles, interprets, or is missing; it is asked to run a small kernel."""
+def triton(attempt: Callable[[], str | None] = try_triton) -> Finding:
+    """Whether Triton compiles, interprets, or is missing; `attempt` runs a small kernel and says what is wrong."""
     if importlib.util.find_spec("triton") is None:
         if platform.system() != "Linux":
             remedy = "chapter 5 needs Linux; chapters 1-4 and 6 run here as they are"
@@ -112,7 +112,7 @@ def triton() -> Finding:
         return Finding("Triton", "missing", remedy)
     version = _version("triton") or "of unknown version"
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    trouble = _try_triton()
+    trouble = attempt()
     if trouble:
         remedy = (
             "unset TRITON_INTERPRET, or reinstall triton at the version in constraints.txt"
@@ -136,11 +136,11 @@ def c_compiler() -> Finding:
     return Finding("C compiler", "missing", remedy)
 
 
-def extras() -> list[Finding]:
+def extras(version_of: Callable[[str], str | None] = _version) -> list[Finding]:
     """The Jupyter pieces and the pieces of the test suite."""
     found = []
     for subject, names, extra in (("Jupyter", BOOK, "book"), ("Tests", TEST, "test")):
-        versions = {name: _version(name) for name in names}
+        versions = {name: version_of(name) for name in names}
         missing = [name for name, version in versions.items() if version is None]
         text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         if missing:
@@ -171,7 +171,20 @@ def checks() -> Finding:
     return Finding("Checks", text)
 
 
-def _look(subject: str, part: Callable[[], Finding | list[Finding]]) -> list[Finding]:
+Part = Callable[[], Finding | list[Finding]]
+PARTS: dict[str, Part] = {
+    "Python": python,
+    "dn_lib": package,
+    "Devices": devices,
+    "Triton": triton,
+    "C compiler": c_compiler,
+    "Packages": extras,
+    "Cache": cache,
+    "Checks": checks,
+}
+
+
+def _look(subject: str, part: Part) -> list[Finding]:
     """What `part` finds. On a broken machine any part may fail; it must not take the rest of the report along."""
     try:
         found = part()
@@ -181,23 +194,13 @@ def _look(subject: str, part: Callable[[], Finding | list[Finding]]) -> list[Fin
     return found if isinstance(found, list) else [found]
 
 
-def report() -> str:
+def report(parts: Mapping[str, Part] = PARTS) -> str:
     """Versions, devices, whether Triton compiles or interprets, and a remedy (→) for each thing missing.
 
     >>> print(report().splitlines()[0][:8])
     ✓ Python
     """
-    parts = [
-        ("Python", python),
-        ("dn_lib", package),
-        ("Devices", devices),
-        ("Triton", triton),
-        ("C compiler", c_compiler),
-        ("Packages", extras),
-        ("Cache", cache),
-        ("Checks", checks),
-    ]
-    findings = [finding for subject, part in parts for finding in _look(subject, part)]
+    findings = [finding for subject, part in parts.items() for finding in _look(subject, part)]
     problems = sum(bool(finding.remedy) for finding in findings)
     lines = [str(finding) for finding in findings]
     lines.append("Everything is there." if not problems else f"{problems} to look at: see →.")

@@ -40,7 +40,7 @@ def digest(tensors: dict[str, Tensor], about: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ def linear_attention_inputs(
     """
     g = torch.Generator().manual_seed(seed)
     vectors = _vectors(g, sizes, unit, bias, equal)
-    return *(x.to(device, dtype) for x in vectors), _state(g, sizes, state, dtype, device)
+    q, k, v = (x.to(device, dtype) for x in vectors)
+    return q, k, v, _state(g, sizes, state, dtype, device)
 
 
 def delta_rule_inputs(
@@ -74,7 +76,8 @@ def delta_rule_inputs(
     beta = beta_max * torch.rand(*sizes[:-2], generator=g, dtype=torch.float64)
     if equal:
         beta = torch.full_like(beta, beta_max)
-    return *(x.to(device, dtype) for x in (*vectors, beta)), _state(g, sizes, state, dtype, device)
+    q, k, v, beta = (x.to(device, dtype) for x in (*vectors, beta))
+    return q, k, v, beta, _state(g, sizes, state, dtype, device)
 
 
 def _vectors(g: torch.Generator, sizes: Sequence[int], unit: bool, bias: float, equal: bool) -> list[Tensor]:
@@ -140,11 +143,12 @@ def recurrence(
     over all tokens: o is a sum that may cancel, so its error is measured against that size as well.
     It shares no code with the forms and the kernels.
     """
-    q, k, v, *gates = (x.double() for x in (q, k, v, *gates))
+    q, k, v = (x.double() for x in (q, k, v))
     if qk_l2norm:
         q, k = normalised(q), normalised(k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gates = [x[..., None] if x.ndim == 4 else x[..., None, None] for x in gates]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = [x.double() for x in gates]
+    columns = [x[..., None] if x.ndim == 4 else x[..., None, None] for x in wide]
     if cu_seqlens is None:
         rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
     else:
@@ -156,9 +160,9 @@ def recurrence(
             S = initial_state[n].double()
         for t in range(begin, end):
             q_t = q[b, t, :, None, :]
-            S = update(S, k[b, t, :, :, None], v[b, t, :, None, :], *(x[b, t] for x in gates))
-            outputs.append(scale * (q_t @ S)[:, 0])
-            size += (scale * q_t.norm(dim=(1, 2)) * S.norm(dim=(1, 2))).square().sum().item()
+            S = update(S, k[b, t, :, :, None], v[b, t, :, None, :], *(x[b, t] for x in columns))
+            outputs.append(factor * (q_t @ S)[:, 0])
+            size += (factor * q_t.norm(dim=(1, 2)) * S.norm(dim=(1, 2))).square().sum().item()
         states.append(S)
     o = torch.stack(outputs).reshape(v.shape) if outputs else torch.zeros_like(v)
     S = torch.stack(states) if states else q.new_zeros(0, q.shape[2], q.shape[3], v.shape[3])
@@ -268,11 +272,12 @@ def poisoned() -> Iterator[None]:
     tensor([nan, nan])
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # which makes properties when it is imported
+    fill = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -160,12 +161,14 @@ def exercise_title(argument: str) -> tuple[str, int, int]:
 
 def author_year(entry: Entry) -> str:
     """ "Gu and Dao 2024", "Yang et al. 2024"."""
+    persons: Any = entry.persons  # which its constructor fills, unknown to type checkers
+    fields: Any = entry.fields
     names = [
         " ".join(str(part) for part in person.rich_prelast_names + person.rich_last_names)
-        for person in entry.persons["author"]
+        for person in persons["author"]
     ]
     authors = names[0] if len(names) == 1 else " and ".join(names) if len(names) == 2 else f"{names[0]} et al."
-    return f"{authors} {entry.fields['year']}"
+    return f"{authors} {fields['year']}"
 
 
 class Chapter:

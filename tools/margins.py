@@ -114,7 +114,7 @@ class Recorded(ast.NodeTransformer):
 def rewrite_before_pytest_does() -> None:
     from _pytest.assertion import rewrite
 
-    builtins._compare_with_margin = compare
+    setattr(builtins, "_compare_with_margin", compare)  # noqa: B010 (type checkers know what builtins holds)
     original = rewrite.rewrite_asserts
 
     def rewrite_asserts(tree, source, module_path=None, config=None):
@@ -225,7 +225,7 @@ def table(entries: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.margins", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.margins", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, help="also write everything that was recorded to this file")
     options, arguments = parser.parse_known_args(argv)

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from dn_lib.data.corpus import FILES, LARGEST_NOTE, Corpus, check_contents
 from dn_lib.data.downloads import cache_folder, sha256_of
@@ -57,11 +58,12 @@ def pack(folder: str | Path, archive: str | Path) -> Path:
     return archive
 
 
-def unpack(archive: str | Path) -> Path:
+def unpack(archive: str | Path, *, most: int = LARGEST_CORPUS, largest_note: int = LARGEST_NOTE) -> Path:
     """The folder of a prepared corpus packed by `pack`, unpacked once into the cache.
 
     Of several processes that unpack one archive, all take what the first has finished.
-    Raises DataError if it is no packed corpus, or is larger than the disk has room for.
+    most, largest_note: bytes of the whole and of its `corpus.json`.
+    Raises DataError if it is no packed corpus, or is larger than that or than the disk has room for.
     """
     archive = Path(archive)
     folder = (cache_folder() / "unpacked" / sha256_of(archive)[:16]).resolve()
@@ -72,7 +74,7 @@ def unpack(archive: str | Path) -> Path:
     work = temporary_name(folder.parent)
     work.mkdir()
     try:
-        _extract(archive, work)
+        _extract(archive, work, most, largest_note)
         try:
             Corpus.open(work, verify=True)
         except DataError as error:  # of the archive, which the caller knows
@@ -92,10 +94,10 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _extract(archive: Path, folder: Path) -> None:
+def _extract(archive: Path, folder: Path, most: int, largest_note: int) -> None:
     """Write the files of a packed corpus into `folder`: no other names, no links, no more than there is room for."""
-    room = min(LARGEST_CORPUS, shutil.disk_usage(folder).free)
-    with _opened_archive(archive) as tar:
+    room = min(most, shutil.disk_usage(folder).free)
+    with _opened_archive(archive, largest_note) as tar:
         for member in tar:
             name = str(PurePosixPath(member.name))
             if name == "." and member.isdir():  # tar makes it when it is called for a whole folder
@@ -103,19 +105,24 @@ def _extract(archive: Path, folder: Path) -> None:
             if name not in FILES or not member.isreg() or member.issparse() or (folder / name).exists():
                 raise DataError(f"{archive} is no packed corpus: it holds {member.name!r}")
             room -= member.size
-            if room < 0 or (name == "corpus.json" and member.size > LARGEST_NOTE):
+            if room < 0 or (name == "corpus.json" and member.size > largest_note):
                 raise DataError(f"{archive} is too large: {member.name} has {member.size:,} bytes")
-            with tar.extractfile(member) as source, open(folder / name, "wb") as file:
+            source = tar.extractfile(member)
+            assert source is not None  # as of every regular file
+            with source, open(folder / name, "wb") as file:
                 shutil.copyfileobj(source, file)
 
 
 @contextlib.contextmanager
-def _opened_archive(archive: Path) -> Iterator[tarfile.TarFile]:
+def _opened_archive(archive: Path, largest_note: int = LARGEST_NOTE) -> Iterator[tarfile.TarFile]:
     """The tar in `archive`. Raises DataError for whatever is wrong with it."""
     if not archive.is_file():  # a folder, or a pipe, which would be waited on for ever
         raise DataError(f"{archive} is no packed corpus, nor any file")
     try:
-        with lzma.open(archive) as plain, tarfile.open(fileobj=_SmallReads(plain), mode="r:") as tar:
+        with (
+            lzma.open(archive) as plain,
+            tarfile.open(fileobj=cast(Any, _SmallReads(plain, largest_note)), mode="r:") as tar,
+        ):
             yield tar
     except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
@@ -126,10 +133,10 @@ def _opened_archive(archive: Path) -> Iterator[tarfile.TarFile]:
 class _SmallReads:
     """A file that refuses to be read by the gigabyte, as a header of that size would have `tarfile` do."""
 
-    def __init__(self, file):
-        self.file, self.tell, self.seek = file, file.tell, file.seek
+    def __init__(self, file, most: int):
+        self.file, self.tell, self.seek, self.most = file, file.tell, file.seek, most
 
     def read(self, size: int) -> bytes:
-        if size > LARGEST_NOTE:
+        if size > self.most:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self.file.read(size)

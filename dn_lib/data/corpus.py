@@ -129,11 +129,11 @@ class Corpus:
             raise DataError(f"{folder} was prepared with tokenizer {wanted}, but holds {tokenizer.name}: {REMEDY}")
         if about["dtype"] != np.dtype(tokenizer.dtype).name:
             raise DataError(f"{folder} holds {about['dtype']} tokens, {tokenizer.name} makes others: {REMEDY}")
-        parts = [_map(folder, part, about) for part in PARTS]
-        for name, part in zip(PARTS, parts, strict=True):
-            if verify and about.get("sha256", {}).get(name) not in (None, hashlib.sha256(part).hexdigest()):
+        train, validation = (_map(folder, part, about) for part in PARTS)
+        for name, part in zip(PARTS, (train, validation), strict=True):
+            if verify and about.get("sha256", {}).get(name) not in (None, hashlib.sha256(part.data).hexdigest()):
                 raise DataError(f"{folder / name}.bin is not what was written (its hash differs): {REMEDY}")
-        return cls(*parts, tokenizer, float(about["bytes_per_token"]), about["facts"])
+        return cls(train, validation, tokenizer, float(about["bytes_per_token"]), about["facts"])
 
 
 PARTS = ("train", "validation")

@@ -278,25 +278,25 @@ def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_Redirects)
 
 
-def named_text(name: str, *, progress: bool = False) -> tuple[bytes, bytes]:
-    """(training text, validation text) of a named download.  Raises DataError as `fetch` does."""
+def named_text(name: str, *, progress: bool = False, most: int = LARGEST) -> tuple[bytes, bytes]:
+    """(training text, validation text) of a named download, at most `most` bytes.  Raises DataError as `fetch` does."""
     download = DOWNLOADS[name]
     path = cache_folder() / "downloads" / f"{name}{Path(download.url).suffix}"
     fetch(download.url, download.sha256, path, size=download.size, progress=progress)
-    parts = (download.train, download.validation)
-    needed = None if None in parts else sum(parts)
-    text = _member(path, download.member, needed) if download.member else path.read_bytes()
+    parts = [part for part in (download.train, download.validation) if part is not None]
+    needed = sum(parts) if len(parts) == 2 else None
+    text = _member(path, download.member, needed, most) if download.member else path.read_bytes()
     train = download.train or len(text) * 9 // 10
     return text[:train], text[train : train + (download.validation or len(text))]
 
 
-def _member(path: Path, name: str, needed: int | None) -> bytes:
-    """The first `needed` bytes of the file `name` in the zip archive `path`; all of it, up to 1 GiB, if None."""
+def _member(path: Path, name: str, needed: int | None, most: int) -> bytes:
+    """The first `needed` bytes of the file `name` in the zip archive `path`; all of it, up to `most`, if None."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-            text = file.read(LARGEST + 1 if needed is None else needed)
+            text = file.read(most + 1 if needed is None else needed)
     except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise DataError(f"{path} holds no {name} that can be read: {' '.join(str(error).split())}") from None
-    if needed is None and len(text) > LARGEST:
-        raise DataError(f"{name} in {path} has more than the {LARGEST:,} bytes that are allowed")
+    if needed is None and len(text) > most:
+        raise DataError(f"{name} in {path} has more than the {most:,} bytes that are allowed")
     return text

@@ -235,7 +235,7 @@ def _huggingface_documents(spec: str) -> Iterable[tuple[str, bytes]]:
     if not spec:
         raise DataError("corpus hf: must name a dataset or a folder, as in hf:NAME")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError("corpus hf:... needs the datasets package: pip install datasets") from None
     try:

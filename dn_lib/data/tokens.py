@@ -125,11 +125,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _import_tokenizers():
     try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
+        import tokenizers  # pyright: ignore[reportMissingImports]
+        import tokenizers.decoders  # pyright: ignore[reportMissingImports]
+        import tokenizers.models  # pyright: ignore[reportMissingImports]
+        import tokenizers.pre_tokenizers  # pyright: ignore[reportMissingImports]
+        import tokenizers.trainers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError("byte-pair encoding needs the tokenizers package: pip install tokenizers") from None
     return tokenizers

@@ -88,9 +88,10 @@ def _download_missing(folder: Path, wheels: dict[str, str]) -> list[Path]:
             errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
             raise DataError(f"pip could not fetch the wheels: {errors[0]}")
         paths = [_find(folder, pin, sha256) for pin, sha256 in wheels.items()]
-    if None in paths:
-        raise DataError(f"wheel {list(wheels)[paths.index(None)]} is missing from {folder} after the download")
-    return paths
+    for pin, path in zip(wheels, paths, strict=True):
+        if path is None:
+            raise DataError(f"wheel {pin} is missing from {folder} after the download")
+    return [path for path in paths if path is not None]
 
 
 def _find(folder: Path, pin: str, sha256: str) -> Path | None:

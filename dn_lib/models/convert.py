@@ -146,8 +146,9 @@ def _single_or_numbered(folder: Path) -> list[str]:
         raise FileNotFoundError(f"folder must hold {CONFIG} and *.safetensors: no weights in {folder}")
     if len(names) == 1 and "-of-" not in names[0]:
         return names
-    parts = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", name) for name in names]
-    if None in parts or len({(part[1], part[3]) for part in parts}) != 1:
+    matches = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", name) for name in names]
+    parts = [match for match in matches if match is not None]
+    if len(parts) < len(names) or len({(part[1], part[3]) for part in parts}) != 1:
         raise ValueError(f"folder must hold one checkpoint, or {INDEX} to say which of its files are it, got {names}")
     present, count = {int(part[2]) for part in parts}, int(parts[0][3])
     missing = next((i for i in range(1, count + 1) if i not in present), None)
@@ -312,7 +313,7 @@ def _rename(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
             if part not in BLOCK:
                 raise ValueError(f"state_dict has model.{name}, which has no counterpart here")
             prefix = f"blocks.{index}."
-            if part == "mlp.gate_proj.weight" and tensor.shape[:1] == (2 * config.hidden,):
+            if part == "mlp.gate_proj.weight" and tensor.shape[:1] == (2 * config.mlp_width(),):
                 ours[f"{prefix}mlp.gate.weight"], ours[f"{prefix}mlp.up.weight"] = tensor.chunk(2)
                 continue
             if mixers[int(index)] != "delta" and part in ("attn.k_proj.weight", "attn.v_proj.weight"):
@@ -327,7 +328,8 @@ def _rename(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
 
 def _own_heads(weight: Tensor, config: ModelConfig) -> Tensor:
     """Repeat the rows of each key-value head for every query head that shares it."""
-    head_dim, heads = config.width // config.attention_heads, config.attention_heads
+    heads = config.attention_heads or config.heads
+    head_dim = config.width // heads
     rows = weight.shape[0] if weight.dim() else 0
     if rows == 0 or rows % head_dim or heads % (rows // head_dim):
         return weight  # of no shape that heads can share; told where shapes are compared

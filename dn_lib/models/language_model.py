@@ -45,7 +45,7 @@ class Block(nn.Module):
         self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
     ) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), cache, cu_seqlens=cu_seqlens)
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
 
 
 def check_in_vocabulary(name: str, tokens: Tensor, size: int) -> None:
@@ -193,4 +193,5 @@ class LanguageModel(nn.Module):
         check_integer("length", length)
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear | ShortConvolution))
         weights += 0 if self.head is not None else self.embedding.weight.numel()
-        return 3 * (2 * weights + sum(block.mixer.state_flops(length) for block in self.blocks))
+        mixing = sum(module.state_flops(length) for module in self.modules() if isinstance(module, Mixer))
+        return 3 * (2 * weights + mixing)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from dn_lib.forms.affine import check_affine, segment_affine, segment_state_gradient
 from dn_lib.forms.chunkwise import check_rule
@@ -127,14 +127,15 @@ class SequenceParallelDeltaRule(torch.autograd.Function):
         return *differentiable_once(message, grads, (q, k, beta, do, dstate)), None, None, None
 
     @staticmethod
-    def _gradients(ctx, q, k, beta, errors, final_state, later, do, dstate):
+    def _gradients(ctx: Any, q, k, beta, errors, final_state, later, do, dstate):
         rank, dtype, options = dist.get_rank(ctx.group), errors.dtype, ctx.options
         q, k, beta, do = (x.to(dtype) for x in (q, k, beta, do))
         chunk_size = options["chunk_size"]
         Y = segment_state_gradient(options["scale"] * q, k, beta, do, dstate, chunk_size=chunk_size)
         all_Y = _all_gather(Y, ctx.group)
         unused = [None] * (rank + 1)  # maps of this stretch and of those before it play no part
-        dstate = dstate + leaving_gradient(list(zip([*unused, *later], all_Y, strict=True)), rank)
+        pieces: list[Any] = list(zip([*unused, *later], all_Y, strict=True))
+        dstate = dstate + leaving_gradient(pieces, rank)
         *grads, dstart = chunkwise_delta_rule_backward(q, k, beta, errors, final_state, do, dstate, **options)
         grads.append(dstart if rank == 0 else torch.zeros_like(dstart))
         return [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
@@ -240,5 +241,5 @@ def run_on_processes(fn: Callable[..., Any], world_size: int, *args: Any) -> lis
     check_function("fn", fn)
     check_integer("world_size", world_size)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(world_size, folder, fn, args), nprocs=world_size)
+        spawn(_worker, args=(world_size, folder, fn, args), nprocs=world_size)
         return [torch.load(Path(folder) / f"result-{rank}.pt") for rank in range(world_size)]

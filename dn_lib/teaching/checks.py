@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,14 +142,17 @@ def _first_line(error: BaseException) -> str:
         return "no message"
 
 
-def evaluate(number: str, fn: Callable[..., Any], seed: int = 0) -> Verdict:
-    """Judge `fn` as an answer to exercise `number`.
+def evaluate(
+    number: str, fn: Callable[..., Any], seed: int = 0, *, exercises: Mapping[str, Exercise] | None = None
+) -> Verdict:
+    """Judge `fn` as an answer to exercise `number` of the book, or of `exercises`.
 
     Raises KeyError if there is no such exercise.
     """
-    if not isinstance(number, str) or number not in all_exercises():
-        raise KeyError(f"number must be one of {sorted(all_exercises())}, got {_describe(number)}")
-    exercise = all_exercises()[number]
+    exercises = all_exercises() if exercises is None else exercises
+    if not isinstance(number, str) or number not in exercises:
+        raise KeyError(f"number must be one of {sorted(exercises)}, got {_describe(number)}")
+    exercise = exercises[number]
     generator = torch.Generator().manual_seed(seed)
     cases = []
     for _ in range(exercise.trials):
@@ -203,9 +206,9 @@ def printable(text: str, encoding: str | None) -> str:
     return text
 
 
-def check(number: str, fn: Callable[..., Any]) -> None:
+def check(number: str, fn: Callable[..., Any], *, exercises: Mapping[str, Exercise] | None = None) -> None:
     """Judge `fn` as an answer to exercise `number` (for example `"2.3"`), and print the verdict.
 
-    Raises KeyError if there is no such exercise.
+    exercises: to look in, those of the book if None.  Raises KeyError if there is no such exercise.
     """
-    print(printable(evaluate(number, fn).message, getattr(sys.stdout, "encoding", None)))
+    print(printable(evaluate(number, fn, exercises=exercises).message, getattr(sys.stdout, "encoding", None)))

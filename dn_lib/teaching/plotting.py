@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm, Normalize
@@ -40,7 +41,7 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 11,
-    "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=LINES),
+    "axes.prop_cycle": cycler(color=COLOURS, linestyle=LINES),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 12,
@@ -155,10 +156,12 @@ def animation(
         raise ValueError("frames must hold at least one item, got none")
     # One palette for all frames makes the file three times smaller; its last entry is the paper's white.
     palette = PillowImage.fromarray(np.concatenate(pictures)).quantize(255)
-    colours = [*palette.getpalette()[: 3 * 255], 255, 255, 255]
+    colours = [*(palette.getpalette() or ())[: 3 * 255], 255, 255, 255]
     pages = []
     for picture in pictures:
-        entries = np.asarray(PillowImage.fromarray(picture).quantize(palette=palette, dither=0)).copy()
+        entries = np.asarray(
+            PillowImage.fromarray(picture).quantize(palette=palette, dither=PillowImage.Dither.NONE)
+        ).copy()
         entries[(picture == 255).all(axis=-1)] = len(colours) // 3 - 1
         pages.append(PillowImage.fromarray(entries))
         pages[-1].putpalette(colours)

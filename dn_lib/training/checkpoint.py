@@ -164,6 +164,13 @@ def step_of(path: str | Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def _steps(path: Path) -> int:
+    """`step_of` a path out of `numbered`."""
+    step = step_of(path)
+    assert step is not None
+    return step
+
+
 def numbered(folder: str | Path) -> list[Path]:
     """The checkpoints in `folder`, the oldest first, by number: not by name, which fails at ten million steps.
 
@@ -181,13 +188,13 @@ def numbered(folder: str | Path) -> list[Path]:
 
 def latest(folder: str | Path) -> Path | None:
     """The newest checkpoint in `folder`, or None.  Files of any other name (`checkpoint_best`) are no candidates."""
-    return max(numbered(folder), key=step_of, default=None)
+    return max(numbered(folder), key=_steps, default=None)
 
 
 def newest_whole(folder: str | Path, below: int) -> Path | None:
     """The newest checkpoint of fewer than `below` steps that can be read without an error, or None."""
     for path in reversed(numbered(folder)):
-        if step_of(path) < below:
+        if _steps(path) < below:
             with contextlib.suppress(CheckpointError):
                 read(path)
                 return path
@@ -231,8 +238,8 @@ def _last_good(folder: Path) -> str:
 
 def _prune(folder: Path, run: str, step: int, keep: int) -> None:
     """Delete the run's own checkpoints but the newest `keep`: what it did not write, it does not delete."""
-    named = [path for path in numbered(folder) if path == checkpoint_path(folder, step_of(path))]  # no user's copy
-    own = [path for path in named if step_of(path) <= step and run_of(path) == run]
+    named = [path for path in numbered(folder) if path == checkpoint_path(folder, _steps(path))]  # no user's copy
+    own = [path for path in named if _steps(path) <= step and run_of(path) == run]
     for old in own[:-keep]:
         old.unlink()
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,8 @@ def in_all(place: Processes, action: Callable[[], Result]) -> Result:
     """`action()` in every process.  If it fails in one, all raise, so that none waits for one that is gone."""
     if place.world == 1:
         return action()
-    result, problem = None, None
+    result: Any = None
+    problem = None
     try:
         result = action()
     except Exception as error:
@@ -134,25 +135,27 @@ def gradient_sync(module: nn.Module, wanted: bool):
     """A context for one forward and backward pass; gradients are exchanged in it only if `wanted`."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and not wanted:
         return module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(wanted)
+    if sync := getattr(module, "set_requires_gradient_sync", None):  # FSDP's
+        sync(wanted)
     return nullcontext()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter, gathered if it is sharded.  Every process has to call it."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)  # a DTensor's
+    return tensor if gather is None else gather()
 
 
 def assign(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor into `target`, or this process's part of it if `target` is sharded."""
     with torch.no_grad():
         if hasattr(target, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
+            from torch.distributed.tensor import DTensor, distribute_tensor
 
+            sharded = cast(DTensor, target)
             value = value.to(target.device, target.dtype)
-            value = distribute_tensor(value, target.device_mesh, target.placements)
+            value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
         target.copy_(value)
 
 

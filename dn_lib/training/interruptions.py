@@ -19,11 +19,11 @@ INSISTING = 1.0  # seconds; a terminal and torchrun both pass a Ctrl-C on, so th
 
 
 @contextlib.contextmanager
-def stop_signals(wanted: bool) -> Iterator[list[int]]:
+def stop_signals(wanted: bool, insisting: float = INSISTING) -> Iterator[list[int]]:
     """Signals that end a process append their numbers to the list instead, so that the loop can end it in order.
 
     SIGINT, SIGTERM and SIGHUP (a terminal that was closed).  One that is ignored, as `nohup` ignores SIGHUP, stays
-    ignored.  A second SIGINT, a second or more after the first, ends the process at once.
+    ignored.  A second SIGINT, `insisting` seconds or more after the first, ends the process at once.
     """
     caught: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
@@ -35,7 +35,7 @@ def stop_signals(wanted: bool) -> Iterator[list[int]]:
         nonlocal first
         if not caught:
             first = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first >= INSISTING:
+        elif number == signal.SIGINT and time.monotonic() - first >= insisting:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         caught.append(number)
@@ -102,7 +102,9 @@ class Log:
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, *records: dict[str, Any]) -> None:
-        self.waiting += records if self.path is not None else ()
+        if self.path is None:
+            return
+        self.waiting += records
         if not self.waiting:
             return
         try:

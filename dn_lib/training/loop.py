@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dn_lib.data import Batches, Corpus
+from dn_lib.models.language_model import LanguageModel
 from dn_lib.models.wrappers import COMPILED, inner
 from dn_lib.training import checkpoint as checkpoints
 from dn_lib.training import folder as folders
@@ -25,6 +26,7 @@ from dn_lib.training.config import TrainConfig
 from dn_lib.training.distributed import (
     Processes,
     distribute,
+    full_tensor,
     gradient_sync,
     in_all,
     in_first,
@@ -117,7 +119,9 @@ class _Run:
 
     def __init__(self, model, corpus, config: TrainConfig, place: Processes, folder, notes: dict[str, Any]):
         model.to(place.device)
-        self.model = inner(model)  # keeps the parameters; `module`, below, is called
+        self.model: Any = inner(
+            model
+        )  # a LanguageModel, or a module with its methods; keeps the parameters; `module`, below, is called
         self.corpus, self.config, self.place, self.caught = corpus, config, place, []
         self.folder = Path(folder) if folder is not None else None
         self.about = self.describe(notes) if self.folder else {}
@@ -161,18 +165,18 @@ class _Run:
 
     def begin(self, resume: bool | str | Path, allow_changes: Collection[str]) -> None:
         """Make the folder ready, and go on from a checkpoint if there is one to go on from."""
-        if self.folder is None:
+        if (folder := self.folder) is None:
             return
         parts = {"train": self.corpus.train, "validation": self.corpus.validation}
         self.about["tokens"] = {part: tokens_digest(tokens) for part, tokens in parts.items()}
         path = None
         if resume:
-            path = in_first(self.place, lambda: checkpoints.latest(self.folder) if resume is True else Path(resume))
+            path = in_first(self.place, lambda: checkpoints.latest(folder) if resume is True else Path(resume))
         if path is not None:
             self.resume(path, allow_changes)
         else:
             notes, again = self.about["notes"], bool(resume)
-            self.about["run"] = in_first(self.place, lambda: folders.begin(self.folder, notes, again))
+            self.about["run"] = in_first(self.place, lambda: folders.begin(folder, notes, again))
         in_first(self.place, self.save_tokenizer)
 
     def go(self, progress: bool, report: Report) -> History:
@@ -233,11 +237,11 @@ class _Run:
             total += loss.detach() / len(parts)
         limit = config.clip if config.clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = full_tensor(norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
-        self.unlogged.append((self.done, rate, total, norm.detach()))
+        self.unlogged.append((self.done, rate, total, norm))
 
     def flush_log(self, mark: float) -> None:
         """Read the losses since the last look from the device, check them, and log them.
@@ -279,6 +283,7 @@ class _Run:
 
     def evaluate(self, report) -> None:
         rows = self.held_out
+        assert rows is not None  # asked for only where some are
         if len(rows) >= self.place.world:  # every process measures equally many
             rows = rows[self.place.rank :: self.place.world][: len(rows) // self.place.world]
         batch = max(self.config.batch // (self.config.accumulate * self.place.world), 1)
@@ -319,22 +324,28 @@ class _Run:
         self.history.stopped = number or None
         return self.history.stopped is not None
 
+    @property
+    def kept_in(self) -> Path:
+        """The folder of a run that has one."""
+        assert self.folder is not None
+        return self.folder
+
     def save(self) -> None:
         about = {**self.about, "step": self.done, "seconds": self.busy, "unlogged": self.log.waiting}
         state = checkpoints.capture(self.model, self.optimiser, self.batches.state(), about)
         self.history.checkpoint = in_first(
-            self.place, lambda: checkpoints.write(state, self.folder, keep=self.config.keep)
+            self.place, lambda: checkpoints.write(state, self.kept_in, keep=self.config.keep)
         )
 
     def save_tokenizer(self) -> None:
         try:
-            self.corpus.tokenizer.save(self.folder)
+            self.corpus.tokenizer.save(self.kept_in)
         except OSError as error:
             reason = error.strerror or error
             raise checkpoints.CheckpointError(f"could not write into {self.folder}: {reason}") from None
 
     def resume(self, path: Path, allow_changes: Collection[str]) -> None:
-        saved = in_all(self.place, lambda: folders.read_to_resume(path, self.folder))
+        saved = in_all(self.place, lambda: folders.read_to_resume(path, self.kept_in))
         check_same_run(saved.about, self.about, allow_changes)
         batches = checkpoints.restore(saved, self.model, self.optimiser)
         if saved.about["train"].get("seed") == self.config.seed:  # a changed seed draws its own batches from here on
@@ -342,12 +353,12 @@ class _Run:
         self.about["run"] = saved.about["run"]
         self.done, self.busy = saved.about["step"], saved.about["seconds"]
         self.before, self.history.checkpoint = self.busy, path
-        records = in_first(self.place, lambda: folders.go_on(self.folder, saved, self.about["notes"]))
+        records = in_first(self.place, lambda: folders.go_on(self.kept_in, saved, self.about["notes"]))
         self.history.steps = [record for record in records if "evaluation" not in record]
         self.history.evaluations = [record["evaluation"] for record in records if "evaluation" in record]
 
 
-def flop_use(model: nn.Module, length: int, tokens_per_second: float, place: Processes) -> float | None:
+def flop_use(model: LanguageModel, length: int, tokens_per_second: float, place: Processes) -> float | None:
     """Share of the GPU's peak that the model's own arithmetic uses; None for a device that is not listed."""
     if place.device.type != "cuda":
         return None

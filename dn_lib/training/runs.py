@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_latest(folder: Path) -> checkpoints.Checkpoint:
+def _read_latest(folder: Path, latest: Callable[[Path], Path | None] = checkpoints.latest) -> checkpoints.Checkpoint:
     """The newest checkpoint; a run at work may delete the one that was the newest before it could be opened."""
     for _ in range(10):
-        path = checkpoints.latest(folder)
+        path = latest(folder)
         if path is None:
             break
         try:
@@ -102,7 +103,7 @@ def _read_latest(folder: Path) -> checkpoints.Checkpoint:
         except CheckpointError as error:
             if not path.exists():
                 continue
-            older = checkpoints.newest_whole(folder, below=checkpoints.step_of(path))
+            older = checkpoints.newest_whole(folder, below=checkpoints.step_of(path) or 0)
             remedy = f"the newest older one that is whole is {older}: give its path instead of the folder"
             raise CheckpointError(f"{error}; {remedy if older else 'no older one is whole'}") from None
     raise FileNotFoundError(f"{folder} holds no checkpoint any more")

@@ -32,7 +32,7 @@ def tokens_digest(tokens: np.ndarray) -> str:
     if len(starts) > BLOCKS:
         starts = np.linspace(0, len(tokens) - size, BLOCKS).astype(np.int64).tolist()
     for start in starts:
-        total.update(np.ascontiguousarray(tokens[start : start + size]))
+        total.update(np.ascontiguousarray(tokens[start : start + size]).data)
     return total.hexdigest()
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import dn_lib  # noqa: F401
+import dn_lib
 from dn_lib.__main__ import app
+from dn_lib.console import Commands
 from dn_lib.models import LanguageModel, ModelConfig, save_model
 
 
@@ -248,26 +250,34 @@ class TestDamagedModel:
         assert "has 300 tokens, its tokenizer 256" in error_of("generate", "other", "--device", "cpu")
 
 
+def run_failing(error):
+    """Run a command of the same kind as those of the package, which raises `error`."""
+    failing = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+    @failing.callback()
+    def about():
+        pass
+
+    @failing.command()
+    def fail():
+        raise error
+
+    return CliRunner().invoke(failing, ["fail"])
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), TypeError("no\nway"), ZeroDivisionError(), AssertionError("wrong")])
 class TestFaultsOfThePackage:
-    @pytest.fixture(params=[KeyError("x"), TypeError("no\nway"), ZeroDivisionError(), AssertionError("wrong")])
-    def fault(self, request, monkeypatch):
-        def fail():
-            raise request.param
-
-        monkeypatch.setattr("dn_lib.doctor.report", fail)
-        return request.param
-
     def test_are_called_so_in_one_line(self, fault):
-        result = run("doctor")
+        result = run_failing(fault)
         assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
         assert f"internal error ({type(fault).__name__}: " in result.stderr
         assert "DN_LIB_TRACEBACK=1 shows where" in result.stderr
 
     def test_are_shown_when_asked_for(self, fault, monkeypatch):
         monkeypatch.setenv("DN_LIB_TRACEBACK", "1")
-        assert run("doctor").exception is fault
+        assert run_failing(fault).exception is fault
         monkeypatch.setenv("DN_LIB_TRACEBACK", "0")
-        assert isinstance(run("doctor").exception, SystemExit)
+        assert isinstance(run_failing(fault).exception, SystemExit)
 
 
 @pytest.mark.parametrize(
@@ -282,12 +292,8 @@ class TestFaultsOfThePackage:
         (RecursionError("too deep"), 2, "error: too deep"),
     ],
 )
-def test_ends(monkeypatch, error, status, said):
-    def fail():
-        raise error
-
-    monkeypatch.setattr("dn_lib.doctor.report", fail)
-    result = run("doctor")
+def test_ends(error, status, said):
+    result = run_failing(error)
     assert result.exit_code == status and result.stdout == ""
     assert said in result.stderr and len(result.stderr.splitlines()) == bool(said)
 
@@ -335,12 +341,19 @@ class TestPrepareData:
         assert tree() == before and (tmp_path / "shared" / "dn_lib").is_dir()
 
 
-TEXT = "\u2713 \u03bb \u20ac \xe9 \u4e2d \U0001f600 "
+TEXT = "\u2713 \u03bb \u20ac \xe9 \u4e2d \U0001f600 \ufffd\n\ufffd"  # bytes that are no UTF-8 are shown so
 SHOWN = {"✓": "+", "λ": r"\u03bb", "€": r"\u20ac", "é": r"\xe9", "中": r"\u4e2d", "😀": r"\U0001f600"}
 
 
-def generated(*arguments, **options):
-    return torch.tensor([[*TEXT.encode(), 255, 10, 0x80]])
+@pytest.fixture
+def broken_triton(tmp_path):
+    """A PYTHONPATH with which the doctor's trial of Triton fails at once, where a kernel would take seconds."""
+    says = "a compiler that says \u201cn\xe9\u201d \udcff".encode("utf-8", "surrogateescape")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        f"import os, sys\nif sys.orig_argv[-1].endswith('trial.py'):\n    os.write(2, {says!r})\n    os._exit(1)\n"
+    )
+    return os.pathsep.join([str(tmp_path / "path"), str(Path(dn_lib.__file__).parents[1])])
 
 
 class Console(io.TextIOWrapper):
@@ -353,11 +366,11 @@ class Console(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
-def finish(line, monkeypatch, encoding):
+def finish(arguments, monkeypatch, encoding):
     console = Console(encoding)
     monkeypatch.setattr(sys, "stdout", console)
     with pytest.raises(SystemExit) as ended:
-        app(line.split())
+        app(arguments)
     assert ended.value.code == 0
     return console.said()
 
@@ -365,45 +378,39 @@ def finish(line, monkeypatch, encoding):
 class TestConsoles:
     @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8", "cp437", "koi8-r", "utf-16"])
     def test_print_all_that_was_generated(self, monkeypatch, encoding):
-        monkeypatch.setattr("dn_lib.models.generate", generated)
-        said = finish(GENERATE, monkeypatch, encoding)
+        said = finish(
+            [*["generate", "model", "--device", "cpu", "--tokens", "0", "--prompt"], TEXT], monkeypatch, encoding
+        )
         for character, plain in SHOWN.items():
             assert character in said or plain in said
         if encoding == "ascii":
             assert said == r"+ \u03bb \u20ac \xe9 \u4e2d \U0001f600 ?" + "\n?\n"
 
     @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
-    def test_doctor(self, monkeypatch, encoding):
-        monkeypatch.setattr("dn_lib.doctor._try_triton", lambda: "a compiler that says \u201cn\xe9\u201d \udcff")
-        lines = finish("doctor", monkeypatch, encoding).splitlines()
+    def test_doctor(self, monkeypatch, broken_triton, encoding):
+        monkeypatch.setenv("PYTHONPATH", broken_triton)
+        lines = finish(["doctor"], monkeypatch, encoding).splitlines()
         assert lines[0].startswith("+ Python") and any(line.strip().startswith("->") for line in lines)
 
 
-# As a user starts it, but for what takes seconds.
-START = """
-import sys
-import dn_lib.__main__ as cli, dn_lib.doctor
-dn_lib.doctor._try_triton = lambda: "an arrow follows"
-cli.app(prog_name="python -m dn_lib")
-"""
-
-
-def started(encoding, *arguments, **options):
+def started(encoding, *arguments, path, **options):
+    """`python -m dn_lib`, as a user starts it, with `path` as PYTHONPATH."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", START, *arguments]
+    environment["PYTHONPATH"] = path
+    command = [sys.executable, "-m", "dn_lib", *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
 
 
 class TestProcesses:
-    def test_of_other_encodings_and_streams_that_take_nothing(self):
+    def test_of_other_encodings_and_streams_that_take_nothing(self, broken_triton):
         """All in one test, so that Python's start is paid for once on as many cores as there are."""
-        plain = started("cp1252", "doctor", stdout=subprocess.PIPE)
-        name = started("latin-1", "generate", "λ\udcff\N{GRINNING FACE}", stdout=subprocess.PIPE)
-        closed = started("ascii", "doctor", stdout=subprocess.PIPE)
+        plain = started("cp1252", "doctor", path=broken_triton, stdout=subprocess.PIPE)
+        name = started("latin-1", "generate", "λ\udcff\N{GRINNING FACE}", path=broken_triton, stdout=subprocess.PIPE)
+        closed = started("ascii", "doctor", path=broken_triton, stdout=subprocess.PIPE)
         closed.stdout.close()
         if os.path.exists("/dev/full"):  # a disk that is always full
             with open("/dev/full", "w") as disk:
-                full = started("utf-8", "doctor", stdout=disk)
+                full = started("utf-8", "doctor", path=broken_triton, stdout=disk)
         said, errors = plain.communicate(timeout=120)
         lines = said.decode("cp1252").splitlines()
         assert (plain.returncode, errors) == (0, b"") and lines[0].startswith("+ Python")

@@ -1,5 +1,8 @@
 """`dn_lib.doctor`: every line says what was found, and what is missing comes with its remedy."""
 
+import importlib.util
+import platform
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +10,12 @@ import torch
 
 from dn_lib import doctor
 
+# The report without the seconds that a kernel takes.
+QUICK = doctor.PARTS | {"Triton": lambda: doctor.triton(lambda: None)}
 
-def test_report_names_versions_devices_and_triton(monkeypatch):
-    monkeypatch.setattr(doctor, "_try_triton", lambda: None)
-    text = doctor.report()
+
+def test_report_names_versions_devices_and_triton():
+    text = doctor.report(QUICK)
     for subject in ("Python", "dn_lib", "torch", "CPU", "GPU", "Triton", "C compiler", "Jupyter", "Tests", "Cache"):
         assert any(line[2:].startswith(subject) for line in text.splitlines()), subject
     assert torch.__version__ in text
@@ -20,19 +25,17 @@ def test_report_names_versions_devices_and_triton(monkeypatch):
 
 @pytest.mark.parametrize(("system", "remedy"), [("Linux", "pip install triton"), ("Darwin", "chapter 5 needs Linux")])
 def test_missing_triton(monkeypatch, system, remedy):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor.platform, "system", lambda: system)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(platform, "system", lambda: system)
     finding = doctor.triton()
     assert finding.found == "missing" and remedy in finding.remedy
 
 
-def test_triton_that_cannot_run(monkeypatch):
+def test_triton_that_cannot_run():
     pytest.importorskip("triton")
-    monkeypatch.setattr(doctor, "_TRIAL", "raise RuntimeError('no driver')")
-    finding = doctor.triton()
+    finding = doctor.triton(lambda: doctor.try_triton(trial="raise RuntimeError('no driver')"))
     assert "fails: RuntimeError: no driver" in finding.found and finding.remedy
-    monkeypatch.setattr(doctor, "_TRIAL", "import time; time.sleep(60)")
-    assert doctor._try_triton(seconds=0.5) == "no answer in 0 s"
+    assert doctor.try_triton(seconds=0.5, trial="import time; time.sleep(60)") == "no answer in 0 s"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Triton compiles")
@@ -46,8 +49,7 @@ def test_interpreter_asked_for_beside_a_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "_try_triton", lambda: None)
-    assert "unset it" in doctor.triton().remedy
+    assert "unset it" in doctor.triton(lambda: None).remedy
 
 
 def test_checks_of_values_are_named_where_a_gpu_would_only_assert(monkeypatch):
@@ -58,20 +60,18 @@ def test_checks_of_values_are_named_where_a_gpu_would_only_assert(monkeypatch):
 
 
 def test_missing_compiler(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "install one" in doctor.c_compiler().remedy
 
 
-def test_missing_extras(monkeypatch):
-    installed = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "nbval" else installed(name))
-    jupyter, tests = doctor.extras()
+def test_missing_extras():
+    jupyter, tests = doctor.extras(lambda name: None if name == "nbval" else "1.0")
     assert "nbval" not in jupyter.remedy and "missing nbval: pip install" in tests.remedy
 
 
 def test_driver_without_a_torch_that_uses_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert "torch built for CUDA" in doctor.devices()[-1].remedy
 
 
@@ -86,15 +86,12 @@ def test_devices_lists_each_gpu(monkeypatch):
     assert "sm_80" in doctor.devices()[-1].remedy
 
 
-@pytest.mark.parametrize("part", ["python", "package", "devices", "triton", "c_compiler", "extras", "cache"])
-def test_a_part_that_fails_is_one_line_of_the_report(monkeypatch, part):
-    monkeypatch.setattr(doctor, "_try_triton", lambda: None)
-
+@pytest.mark.parametrize("part", doctor.PARTS)
+def test_a_part_that_fails_is_one_line_of_the_report(part):
     def fail():
         raise KeyError("of a broken\nmachine")
 
-    monkeypatch.setattr(doctor, part, fail)
-    lines = doctor.report().splitlines()
+    lines = doctor.report(QUICK | {part: fail}).splitlines()
     assert sum("cannot be looked at: KeyError: 'of a broken" in line for line in lines) == 1
     assert len(lines) >= 8 and "to look at" in lines[-1]
 
@@ -108,6 +105,5 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_messages_of_triton_in_another_encoding(monkeypatch):
-    monkeypatch.setattr(doctor, "_TRIAL", r"import os; os.write(2, b'\xe9\xff broken\n'); os._exit(1)")
-    assert "broken" in doctor._try_triton()
+def test_messages_of_triton_in_another_encoding():
+    assert "broken" in doctor.try_triton(trial=r"import os; os.write(2, b'\xe9\xff broken\n'); os._exit(1)")

@@ -399,10 +399,9 @@ class TestNamed:
             named_text("enwik8")
 
     def test_zip_bomb(self, server, monkeypatch):
-        monkeypatch.setattr(downloads_module, "LARGEST", 10**6)
         self.serve_zip(server, monkeypatch, lambda archive: archive.writestr("inside", bytes(10**7)))
         with pytest.raises(DataError, match="more than the 1,000,000 bytes"):
-            named_text("enwik8")
+            named_text("enwik8", most=10**6)
 
     def test_no_zip_at_all(self, server, monkeypatch):
         monkeypatch.setitem(DOWNLOADS, "enwik8", Download(server.url, DIGEST, member="inside"))

@@ -58,13 +58,12 @@ class TestSignals:
             signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT] * 2
 
-    def test_a_second_interrupt_ends_it_at_once(self, monkeypatch):
+    def test_a_second_interrupt_ends_it_at_once(self):
         def interrupted():
-            with interruptions.stop_signals(True):
+            with interruptions.stop_signals(True, insisting=0.0):  # the second one comes late enough
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(interruptions, "INSISTING", 0.0)  # the second one comes late enough
         child = multiprocessing.get_context("fork").Process(target=interrupted)
         child.start()
         child.join()
@@ -131,29 +130,31 @@ class TestNobodyListens:
         monkeypatch.setattr(sys, "stderr", Closed())
         assert len(train(model(), corpus(), QUICK, progress=True).steps) == 8
 
-    def test_a_log_that_cannot_be_written_waits(self, tmp_path, monkeypatch):
-        real, refused = interruptions.append_whole, []
+    @staticmethod
+    def unwritable(folder):
+        """Make `log.jsonl` a link into a folder that is not there yet: returns that folder."""
+        (folder / "log.jsonl").symlink_to(folder / "elsewhere" / "log.jsonl")
+        return folder / "elsewhere"
 
-        def full(path, content):
-            if len(refused) < 2:
-                refused.append(content)
-                raise OSError(28, "No space left on device")
-            real(path, content)
+    def test_a_log_that_cannot_be_written_waits(self, tmp_path):
+        elsewhere, refused = self.unwritable(tmp_path), []
 
-        monkeypatch.setattr(interruptions, "append_whole", full)
-        with pytest.warns(RuntimeWarning, match=r"could not write .*log\.jsonl: No space") as told:
-            train(model(), corpus(), QUICK, folder=tmp_path)
+        def mended_later(record):
+            refused.append(not (tmp_path / "log.jsonl").exists())
+            if record["step"] == 4:
+                elsewhere.mkdir()
+
+        with pytest.warns(RuntimeWarning, match=r"could not write .*log\.jsonl: No such file") as told:
+            train(model(), corpus(), QUICK, folder=tmp_path, report=mended_later)
         records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert len(told) == 1 and len(refused) == 2
+        assert len(told) == 1 and refused == [True, True, False, False]
         assert [record["step"] for record in records if "step" in record] == list(range(1, 9))
 
-    def test_a_log_that_never_could_be_written_is_in_the_checkpoint(self, tmp_path, monkeypatch):
-        def full(path, content):
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="could not write"):
-            patch.setattr(interruptions, "append_whole", full)
+    def test_a_log_that_never_could_be_written_is_in_the_checkpoint(self, tmp_path):
+        self.unwritable(tmp_path)
+        with pytest.warns(RuntimeWarning, match="could not write"):
             history = train(model(), corpus(), QUICK, folder=tmp_path)
+        (tmp_path / "log.jsonl").unlink()
         assert last_logged(tmp_path) == 0
         again = train(model(), corpus(), QUICK, folder=tmp_path, resume=True)
         assert again.steps == history.steps and again.evaluations == history.evaluations and last_logged(tmp_path) == 8

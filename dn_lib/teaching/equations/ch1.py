@@ -222,7 +222,7 @@ def _pairs(g):
 
 
 def _read_back(k, v):
-    state = sum(torch.outer(k[i], v[i]) for i in range(len(k)))
+    state = torch.stack([torch.outer(k[i], v[i]) for i in range(len(k))]).sum(0)
     return torch.stack([state.T @ k[j] for j in range(len(k))])
 
 
@@ -265,7 +265,7 @@ def _crosstalk_sample(g):
 def _average_crosstalk(query, designs, values):
     errors = []
     for keys in product(*designs):
-        read = sum((key @ query) * value for key, value in zip(keys, values, strict=True))
+        read = torch.stack([(key @ query) * value for key, value in zip(keys, values, strict=True)]).sum(0)
         errors.append(read @ read)
     return torch.stack(errors).mean()
 

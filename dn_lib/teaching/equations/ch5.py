@@ -194,7 +194,7 @@ LINEAR_BYTES = Equation(
 )
 
 
-def _linear_flops(s, *, scores=2, half=1, state=4):
+def _linear_flops(s, *, scores=2, half: float = 1, state=4):
     blocks = s.value_blocks
     return s.tokens * (scores * s.C * s.d_k * blocks + 2 * s.C * s.d_v * half + state * s.d_k * s.d_v)
 
@@ -295,7 +295,7 @@ def _count_inverse(C, method):
     return sum(dot.flops for dot in trace.launches[0].dots) - gram
 
 
-def _inverse_flops(C, method, *, half=1, dots=2, small=6, pairs=1 / 3, more=1):
+def _inverse_flops(C, method, *, half: float = 1, dots=2, small=6, pairs=1 / 3, more=1):
     """As printed."""
     levels, part = int(math.log2(C)), (16 / C) ** 2
     return 2 * C**3 * half * {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def counted_work(N, d, H, V, w, L):
 
     The mixing itself is counted by hand, one multiply-add for every query-key pair in the window, twice.
     """
-    model = model_for_work(N, d, H, V, "window", w)
+    model: Any = model_for_work(N, d, H, V, "window", w)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for block in model.blocks:
             x = torch.zeros(1, L, d)

@@ -394,7 +394,7 @@ def _decay_sample(g):
     return _normal(g, length, 3), _normal(g, length, 3), _normal(g, length, 5), gamma, chunk
 
 
-def _decayed(q, k, v, gamma, chunk_size, *, inside=True, read_from=1, carry=True, write="late"):
+def _decayed(q, k, v, gamma, chunk_size, *, inside=True, read_from: int | None = 1, carry=True, write="late"):
     state, outputs = torch.zeros(k.shape[-1], v.shape[-1]).to(v), []
     for start in range(0, len(q), chunk_size):
         q_c, k_c, v_c = (x[start : start + chunk_size] for x in (q, k, v))

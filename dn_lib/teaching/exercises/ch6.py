@@ -43,7 +43,7 @@ def sample_convolution(g):
 def convolve(x, w, ahead=0):
     taps = w.shape[1]
     padded = torch.cat([x.new_zeros(taps - 1 - ahead, x.shape[1]), x, x.new_zeros(ahead, x.shape[1])])
-    return sum(w[:, j] * padded[j : j + len(x)] for j in range(taps))
+    return torch.stack([w[:, j] * padded[j : j + len(x)] for j in range(taps)]).sum(0)
 
 
 # -- 6.7 one token through the convolution ---------------------------------------------------------------

@@ -28,11 +28,11 @@ class Child:
 
     def __init__(self, *, interpret: bool):
         self.environment = {"TRITON_INTERPRET": "1" if interpret else "0", "CUDA_VISIBLE_DEVICES": ""}
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[bytes]:
         if self.process is not None and self.process.poll() is None:
-            return
+            return self.process
         self.stop()
         # Answers have a pipe of their own: start-up files of the user's may print before `serve` begins.
         self.answers, writing = os.pipe()
@@ -45,13 +45,15 @@ class Child:
             pass_fds=(writing,),
         )
         os.close(writing)
+        return self.process
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            with contextlib.suppress(BrokenPipeError):  # of a request that was never read
-                self.process.stdin.close()
+            if self.process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):  # of a request that was never read
+                    self.process.stdin.close()
             os.close(self.answers)
             self.process = None
 
@@ -60,18 +62,18 @@ class Child:
 
         Raises KernelError if it raised, died, or took more than `seconds` of processor time, or `wait` times as long.
         """
-        self.start()
+        process = self.start()
         deadline = time.monotonic() + wait * seconds
         late = f"it did not finish in {seconds:.0f} seconds"
         try:
-            send(self.process.stdin, (seconds, *request))
+            send(process.stdin, (seconds, *request))
             size = struct.unpack("<Q", self._read(8, deadline))[0]
             kind, value = pickle.loads(self._read(size, deadline))
         except TimeoutError:
             self.stop()
             raise KernelError(late) from None
         except (EOFError, BrokenPipeError):
-            code = self.process.wait()
+            code = process.wait()
             self.stop()
             if code == -signal.SIGXCPU:
                 raise KernelError(late) from None

@@ -33,11 +33,11 @@ UNTOUCHED = 1234.0  # what the bands of outputs hold: not NaN, which a stray rea
 # --- The judge ------------------------------------------------------------------------------------------
 def interpret(kernel: Any, plan: Plan) -> Findings:
     """Run `kernel` (or its source) as `plan` says, in the interpreter child.  Raises KernelError."""
-    arguments = tuple(
-        torch.full_like(a, float("nan")).cpu() if i in plan.outputs else a.cpu() if isinstance(a, Tensor) else a
-        for i, a in enumerate(plan.arguments)
-    )
-    cpu = Plan(arguments, plan.outputs, plan.grid, plan.constants)
+    arguments: list[Any] = list(plan.arguments)
+    for i, a in enumerate(plan.arguments):
+        if isinstance(a, Tensor):
+            arguments[i] = torch.full_like(a, float("nan")).cpu() if i in plan.outputs else a.cpu()
+    cpu = Plan(tuple(arguments), plan.outputs, plan.grid, plan.constants)
     return child(True).ask("interpret", kernel_source(kernel), kernel_name(kernel), cpu)
 
 
@@ -74,7 +74,7 @@ def run_banded(kernel: Any, plan: Plan, device: str = "cuda") -> tuple[Tensor, .
     found and raised as a KernelError.
     """
     buffers: dict[int, Tensor] = {}
-    arguments = list(plan.arguments)
+    arguments: list[Any] = list(plan.arguments)
     for i, a in enumerate(plan.arguments):
         if isinstance(a, Tensor) and a.is_floating_point():
             filler = UNTOUCHED if i in plan.outputs else float("nan")

@@ -102,6 +102,7 @@ def load_kernel(source: str, name: str) -> Any:
         path = folder / f"{module_name}.py"
         path.write_text(source)
         spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None  # as of every file that ends in .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[module_name] = module
@@ -159,7 +160,7 @@ def interpret_kernel(source: str, name: str, plan: Plan) -> Findings:
     small = [f"tl.dot has an inner size of {inner}, and the matrix units take K >= {LEAST_INNER}"] * (
         inner < LEAST_INNER
     )
-    outputs = tuple(plan.arguments[i] for i in plan.outputs)
+    outputs: tuple[Any, ...] = tuple(plan.arguments[i] for i in plan.outputs)
     outside = [str(o) for o in launch.outside[:4]]
     count = sum(o.count for o in launch.outside)
     names = [inspect.getfullargspec(kernel.fn).args[i].removesuffix("_ptr") for i in plan.outputs]
