@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 
 import dn_lib
 from dn_lib import cost
 from dn_lib.kernels import ladder
 from dn_lib.kernels.plan import Tiles, using
 from dn_lib.teaching.judge.trace import observe
+from dn_lib.testing import delta_rule_inputs
 
 sizes = st.builds(
     cost.Shape,
@@ -28,8 +28,7 @@ sizes = st.builds(
 
 
 def tensors(s, dtype=torch.float32):
-    q, k, v = (normalize(torch.randn(s.B, s.L, s.H, d), dim=-1).to(dtype) for d in (s.d_k, s.d_k, s.d_v))
-    return q, k, v, torch.rand(s.B, s.L, s.H).to(dtype)
+    return delta_rule_inputs(s.B, s.L, s.H, s.d_k, s.d_v, dtype=dtype, beta_max=1.0)[:4]
 
 
 @given(s=sizes, element=st.sampled_from([2, 4]))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix, sweep_rate
 from dn_lib.forms.gated_delta_rule import gated_delta_rule_step, recurrent_gated_delta_rule
 from dn_lib.forms.linear_attention import recurrent_linear_attention
+from dn_lib.testing import delta_rule_inputs
 
 SIZES = {
     "length": st.integers(0, 12),
@@ -25,12 +26,7 @@ F64 = torch.float64
 
 def draw(length, d_k, d_v, batch, seed, dtype=F64):
     """q, unit k, v, beta in (0, 2) and a state."""
-    torch.manual_seed(seed)
-    q, k = torch.randn(2, *batch, length, d_k, dtype=F64)
-    v, state = torch.randn(*batch, length, d_v, dtype=F64), torch.randn(*batch, d_k, d_v, dtype=F64)
-    k = k / k.norm(dim=-1, keepdim=True)
-    beta = 2 * torch.rand(*batch, length, dtype=F64)
-    return tuple(x.to(dtype) for x in (q, k, v, beta, state))
+    return tuple(x.to(dtype) for x in delta_rule_inputs(*batch, length, d_k, d_v, seed=seed, dtype=F64, state=batch))
 
 
 def with_matrices(q, k, v, beta, state, scale):
