@@ -19,6 +19,7 @@ SCRIPTS = {
     "error_microscope": [],
     "tune": [],
     "segments": [],
+    "every_form": [],
     "ladder": [],
 }
 
@@ -130,3 +131,14 @@ def test_the_microscope_measures_every_axis(smoke):
     hard = {"section": "inverse", "axis": "cosine, beta to 2"}
     bad, good = (points_of(record, **hard, method=f"{m}, float16")[0]["errors"] for m in ("doubling", "recursion on N"))
     assert bad["T"]["max"] > 100 * good["T"]["max"] and "N" in good and "N" not in bad
+
+
+def test_every_form_of_every_operator_has_a_row(smoke):
+    from dn_lib.operators import OPERATORS
+
+    rows = json.loads(smoke["every_form"][2].read_text())["rows"]
+    assert len(rows) == sum(1 for operator in OPERATORS.values() for _ in operator.every_form())
+    for row in rows:
+        assert row["status"] == "ok" and row["errors"]["o"] < 1e-5, row
+        assert row["compulsory_bytes"] > 0 and row["forward"]["ms"] > 0
+    assert any("predicted_ms" in row["forward"] for row in rows)
