@@ -192,6 +192,8 @@ class Launch(NamedTuple):
 
     programs: of the launch's grid.  blocks: how many of them share the value channels of one state.
     tma: whether TMA fetches the tiles; else threads compute addresses.
+    does: what it is for, in words.
+    one_wave: whether all programs that have work run at once, each with an SM to itself.
     """
 
     kernel: str
@@ -200,6 +202,7 @@ class Launch(NamedTuple):
     tiles: Tiles
     tma: bool
     does: str
+    one_wave: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +418,7 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
         programs = of * blocks * (-(-keys // one.BK) if keys else 1) * c.H
         alone = is_one_wave(programs - idle * c.H, c.target)
         tiles = _tiles(name, c, fused=layout.fused, one_wave=alone) if name in _SCANS else one
-        launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does)
+        launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does, alone)
 
     if c.norm:
         tiles = _tiles("inverse_norms", c)
@@ -593,7 +596,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     for number, (step, launch) in enumerate(plan.launches.items(), 1):
         t = launch.tiles
         sizes = f"{t.rows} rows" if t.rows else f"tiles of {t.BK} keys" + (f" x {t.BV} values" if t.BV else "")
-        wave = ", one wave" if step in _SCANS and is_one_wave(launch.programs, c.target) else ""
+        wave = ", one wave" if step in _SCANS and launch.one_wave else ""
         parts = [
             f"{launch.programs:,} programs{wave}", sizes, f"{t.warps} warp{'s' * (t.warps > 1)}",
             f"{t.stages} stage{'s' * (t.stages > 1)}", "TMA" if launch.tma else "pointers",
@@ -613,11 +616,8 @@ def _why_segments(plan: Plan) -> str:
         return "one segment per sequence: packed sequences are not split"
     if layout.segments > 1:
         unsplit = scan.programs // layout.segments
-        why = (
-            "asked for"
-            if c.overrides.segments
-            else f"since unsplit {unsplit:,} programs would share {c.target.sms} SMs"
-        )
+        rule = f"since unsplit only {unsplit:,} programs would run on {c.target.sms} SMs"
+        why = "asked for" if c.overrides.segments else rule
         return f"{layout.segments} segments of {layout.segment_length:,} tokens per sequence, {why}"
     if c.overrides.segments:
         return "one segment per sequence, asked for"
