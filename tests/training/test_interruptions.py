@@ -131,30 +131,31 @@ class TestNobodyListens:
         assert len(train(model(), corpus(), QUICK, progress=True).steps) == 8
 
     @staticmethod
-    def unwritable(folder):
-        """Make `log.jsonl` a link into a folder that is not there yet: returns that folder."""
-        (folder / "log.jsonl").symlink_to(folder / "elsewhere" / "log.jsonl")
-        return folder / "elsewhere"
+    def disk_that_refuses_logs(monkeypatch, times):
+        """A disk that has no space for the next `times` appends to a log; returns the paths that it refused."""
+        real, refused = open, []
 
-    def test_a_log_that_cannot_be_written_waits(self, tmp_path):
-        elsewhere, refused = self.unwritable(tmp_path), []
+        def full(path, *arguments, **options):
+            if Path(str(path)).name == "log.jsonl" and "ab" in arguments and len(refused) < times:
+                refused.append(path)
+                raise OSError(28, "No space left on device")
+            return real(path, *arguments, **options)
 
-        def mended_later(record):
-            refused.append(not (tmp_path / "log.jsonl").exists())
-            if record["step"] == 4:
-                elsewhere.mkdir()
+        monkeypatch.setattr("builtins.open", full)
+        return refused
 
-        with pytest.warns(RuntimeWarning, match=r"could not write .*log\.jsonl: No such file") as told:
-            train(model(), corpus(), QUICK, folder=tmp_path, report=mended_later)
+    def test_a_log_that_cannot_be_written_waits(self, tmp_path, monkeypatch):
+        refused = self.disk_that_refuses_logs(monkeypatch, 2)
+        with pytest.warns(RuntimeWarning, match=r"could not write .*log\.jsonl: No space") as told:
+            train(model(), corpus(), QUICK, folder=tmp_path)
         records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert len(told) == 1 and refused == [True, True, False, False]
+        assert len(told) == 1 and len(refused) == 2
         assert [record["step"] for record in records if "step" in record] == list(range(1, 9))
 
-    def test_a_log_that_never_could_be_written_is_in_the_checkpoint(self, tmp_path):
-        self.unwritable(tmp_path)
-        with pytest.warns(RuntimeWarning, match="could not write"):
+    def test_a_log_that_never_could_be_written_is_in_the_checkpoint(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="could not write"):
+            self.disk_that_refuses_logs(patch, sys.maxsize)
             history = train(model(), corpus(), QUICK, folder=tmp_path)
-        (tmp_path / "log.jsonl").unlink()
         assert last_logged(tmp_path) == 0
         again = train(model(), corpus(), QUICK, folder=tmp_path, resume=True)
         assert again.steps == history.steps and again.evaluations == history.evaluations and last_logged(tmp_path) == 8
