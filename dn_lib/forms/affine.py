@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dn_lib.forms.chunkwise import check_chunks, chunk_states, chunk_wy
+from dn_lib.forms.chunkwise import chunk_states, chunk_wy
 from dn_lib.forms.chunkwise_backward import check_backward
 from dn_lib.forms.common import (
     check_chunk_size,
+    check_inputs,
     check_one_dtype,
-    check_shape,
     check_tensors,
     chunk_slices,
     initial_state_or_zeros,
@@ -33,7 +33,7 @@ def chunk_affine(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     >>> M.tolist(), X.tolist()
     ([[0.0, 0.0], [0.0, 1.0]], [[3.0], [0.0]])
     """
-    check_chunks(k, v, beta)
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {}, time="C")
     k = k.to(working_dtype(k, v, beta))
     w, u = chunk_wy(k, v, beta)
     return torch.eye(k.shape[-1], dtype=w.dtype, device=w.device) - k.mT @ w, k.mT @ u
@@ -99,12 +99,8 @@ def segment_affine(
     >>> M.abs().max().item(), X.tolist()
     (0.0, [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
     """
-    check_chunks(k, v, beta, "L")
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {"initial_state": initial_state})
     check_chunk_size(chunk_size)
-    if initial_state is not None:
-        check_tensors(k=k, initial_state=initial_state)
-        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
-        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
     dtype, d_k = working_dtype(k, v, beta, initial_state), k.shape[-1]
     X = initial_state_or_zeros(k, v, initial_state, dtype)
     eye = torch.eye(d_k, dtype=dtype, device=k.device).expand(*k.shape[:-2], d_k, d_k)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from dn_lib.forms.common import (
-    check_channels,
     check_chunk_size,
     check_cu_seqlens,
     check_function,
+    check_inputs,
     check_sequence,
     check_shape,
+    check_state,
     check_tensors,
     fresh,
     initial_state_or_zeros,
@@ -37,44 +38,6 @@ from dn_lib.forms.common import (
 from dn_lib.forms.householder import ut_transform
 
 
-def check_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None = None, chunk_size: int = 1
-) -> None:
-    """Raise an error that names the argument whose type, shape, device or value is wrong."""
-    check_sequence(q, k, v, initial_state)
-    check_tensors(q=q, beta=beta)
-    check_shape("beta", beta, "..., L", k.shape[:-1], "k")
-    check_chunk_size(chunk_size)
-
-
-def check_chunks(k: Tensor, v: Tensor, beta: Tensor, time: str = "C") -> None:
-    """As `check_rule`, for tokens that are cut into chunks already (or not: `time` is "L"), and without queries."""
-    check_tensors(k=k, v=v, beta=beta)
-    if k.ndim < 2:
-        raise ValueError(f"k must be [..., {time}, d_k], got {list(k.shape)}")
-    check_shape("v", v, f"..., {time}, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
-    check_channels(k=k, v=v)
-    check_shape("beta", beta, f"..., {time}", k.shape[:-1], "k")
-
-
-def check_state(name: str, state: Tensor, k: Tensor, v: Tensor, rank: int = 2) -> None:
-    """Raise unless `state` is `[..., d_k, d_v]`, with leading dimensions that broadcast to those of k.
-
-    rank: how many of k's dimensions are no leading ones, 3 where they are cut into chunks.
-    """
-    check_tensors(k=k, **{name: state})
-    if tuple(state.shape[-2:]) != (k.shape[-1], v.shape[-1]):
-        raise ValueError(
-            f"{name} must be [..., d_k, d_v] = [..., {k.shape[-1]}, {v.shape[-1]}], got {list(state.shape)}"
-        )
-    wanted, given = tuple(k.shape[:-rank]), tuple(state.shape[:-2])
-    fits = len(given) <= len(wanted) and all(
-        a in (1, b) for a, b in zip(reversed(given), reversed(wanted), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} must have leading dimensions {list(wanted)} to match k, got {list(state.shape)}")
-
-
 def chunk_wy(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """W = T K `[..., C, d_k]` and U = T V `[..., C, d_v]` of one chunk (or of many, batched in front).
 
@@ -84,7 +47,7 @@ def chunk_wy(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     >>> u[:, 0].tolist()
     [0.5, 1.0]
     """
-    check_chunks(k, v, beta)
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {}, time="C")
     dtype = working_dtype(k, v, beta)
     k, v = k.to(dtype), v.to(dtype)
     T = ut_transform(k, beta)
@@ -103,7 +66,7 @@ def chunk_states(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Ten
     >>> chunk_states(k, v, torch.ones(1, 2), torch.zeros(2, 2))[2].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    check_chunks(k, v, beta)
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {}, time="C")
     if k.ndim < 3:
         raise ValueError(f"k must be [..., n, C, d_k], got {list(k.shape)}")
     check_state("state", state, k, v, rank=3)
@@ -144,7 +107,8 @@ def chunkwise_delta_rule(
     >>> [tuple(x.shape) for x in chunkwise_delta_rule(q, k, v, torch.rand(100))]
     [(100, 8), (8, 8)]
     """
-    check_rule(q, k, v, beta, initial_state, chunk_size)
+    check_sequence(q, k, v, initial_state, beta=beta)
+    check_chunk_size(chunk_size)
     dtype, length = working_dtype(q, k, v, beta, initial_state), q.shape[-2]
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     C = min(chunk_size, max(length, 1))
@@ -167,7 +131,7 @@ def delta_attention_matrix(q: Tensor, k: Tensor, beta: Tensor, *, scale: float |
     >>> delta_attention_matrix(k, k, torch.ones(2), scale=1.0).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    check_rule(q, k, k, beta)
+    check_sequence(q, k, k, beta=beta)
     dtype = working_dtype(q, k, beta)
     qs, ks = q.to(dtype) * scale_or_default(scale, q), k.to(dtype)
     return (qs @ ks.mT).tril() @ ut_transform(ks, beta.to(dtype))
@@ -190,7 +154,7 @@ def parallel_delta_rule(
     >>> parallel_delta_rule(q, k / k.norm(dim=-1, keepdim=True), v, torch.rand(6))[0].shape
     torch.Size([6, 4])
     """
-    check_rule(q, k, v, beta, initial_state)
+    check_sequence(q, k, v, initial_state, beta=beta)
     dtype = working_dtype(q, k, v, beta, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     qs, ks, vs, bs = (x.to(dtype) for x in (q, k, v, beta))
@@ -225,7 +189,7 @@ def varlen_delta_rule(
     >>> varlen_delta_rule(q, k / 2, v, torch.rand(5), torch.tensor([0, 2, 5]))[1].shape
     torch.Size([2, 4, 4])
     """
-    check_rule(q, k, v, beta)
+    check_sequence(q, k, v, beta=beta)
     check_function("form", form)
     check_cu_seqlens(cu_seqlens, q)
     if cu_seqlens.is_meta:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dn_lib.forms.chunkwise import check_chunks, check_rule, check_state
 from dn_lib.forms.common import (
     check_chunk_size,
+    check_inputs,
     check_one_dtype,
-    check_shape,
-    check_tensors,
+    check_sequence,
+    check_state,
     chunk_slices,
     differentiable_once,
     fresh,
@@ -36,7 +36,7 @@ def chunk_errors(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     >>> chunk_errors(torch.eye(2), torch.ones(2, 2), torch.ones(2), torch.eye(2)).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
-    check_chunks(k, v, beta)
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {}, time="C")
     check_state("state", state, k, v)
     dtype = working_dtype(k, v, beta, state)
     k, v, beta, state = (x.to(dtype) for x in (k, v, beta, state))
@@ -49,18 +49,9 @@ def check_backward(q: Tensor, k: Tensor, beta: Tensor, values: dict[str, Tensor]
 
     values: do, and before it errors where the caller was given them, under their names.
     """
-    check_tensors(q=q, k=k, beta=beta, **values)
-    for name, x in (("q", q), ("k", k), *values.items()):
-        if x.ndim < 2:
-            raise ValueError(f"{name} must be [..., L, d], got {list(x.shape)}")
-    check_shape("k", k, "..., L, d_k", q.shape, "q")
-    check_shape("beta", beta, "..., L", k.shape[:-1], "k")
-    first, reference = next(iter(values.items()))
-    check_shape(first, reference, "..., L, d_v", (*k.shape[:-1], reference.shape[-1]), "k")
-    for name, x in values.items():
-        check_shape(name, x, "..., L, d_v", reference.shape, first)
+    check_inputs({"q": q, "k": k}, values, {"beta": beta}, {})
     for name, state in states.items():
-        check_state(name, state, k, reference)
+        check_state(name, state, k, next(iter(values.values())))
     check_one_dtype(q=q, k=k, beta=beta, **values, **states)
 
 
@@ -102,7 +93,8 @@ def chunkwise_forward_with_errors(
     >>> chunkwise_forward_with_errors(x, x, x, torch.ones(2), torch.zeros(2, 2))[2].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    check_rule(q, k, v, beta, None, chunk_size)
+    check_sequence(q, k, v, beta=beta)
+    check_chunk_size(chunk_size)
     check_state("state", state, k, v)
     check_one_dtype(q=q, k=k, v=v, beta=beta, state=state)
     o, errors = torch.empty_like(v), torch.empty_like(v)
@@ -221,7 +213,8 @@ def reversible_chunkwise_delta_rule(
     >>> reversible_chunkwise_delta_rule(q, k / k.norm(dim=-1, keepdim=True), v, torch.rand(100))[0].shape
     torch.Size([100, 8])
     """
-    check_rule(q, k, v, beta, initial_state, chunk_size)
+    check_sequence(q, k, v, initial_state, beta=beta)
+    check_chunk_size(chunk_size)
     remedy = "use chunkwise_delta_rule, which PyTorch differentiates"
     refuse_transforms("reversible_chunkwise_delta_rule", remedy, q, k, v, beta, initial_state)
     return ReversibleDeltaRule.apply(q, k, v, beta, initial_state, scale_or_default(scale, q), chunk_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -102,20 +102,88 @@ def check_shape(name: str, tensor: Tensor, axes: str, expected: tuple[int, ...],
         raise ValueError(f"{name} must be [{axes}] = {list(expected)} to match {match}, got {list(tensor.shape)}")
 
 
-def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None) -> None:
-    """Raise unless q, k `[..., L, d_k]`, v `[..., L, d_v]` and the state fit together, on one device."""
-    check_tensors(q=q, k=k, v=v, initial_state=initial_state)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim < 2:
-            raise ValueError(
-                f"{name} must be a floating-point tensor [..., L, d], got {tensor.dtype} {list(tensor.shape)}"
-            )
-    check_shape("k", k, "..., L, d_k", q.shape, "q")
-    check_shape("v", v, "..., L, d_v", (*q.shape[:-1], v.shape[-1]), "q")
-    check_channels(q=q, v=v)
-    if initial_state is not None:
-        expected = (*k.shape[:-2], k.shape[-1], v.shape[-1])
-        check_shape("initial_state", initial_state, "..., d_k, d_v", expected, "k and v")
+def check_inputs(
+    keys: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    gates: Mapping[str, Tensor],
+    states: Mapping[str, Tensor | None],
+    *,
+    time: str = "L",
+    broadcast: bool = False,
+) -> None:
+    """Raise unless the arguments of a form fit together, on one device; the error names the first that does not.
+
+    keys `[..., L, d_k]`, values `[..., L, d_v]`, gates `[..., L]` and states `[..., d_k, d_v]`, each under its name.
+    All are compared with the first of the keys.  A state that is called initial_state may be None.
+    time: the letter of the time dimension, for messages; "" where there is none, for a single token.
+    broadcast: leading dimensions may differ if they broadcast; otherwise they are the same.
+
+    >>> k = torch.zeros(2, 5, 4)
+    >>> check_inputs({"k": k}, {"v": torch.zeros(2, 3, 4)}, {}, {})
+    Traceback (most recent call last):
+    ValueError: v must be [..., L, d_v] = [2, 5, 4] to match k, got [2, 3, 4]
+    """
+    check_tensors(**keys, **values, **gates, **states)
+    axes, rank = (f"..., {time}", 2) if time else ("...", 1)
+    for name, x in (*keys.items(), *values.items()):
+        if x.ndim < rank:
+            raise ValueError(f"{name} must be a floating-point tensor [{axes}, d], got {x.dtype} {list(x.shape)}")
+    first, base = next(iter(keys.items()))
+    length, d_k = tuple(base.shape[-rank:-1]), base.shape[-1]
+    d_v = next(iter(values.values()), base).shape[-1]
+    check = _check_broadcast if broadcast else _check_same
+    leading = tuple(base.shape[:-rank])
+    for name, x in keys.items():
+        check(name, x, f"{axes}, d_k", leading, (*length, d_k), first)
+    for name, x in values.items():
+        check(name, x, f"{axes}, d_v", leading, (*length, d_v), first)
+    check_channels(**{first: base}, **values)
+    for name, x in gates.items():
+        check(name, x, axes, leading, length, first)
+    for name, x in states.items():
+        if x is not None:
+            check(name, x, "..., d_k, d_v", leading, (d_k, d_v), "k and v")
+
+
+def _check_same(name: str, x: Tensor, axes: str, leading: tuple[int, ...], own: tuple[int, ...], match: str) -> None:
+    check_shape(name, x, axes, (*leading, *own), match)
+
+
+def _check_broadcast(
+    name: str, x: Tensor, axes: str, leading: tuple[int, ...], own: tuple[int, ...], match: str
+) -> None:
+    cut = x.ndim - len(own)
+    if cut < 0 or tuple(x.shape[cut:]) != own:
+        expected = ", ".join(["...", *map(str, own)])
+        raise ValueError(f"{name} must be [{axes}] = [{expected}] to match {match}, got {list(x.shape)}")
+    try:
+        torch.broadcast_shapes(leading, x.shape[:cut])
+    except RuntimeError:
+        wanted, got = list(leading), list(x.shape[:cut])
+        raise ValueError(f"{name} must have leading dimensions {wanted} to match {match}, got {got}") from None
+
+
+def check_sequence(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None, **gates: Tensor) -> None:
+    """`check_inputs` of q, k `[..., L, d_k]`, v `[..., L, d_v]`, the initial state, and gates `[..., L]`."""
+    check_inputs({"q": q, "k": k}, {"v": v}, gates, {"initial_state": initial_state})
+
+
+def check_state(name: str, state: Tensor, k: Tensor, v: Tensor, rank: int = 2) -> None:
+    """Raise unless `state` is `[..., d_k, d_v]`, with leading dimensions that broadcast to those of k.
+
+    rank: how many of k's dimensions are no leading ones, 3 where they are cut into chunks.
+    """
+    check_tensors(k=k, **{name: state})
+    if tuple(state.shape[-2:]) != (k.shape[-1], v.shape[-1]):
+        raise ValueError(
+            f"{name} must be [..., d_k, d_v] = [..., {k.shape[-1]}, {v.shape[-1]}], got {list(state.shape)}"
+        )
+    wanted, given = tuple(k.shape[:-rank]), tuple(state.shape[:-2])
+    fits = len(given) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(given), reversed(wanted), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have leading dimensions {list(wanted)} to match k, got {list(state.shape)}")
 
 
 def check_channels(**tensors: Tensor) -> None:

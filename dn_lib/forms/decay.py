@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dn_lib.forms.common import (
     check_chunk_size,
+    check_inputs,
     check_sequence,
     check_shape,
     check_tensors,
@@ -46,9 +47,7 @@ def recurrent_decay_attention(
     >>> o.shape, state.shape
     (torch.Size([10, 4]), torch.Size([4, 4]))
     """
-    check_sequence(q, k, v, initial_state)
-    check_tensors(q=q, decay=decay)
-    check_shape("decay", decay, "..., L, d_k", k.shape, "k")
+    check_inputs({"q": q, "k": k, "decay": decay}, {"v": v}, {}, {"initial_state": initial_state})
     dtype = working_dtype(q, k, v, decay, initial_state)
     state = initial_state_or_zeros(k, v, initial_state, dtype)
     scale, outputs = scale_or_default(scale, q), []
@@ -144,9 +143,7 @@ def retention(
         >>> o.shape, state.shape
         (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
     """
-    check_sequence(q, k, v, initial_state)
-    check_tensors(q=q, log_decay=log_decay)
-    check_shape("log_decay", log_decay, "..., L", q.shape[:-1], "q")
+    check_sequence(q, k, v, initial_state, log_decay=log_decay)
     decay = log_decay.unsqueeze(-1)
     return _in_chunks(q, k, v, decay, _scores_scalar, scale=scale, initial_state=initial_state, chunk_size=chunk_size)
 
@@ -174,9 +171,7 @@ def gated_linear_attention(
         >>> o.shape, state.shape
         (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
     """
-    check_sequence(q, k, v, initial_state)
-    check_tensors(q=q, log_decay=log_decay)
-    check_shape("log_decay", log_decay, "..., L, d_k", q.shape, "q")
+    check_inputs({"q": q, "k": k, "log_decay": log_decay}, {"v": v}, {}, {"initial_state": initial_state})
     return _in_chunks(
         q, k, v, log_decay, _scores_per_channel, scale=scale, initial_state=initial_state, chunk_size=chunk_size
     )

@@ -10,53 +10,13 @@ import torch
 from torch import Tensor
 
 from dn_lib.forms.common import (
-    check_channels,
+    check_inputs,
     check_one_dtype,
-    check_tensors,
     fresh,
     initial_state_or_zeros,
     scale_or_default,
     working_dtype,
 )
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], reason: str) -> None:
-    """Raise ValueError unless `tensor` ends in `shape`."""
-    if tensor.ndim < len(shape) or tuple(tensor.shape[tensor.ndim - len(shape) :]) != shape:
-        expected = ", ".join(["...", *map(str, shape)])
-        raise ValueError(f"{name} must be [{expected}] {reason}, got {list(tensor.shape)}")
-
-
-def check_vectors(time: bool, vectors: dict[str, Tensor], gates: dict[str, Tensor], state: Tensor | None) -> None:
-    """Check tensors and their shapes, with (`time`) or without a dimension of length L before the features.
-
-    vectors: k, and those of q and v that the caller was given, under their names.
-    """
-    rank = 2 if time else 1
-    given = {"initial_state": state} if time else {"state": state}
-    check_tensors(**vectors, **gates, **given)
-    for name, tensor in vectors.items():
-        if tensor.ndim < rank:
-            wanted = "[..., L, d]" if time else "[..., d]"
-            raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
-    k, v = vectors["k"], vectors.get("v", vectors["k"])
-    check_channels(k=k, v=v)
-    length = tuple(k.shape[-2:-1]) if time else ()
-    for name, tensor in vectors.items():
-        _expect(name, tensor, (*length, k.shape[-1] if name == "q" else tensor.shape[-1]), "to match k")
-    for name, gate in gates.items():
-        _expect(name, gate, length, "to match k")
-    leading = [x.shape[:-rank] for x in vectors.values()] + [g.shape[: g.ndim - rank + 1] for g in gates.values()]
-    if state is not None:
-        name = "initial_state" if time else "state"
-        _expect(name, state, (k.shape[-1], v.shape[-1]), "to match k and v")
-        leading.append(state.shape[:-2])
-    own = k.shape[:-rank]
-    for name, shape in zip([*vectors, *gates, *given], leading, strict=False):
-        try:
-            torch.broadcast_shapes(own, shape)
-        except RuntimeError:
-            raise ValueError(f"{name} must have leading dimensions {list(own)} to match k, got {list(shape)}") from None
 
 
 def erase_write(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +31,7 @@ def erase_write(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tens
     >>> erase_write(k, v, torch.tensor(0.5), state)
     (tensor([2.]), tensor([3.]))
     """
-    check_vectors(False, {"k": k, "v": v}, {"beta": beta}, state)
+    check_inputs({"k": k}, {"v": v}, {"beta": beta}, {"state": state}, time="", broadcast=True)
     check_one_dtype(k=k, v=v, beta=beta, state=state)
     v_old = (k[..., None, :] @ state)[..., 0, :]
     return v_old, beta[..., None] * v + (1 - beta[..., None]) * v_old
@@ -94,7 +54,7 @@ def delta_rule_step(
     >>> delta_rule_step(k, k, v, torch.tensor(1.0), torch.ones(2, 2), scale=1.0)[0]  # beta = 1 stores v
     tensor([4., 5.])
     """
-    check_vectors(False, {"q": q, "k": k, "v": v}, {"beta": beta}, state)
+    check_inputs({"k": k, "q": q}, {"v": v}, {"beta": beta}, {"state": state}, time="", broadcast=True)
     return gated_step(q, k, v, torch.ones_like(beta), beta, state, scale_or_default(scale, q))
 
 
@@ -134,7 +94,7 @@ def recurrent_delta_rule(
     >>> torch.equal(o, v) and torch.equal(state, v)
     True
     """
-    check_vectors(True, {"q": q, "k": k, "v": v}, {"beta": beta}, initial_state)
+    check_inputs({"k": k, "q": q}, {"v": v}, {"beta": beta}, {"initial_state": initial_state}, broadcast=True)
     return scan_steps(q, k, v, torch.ones_like(beta), beta, scale, initial_state)
 
 
@@ -177,7 +137,7 @@ def sweep_matrix(k: Tensor, beta: Tensor) -> Tensor:
     tensor([[0., 0.],
             [0., 1.]])
     """
-    check_vectors(True, {"k": k}, {"beta": beta}, None)
+    check_inputs({"k": k}, {}, {"beta": beta}, {}, broadcast=True)
     eye = torch.eye(k.shape[-1], dtype=working_dtype(k, beta), device=k.device)
     zeros = torch.zeros(*k.shape[:-1], k.shape[-1], dtype=k.dtype, device=k.device)
     return recurrent_delta_rule(k, k, zeros, beta, initial_state=eye)[1]
@@ -194,7 +154,7 @@ def sweep_rate(k: Tensor, beta: Tensor) -> Tensor:
     >>> round(sweep_rate(k, torch.ones(2)).item(), 6)
     0.36
     """
-    check_vectors(True, {"k": k}, {"beta": beta}, None)
+    check_inputs({"k": k}, {}, {"beta": beta}, {}, broadcast=True)
     if k.shape[-2] > k.shape[-1]:
         raise ValueError(f"k must have at most d = {k.shape[-1]} keys to be independent, got {k.shape[-2]}")
     basis = torch.linalg.qr(k.double().mT).Q

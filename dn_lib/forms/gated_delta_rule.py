@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dn_lib.forms.common import scale_or_default
-from dn_lib.forms.delta_rule import check_vectors, gated_step, scan_steps
+from dn_lib.forms.common import check_inputs, scale_or_default
+from dn_lib.forms.delta_rule import gated_step, scan_steps
 
 
 def gated_delta_rule_step(
@@ -27,7 +27,8 @@ def gated_delta_rule_step(
     >>> gated_delta_rule_step(k, k, v, torch.tensor(0.5), zero, torch.ones(2, 1))[1].tolist()
     [[0.5], [0.5]]
     """
-    check_vectors(False, {"q": q, "k": k, "v": v}, {"alpha": alpha, "beta": beta}, state)
+    gates = {"alpha": alpha, "beta": beta}
+    check_inputs({"k": k, "q": q}, {"v": v}, gates, {"state": state}, time="", broadcast=True)
     return gated_step(q, k, v, alpha, beta, state, scale_or_default(scale, q))
 
 
@@ -52,5 +53,6 @@ def recurrent_gated_delta_rule(
     >>> torch.equal(gated[0], plain[0])
     True
     """
-    check_vectors(True, {"q": q, "k": k, "v": v}, {"alpha": alpha, "beta": beta}, initial_state)
+    gates = {"alpha": alpha, "beta": beta}
+    check_inputs({"k": k, "q": q}, {"v": v}, gates, {"initial_state": initial_state}, broadcast=True)
     return scan_steps(q, k, v, alpha, beta, scale, initial_state)

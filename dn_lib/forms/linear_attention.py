@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dn_lib.forms.common import (
-    check_channels,
     check_chunk_size,
     check_function,
+    check_inputs,
     check_integer,
     check_sequence,
-    check_shape,
     check_tensors,
     describe,
     fresh,
@@ -169,14 +168,7 @@ def linear_attention_step(
     >>> o.shape, state.shape
     (torch.Size([4]), torch.Size([4, 4]))
     """
-    check_tensors(q=q, k=k, v=v, state=state)
-    for name, tensor in (("q", q), ("v", v)):
-        if tensor.ndim < 1:
-            raise ValueError(f"{name} must be [..., d], got {list(tensor.shape)}")
-    check_shape("k", k, "..., d_k", q.shape, "q")
-    check_shape("v", v, "..., d_v", (*q.shape[:-1], v.shape[-1]), "q")
-    check_channels(q=q, v=v)
-    check_shape("state", state, "..., d_k, d_v", (*k.shape, v.shape[-1]), "k and v")
+    check_inputs({"q": q, "k": k}, {"v": v}, {}, {"state": state}, time="")
     dtype = working_dtype(q, k, v, state)
     out, scale = v.dtype, scale_or_default(scale, q)
     q, k, v, state = (x.to(dtype) for x in (q, k, v, state))
@@ -319,11 +311,7 @@ def retrieval_error(k: Tensor, v: Tensor) -> Tensor:
     >>> retrieval_error(torch.eye(3), torch.randn(3, 2)).sum()
     tensor(0.)
     """
-    check_tensors(k=k, v=v)
-    if k.ndim < 2:
-        raise ValueError(f"k must be [..., n, d_k], got {list(k.shape)}")
-    check_shape("v", v, "..., n, d_v", (*k.shape[:-1], v.shape[-1] if v.ndim else 1), "k")
-    check_channels(k=k, v=v)
+    check_inputs({"k": k}, {"v": v}, {}, {}, time="n")
     dtype = working_dtype(k, v)
     k, v = k.to(dtype), v.to(dtype)
     return (k @ (k.mT @ v) - v).square().sum(-1)

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from dn_lib.forms.affine import check_affine, segment_affine, segment_state_gradient
-from dn_lib.forms.chunkwise import check_rule
 from dn_lib.forms.chunkwise_backward import chunkwise_delta_rule_backward, chunkwise_forward_with_errors
 from dn_lib.forms.common import (
+    check_chunk_size,
     check_function,
     check_integer,
+    check_sequence,
     describe,
     differentiable_once,
     refuse_transforms,
@@ -168,7 +169,8 @@ def sequence_parallel_delta_rule(
     [1.0, 1.0, 1.0]
     >>> dist.destroy_process_group()
     """
-    check_rule(q, k, v, beta, initial_state, chunk_size)
+    check_sequence(q, k, v, initial_state, beta=beta)
+    check_chunk_size(chunk_size)
     scale = scale_or_default(scale, q)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or None, got {describe(group)}")
