@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
 import triton
 from tqdm import tqdm
@@ -41,7 +41,7 @@ class _AbsentGPU:
         self.target = GPUTarget("cuda", arch, 32)
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps compiled kernels by device: one for each architecture
+        return int(self.target.arch)  # Triton keeps compiled kernels by device: one for each architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -63,7 +63,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
     """Compiles what forward and backward launch for each of `calls`; a row for each kernel compiled."""
-    triton.runtime.driver.set_active(_AbsentGPU(arch))
+    triton.runtime.driver.set_active(cast(Any, _AbsentGPU(arch)))
     original, rows, seen = JITFunction.run, [], set()
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -138,7 +138,7 @@ def _compile_one(job: tuple[int, dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration, not just one of each kind")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="80 and/or 90")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

@@ -6,13 +6,15 @@ go through `token_offsets`, which does that for them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dn_lib.forms.common import check_is_tensor
 
 
-def readable(**tensors: Tensor | None) -> list[Tensor | None]:
+def readable(**tensors: Tensor | None) -> list[Any]:
     """The tensors as kernels read them: contiguous, with their own values in memory, on the device of the first.
 
     Copies what is not contiguous (strided, expanded) or stands for its negative; None stays None.  Raises TypeError
@@ -79,9 +81,9 @@ def token_offsets(cu_seqlens: Tensor | None, reference: Tensor) -> Tensor | None
     """
     if cu_seqlens is None:
         return None
-    _, cu_seqlens = readable(q=reference, cu_seqlens=cu_seqlens)
+    offsets: Tensor = readable(q=reference, cu_seqlens=cu_seqlens)[1]
     L = reference.shape[1]
-    return cu_seqlens.clamp(0, min(L, torch.iinfo(cu_seqlens.dtype).max)).cummax(0).values
+    return offsets.clamp(0, min(L, torch.iinfo(offsets.dtype).max)).cummax(0).values
 
 
 def chunk_offsets(tokens: Tensor | None, chunk: int) -> Tensor | None:

@@ -1,9 +1,9 @@
 """What every kernel shares: how a program finds its piece of the batch, how tiles are read, how dots are taken.
 
 Tensors are read as `[tokens, H, d]`, where `tokens = B * L`: a batch of equal lengths and a packed batch of
-variable lengths differ only in where a *segment* begins and ends.  A segment is what one program walks
-from left to right: a whole sequence, or, when one long sequence is split among several programs, a part of
-it that is a multiple of the chunk.
+variable lengths differ only in where a *segment* begins and ends.  A segment is what one program goes through, chunk
+by chunk: a whole sequence or, when one long sequence is split among several programs, a stretch of it that is a
+multiple of the chunk.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C: tl.con
         first_chunk = tl.load(chunk_offsets + s).to(tl.int64)
     else:
         b = (s // SEGMENTS).to(tl.int64)
-        part = s % SEGMENTS
-        begin = b * L + part * SEGMENT
-        end = b * L + tl.minimum(L, (part + 1) * SEGMENT)
-        first_chunk = b * tl.cdiv(L, C) + part * (SEGMENT // C)
+        segment = s % SEGMENTS
+        begin = b * L + segment * SEGMENT
+        end = b * L + tl.minimum(L, (segment + 1) * SEGMENT)
+        first_chunk = b * tl.cdiv(L, C) + segment * (SEGMENT // C)
     return begin, end, first_chunk
 
 
@@ -97,9 +97,9 @@ def load_tile(
 ):
     """Rows `token + rows` of head `head` of a `[tokens, H, D]` tensor; zero where they don't exist.
 
-    With TMA, x is a descriptor of the tensor as `[tokens, H D]`, and Hopper's copy engine fetches the tile from
-    column `start`: no thread computes an address.  It knows where the tensor ends, not where a sequence does, so
-    it is used only where every chunk is whole.
+    With TMA, x is a descriptor of the tensor as `[tokens, H D]`, and the copy engine of a Hopper GPU fetches the tile
+    from column `start`: no thread computes an address.  The engine knows where the tensor ends but not where a
+    sequence ends, so it is used only where every chunk is whole.
     """
     if TMA:
         return x.load([token.to(tl.int32), head * D + start])

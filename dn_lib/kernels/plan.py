@@ -104,6 +104,12 @@ class Call(NamedTuple):
     target: Target
     overrides: Overrides
 
+    @property
+    def C(self) -> int:
+        """The chunk of a call that has chunks."""
+        assert self.chunk is not None
+        return self.chunk
+
 
 class Buffer(NamedTuple):
     """Shape and dtype of a tensor that the forward makes besides its outputs."""
@@ -164,13 +170,13 @@ class Layout:
     def chunks(self) -> int:
         """Chunks of the whole batch.  An upper bound where lengths vary, since nobody reads them on the host."""
         c = self.call
-        return c.L // c.chunk + c.sequences if self.packed else c.B * -(-c.L // c.chunk)
+        return c.L // c.C + c.sequences if self.packed else c.B * -(-c.L // c.C)
 
     @functools.cached_property
     def buffers(self) -> Mapping[str, Buffer]:
         """What the forward makes besides its outputs, by its name in `Saved`; in training all of it is kept."""
         c, single = self.call, torch.float32
-        made = {"n": Buffer((c.B, c.L, c.H, c.chunk), c.dtype)}
+        made = {"n": Buffer((c.B, c.L, c.H, c.C), c.dtype)}
         if c.training:
             made["pseudo"] = Buffer((c.B, c.L, c.H, c.V), c.dtype)
         if c.norm:
@@ -181,7 +187,7 @@ class Layout:
             made["states"] = Buffer((self.chunks, c.H, c.K, c.V), c.dtype)
         if self.segments > 1:
             made["transition"] = Buffer((self.total_segments, c.H, c.K, c.K), single)
-        if self.packed:
+        if c.offsets is not None:
             made["token_offsets"] = Buffer((c.sequences + 1,), c.offsets)
             made["chunk_offsets"] = Buffer((c.sequences + 1,), torch.int32)
         return MappingProxyType(made)
@@ -349,12 +355,26 @@ def call_of(
 ) -> Call:
     """What determines the plan of a call on k `[B, L, H, K]` and v `[B, L, H, V]`; sizes may be symbolic."""
     B, L, H, K = k.shape
-    packed, overrides = cu_seqlens is not None, _overrides.get()
+    overrides = _overrides.get()
     target = overrides.target or target_of(k.device)
+    sequences, offsets = (B, None) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.dtype)
     return Call(
-        B, L, H, K, v.shape[3], cu_seqlens.shape[0] - 1 if packed else B, cu_seqlens.dtype if packed else None,
-        k.dtype, norm, training, chunk, precision, aligned, target, overrides,
-    )  # fmt: skip
+        B,
+        L,
+        H,
+        K,
+        v.shape[3],
+        sequences,
+        offsets,
+        k.dtype,
+        norm,
+        training,
+        chunk,
+        precision,
+        aligned,
+        target,
+        overrides,
+    )
 
 
 def plan_call(
@@ -483,11 +503,11 @@ def choose_segments(call: Call) -> int:
     def time(programs: int) -> int:
         return 100 if programs <= sms else shared * -(-programs // (2 * sms))
 
-    best, least = 1, -(-call.L // call.chunk) * time(call.sequences * call.H * values)
+    best, least = 1, -(-call.L // call.C) * time(call.sequences * call.H * values)
     for segments in SPLITS:
-        if 8 * call.chunk * segments > call.L:
+        if 8 * call.C * segments > call.L:
             break
-        steps = -(-call.L // (call.chunk * segments))
+        steps = -(-call.L // (call.C * segments))
         first_pass = call.sequences * call.H * ((segments - 1) * values + (segments - 2) * keys)
         cost = steps * time(call.sequences * call.H * segments * values)
         cost += steps * 2 * time(first_pass) // 5 + 100 * (3 * segments + 8)
@@ -573,7 +593,7 @@ def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
     """
     c = layout.call
     possible = tiles.tma and (name in _SCANS or name == "chunk_bwd_dqk")
-    possible = possible and c.aligned and not layout.packed and c.L % c.chunk == 0
+    possible = possible and c.aligned and not layout.packed and c.L % c.C == 0
     if not possible or c.K % tiles.BK or c.V % tiles.BV or c.overrides.tma is False:
         return False
     repaid = not c.training or layout.tokens * c.H * max(c.K, c.V) >= TMA_MIN_VALUES

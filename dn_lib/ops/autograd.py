@@ -5,6 +5,8 @@ The plan of a call is made here, once (`dn_lib.kernels.plan`); its backward runs
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from dn_lib.kernels.plan import (
     resolve,
 )
 from dn_lib.ops.checks import check_arguments, check_scale_in_float32, is_plain, wants_gradient
+
+Given = TypeVar("Given", bound=Tensor | None)
 
 
 def dot_precision() -> str:
@@ -47,7 +51,18 @@ _TWICE = "delta_rule with backend 'triton' has no second derivative: use backend
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, initial_state, cu_seqlens, scale, final_state, plan):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        final_state: bool,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor | None]:
         from dn_lib.kernels.delta_rule import launch
 
         o, state, saved = launch.forward(
@@ -60,7 +75,8 @@ class _DeltaRule(torch.autograd.Function):
         return o, state
 
     @staticmethod
-    def backward(ctx, do, dstate):
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        do, dstate = gradients
         refuse_transforms("delta_rule with backend 'triton'", "use backend='chunkwise'", do, dstate)
         q, k, beta, initial_state, *saved = ctx.saved_tensors
         with torch.no_grad():
@@ -68,7 +84,17 @@ class _DeltaRule(torch.autograd.Function):
         return *differentiable_once(_TWICE, grads, (q, k, beta, initial_state, do, dstate)), *(None,) * 4
 
 
-def _run_backward(plan: Plan, q, k, beta, initial_state, saved: Saved, do, dstate, scale: float) -> list[Tensor | None]:
+def _run_backward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    saved: Saved,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    scale: float,
+) -> list[Tensor | None]:
     """[dq, dk, dv, dbeta, d initial_state], each in the dtype of its tensor."""
     from dn_lib.kernels.delta_rule import launch
 
@@ -78,7 +104,7 @@ def _run_backward(plan: Plan, q, k, beta, initial_state, saved: Saved, do, dstat
         plan=plan, q=q, k=k, beta=beta, saved=saved, do=do, dstate=dstate, scale=scale,
         initial_state=initial_state is not None,
     )  # fmt: skip
-    return [*grads, None if dfirst is None else dfirst.to(initial_state.dtype)]
+    return [*grads, None if dfirst is None or initial_state is None else dfirst.to(initial_state.dtype)]
 
 
 # --- The same as operators, for torch.compile and for tensors that handle operators themselves --------------------
@@ -113,7 +139,18 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, save):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    norm: bool,
+    chunk: int,
+    save: bool,
+) -> list[Tensor]:
     layout = lay_out(call_of(k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk))
     o = v.new_empty(v.shape)
     state = q.new_empty(layout.call.sequences, layout.call.H, layout.call.K, layout.call.V, dtype=torch.float32)
@@ -130,7 +167,7 @@ def _backward_op(
     saved: list[Tensor], do: Tensor, dstate: Tensor | None, scale: float, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv, dbeta, d initial_state (empty if there is none)]."""
-    kept = Saved(*(None if _absent(x) else x for x in saved))
+    kept = Saved(*(cast(Any, None if _absent(x) else x) for x in saved))
     # What the forward saved tells by which layout, also where the overrides of its thread are not known.
     call = call_of(k, do, cu_seqlens=cu_seqlens, norm=kept.q_norm is not None, training=True, chunk=chunk)
     segments = 1 if kept.transition is None else kept.transition.shape[0] // max(1, call.sequences)
@@ -139,17 +176,30 @@ def _backward_op(
     if kept.states is None and kept.state_end is None:
         kept = kept._replace(state_end=final_state)
     *grads, dfirst = _run_backward(plan, q, k, beta, initial_state, kept, do, dstate, scale)
-    return [*grads, q.new_empty(0) if dfirst is None else dfirst]
+    given = [cast(Tensor, x) for x in grads]
+    return [*given, q.new_empty(0) if dfirst is None else dfirst]
 
 
 @_backward_op.register_fake
-def _(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, scale, chunk):
+def _(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final_state: Tensor,
+    saved: list[Tensor],
+    do: Tensor,
+    dstate: Tensor | None,
+    scale: float,
+    chunk: int,
+) -> list[Tensor]:
     dfirst = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
     # Contiguous, whatever the strides of q or do.
     return [*(x.new_empty(x.shape) for x in (q, k, do, beta)), dfirst]
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, _v, beta, initial_state, cu_seqlens, scale, _norm, chunk, save = inputs
     if not save:
         raise RuntimeError("dn_lib::delta_rule needs save=True where a gradient is wanted")
@@ -158,7 +208,7 @@ def _op_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx, gradients):
+def _op_backward(ctx: Any, gradients: Any) -> tuple[Tensor | None, ...]:
     do, dstate = gradients[:2]
     q, k, beta, initial_state, cu_seqlens, final_state, *saved = ctx.saved_tensors
     do = torch.zeros_like(Saved(*saved).pseudo) if do is None else do
@@ -166,7 +216,7 @@ def _op_backward(ctx, gradients):
     return *grads, None if initial_state is None else dfirst, *(None,) * 5
 
 
-def _second_derivative(ctx, _):
+def _second_derivative(ctx: Any, _: Any) -> None:
     raise RuntimeError(_TWICE)
 
 
@@ -175,18 +225,30 @@ _backward_op.register_autograd(_second_derivative)
 
 
 # --- What `delta_rule` and its relatives call ---------------------------------------------------------------------
-def for_triton(x: Tensor | None) -> Tensor | None:
+def for_triton(x: Given) -> Given:
     """beta or a state, whose dtype is free, in one that the kernels take."""
-    return x if x is None or x.dtype in DTYPES else x.to(torch.float32)
+    return cast(Any, x if x is None or x.dtype in DTYPES else x.to(torch.float32))
 
 
-def through_triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, chunk_size):
+def through_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    final_state: bool,
+    cu_seqlens: Tensor | None,
+    norm: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
     check_scale_in_float32(scale)
     beta, initial_state = for_triton(beta), for_triton(initial_state)
     training = wants_gradient(q, k, v, beta, initial_state)
     # A launch would do this too; here a copy that has to be made is kept for the backward.
-    tensors = tuple(None if x is None else x.contiguous() for x in (q, k, v, beta, initial_state))
-    q, k, v, beta, initial_state = tensors
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    tensors = q, k, v, beta, initial_state
     if torch.compiler.is_compiling() or not all(map(is_plain, (*tensors, cu_seqlens))):
         chunk = chunk_size or default_chunk(q.dtype)
         o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, training)
@@ -209,7 +271,17 @@ def through_triton(q, k, v, beta, scale, initial_state, final_state, cu_seqlens,
     return o, state
 
 
-def through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm):
+def through_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    final_state: bool,
+    cu_seqlens: Tensor | None,
+    norm: bool,
+) -> tuple[Tensor, Tensor | None]:
     from dn_lib.kernels.delta_rule import launch
 
     check_offsets_on_cpu(cu_seqlens, q.shape[1])
@@ -224,13 +296,15 @@ def through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqle
     return o, state
 
 
-def decode_through_triton(q, k, v, beta, state, scale, norm):
+def decode_through_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, norm: bool
+) -> Tensor:
     """o of tokens `[B, L, H, d]` by the recurrence, which overwrites `state`."""
     run = _decode_op if torch.compiler.is_compiling() else _decode
     return run(q, k, v, beta, state, scale, norm)
 
 
-def _decode(q, k, v, beta, state, scale, norm):
+def _decode(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, norm: bool) -> Tensor:
     from dn_lib.kernels.delta_rule import launch
 
     plan = plan_call(q, k, v, norm=norm, chunk=None)
@@ -245,5 +319,5 @@ def _decode_op(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, sca
 
 
 @_decode_op.register_fake
-def _(q, k, v, beta, state, scale, norm):
+def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, scale: float, norm: bool) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)

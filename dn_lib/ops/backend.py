@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _auto: contextvars.ContextVar[str | None] = contextvars.ContextVar("dn_lib_auto"
 
 
 @contextlib.contextmanager
-def using(*, auto: str) -> Iterator[None]:
+def using(*, auto: str) -> Generator[None, None, None]:
     """Within it, backend "auto" takes `auto` wherever it may.  Raises ValueError for what is no backend.
 
     With auto="triton" a CPU takes the kernels, through Triton's interpreter, as a GPU would.
@@ -46,7 +46,7 @@ def _auto_choice() -> str | None:
     return _auto.get()
 
 
-_auto_choice._dynamo_marked_constant = True  # as `dn_lib.forms.common` explains beside `_in_torch_func`
+vars(_auto_choice)["_dynamo_marked_constant"] = True  # as `dn_lib.forms.common` explains beside `_in_torch_func`
 
 
 def forget_warnings() -> None:
@@ -116,7 +116,9 @@ def check_for_triton(dtype: torch.dtype, dim: int, chunk_size: int | None) -> No
         raise ValueError(f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {chunk_size}")
 
 
-def resolve_backend(q, k, v, beta, initial_state, chunk_size, backend):
+def resolve_backend(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, chunk_size: int | None, backend: str
+) -> str:
     """`choose_backend`, with chunkwise in place of Triton where PyTorch has to see every operation."""
     chosen = choose_backend(q, v, chunk_size, backend)
     if chosen == "triton":

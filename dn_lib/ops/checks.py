@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ checking = contextvars.ContextVar("dn_lib_checking", default=os.environ.get("DN_
 
 
 @contextlib.contextmanager
-def checked() -> Iterator[None]:
+def checked() -> Generator[None, None, None]:
     """Within it, calls also check values: all finite, and 0 <= beta |k|^2 <= 2, beyond which states may grow.
 
     Reading values costs a synchronisation, so it is off by default; `DN_LIB_CHECKED=1` turns it on everywhere.
@@ -44,14 +44,16 @@ def checked() -> Iterator[None]:
         checking.reset(token)
 
 
-def _size(tensor: Tensor) -> list[int]:
+def size_of(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""):
+def check_tensor(
+    name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""
+) -> None:
     check_is_tensor(name, tensor, meaning)
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {_size(tensor)}{hint}")
+        raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {size_of(tensor)}{hint}")
     if tensor.device != of.device:
         raise ValueError(f"{name} must be on {of.device} like q, got {tensor.device}")
     if not tensor.is_floating_point():
@@ -63,10 +65,19 @@ def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
         raise ValueError(f"{name} must have {meaning}, got {type(x).__name__}")
     check_is_tensor(name, x)
     if x.ndim != rank:
-        raise ValueError(f"{name} must have {meaning}, got {_size(x)}")
+        raise ValueError(f"{name} must have {meaning}, got {size_of(x)}")
 
 
-def check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend) -> None:
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+) -> None:
     """Shapes, dtypes and devices; raises ValueError or TypeError naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 4, "four dimensions [B, L, H, d]")
@@ -104,7 +115,15 @@ def _first(where: Tensor) -> list[int]:
     return where.nonzero()[0].tolist()
 
 
-def check_values(q, k, v, beta, initial_state, cu_seqlens, qk_l2norm) -> None:
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_l2norm: bool,
+) -> None:
     """What `checked` promises; raises ValueError naming the argument and the first offending [b, l, h]."""
     for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
         bad = ~x.isfinite() if x.ndim == 3 else ~x.isfinite().all(-1)
@@ -135,7 +154,8 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def is_plain(x: Tensor | None) -> bool:
     """Whether x has memory that a kernel can be given: not where a subclass (FakeTensor, DTensor) handles operators."""
-    return x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
+    return x is None or type(x).__torch_dispatch__ is plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_scale_in_float32(scale: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,11 @@ def autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     """Under autocast q, k and v take its dtype, as a matrix product's operands do; beta and states keep theirs."""
     if _under_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
-        return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 
 
-def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager:
+def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What follows computes in the dtypes that it was given: states and the triangular solve stay float32."""
     if _under_autocast(q):
         return torch.autocast(q.device.type, enabled=False)
@@ -165,10 +166,10 @@ def decode_delta_rule(
     check_tensor("state", state, (*q.shape[:2], q.shape[2], v.shape[2]), "[B, H, d_k, d_v]", q)
     check_flag("qk_l2norm", qk_l2norm)
     scale = scale_or_default(scale, q)
-    sequence = [x[:, None] for x in (q, k, v, beta)]
-    check_arguments(*sequence, state, None, None, "auto")
+    q1, k1, v1, beta1 = q[:, None], k[:, None], v[:, None], beta[:, None]
+    check_arguments(q1, k1, v1, beta1, state, None, None, "auto")
     if not torch.compiler.is_compiling() and checking.get():
-        check_values(*sequence, state, None, qk_l2norm)
+        check_values(q1, k1, v1, beta1, state, None, qk_l2norm)
     dtype = working_dtype(q)
     if state.dtype != dtype or not state.is_contiguous():
         raise ValueError(f"state must be contiguous and {dtype}, got {state.dtype} with strides {state.stride()}")
@@ -179,10 +180,11 @@ def decode_delta_rule(
         raise ValueError("state must not be made in inference mode to be updated outside of it: pass a clone")
     refuse_gradients(q=q, k=k, v=v, beta=beta)
     with torch.no_grad(), _no_autocast(q):
-        if choose_backend(sequence[0], sequence[2], None, "auto") == "triton":
-            return decode_through_triton(*sequence, state, scale, qk_l2norm)[:, 0]
+        if choose_backend(q1, v1, None, "auto") == "triton":
+            return decode_through_triton(q1, k1, v1, beta1, state, scale, qk_l2norm)[:, 0]
         if qk_l2norm:
             q, k = l2_normalise(q), l2_normalise(k)
-        o, new = delta_rule_step(*(x.to(dtype) for x in (q, k, v, beta)), state, scale=scale)
+        wide = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype)
+        o, new = delta_rule_step(*wide, state, scale=scale)
         state.copy_(new)
         return o.to(v.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from dn_lib.forms.common import check_channels, check_flag, check_is_tensor, sca
 from dn_lib.ops.autograd import for_triton, through_recurrent
 from dn_lib.ops.backend import resolve_backend
 from dn_lib.ops.checks import (
-    _size,
     check_arguments,
     check_copy,
     check_rank,
@@ -17,12 +18,13 @@ from dn_lib.ops.checks import (
     check_values,
     checking,
     is_plain,
+    size_of,
     wants_gradient,
 )
 from dn_lib.ops.delta import autocast_dtype, delta_rule
 
 
-def _refuse(function: str, options: dict) -> None:
+def _refuse(function: str, options: dict[str, Any]) -> None:
     head_first = options.pop("head_first", False)
     if head_first is not None:
         check_flag("head_first", head_first)
@@ -43,7 +45,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
 
@@ -61,13 +63,14 @@ def chunk_delta_rule(
         check_is_tensor("cu_seqlens_cpu", cu_seqlens_cpu, "like cu_seqlens")
         if cu_seqlens_cpu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens_cpu must be int32 or int64, got {cu_seqlens_cpu.dtype}")
-        expected = _size(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
-        if cu_seqlens_cpu.device.type != "cpu" or _size(cu_seqlens_cpu) != expected:
+        expected = size_of(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
+        if cu_seqlens_cpu.device.type != "cpu" or size_of(cu_seqlens_cpu) != expected:
             raise ValueError(
-                f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {_size(cu_seqlens_cpu)} "
+                f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {size_of(cu_seqlens_cpu)} "
                 f"on {cu_seqlens_cpu.device}"
             )
-        check_copy(cu_seqlens, cu_seqlens_cpu)
+        if cu_seqlens is not None:
+            check_copy(cu_seqlens, cu_seqlens_cpu)
     return delta_rule(
         q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
@@ -84,7 +87,7 @@ def fused_recurrent_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrent kernel under the name and signature of flash-linear-attention's function.
 
@@ -104,7 +107,7 @@ def fused_recurrent_delta_rule(
         beta = torch.ones_like(q[..., 0])
     if isinstance(beta, Tensor) and beta.ndim == 4:
         raise ValueError(
-            f"beta must be [B, L, H]: one strength for each value channel, {_size(beta)}, is not supported"
+            f"beta must be [B, L, H]: one strength for each value channel, {size_of(beta)}, is not supported"
         )
     check_arguments(q, k, v, beta, initial_state, cu_seqlens, None, "auto")
     tensors = (q, k, v, beta, initial_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def plan(
     """
     if beta is None and isinstance(q, Tensor) and q.ndim == 4:
         beta = torch.empty(q.shape[:3], dtype=q.dtype, device=q.device)
+    beta = cast(Tensor, beta)  # the check refuses anything else
     check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend)
     check_flag("qk_l2norm", qk_l2norm)
     if training is None:
@@ -93,7 +95,9 @@ def plan(
     return OperatorPlan(chosen, why, "Triton kernels", found)
 
 
-def _backend(q, k, v, beta, initial_state, chunk_size, backend) -> tuple[str, str]:
+def _backend(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, chunk_size: int | None, backend: str
+) -> tuple[str, str]:
     dim = max(q.shape[-1], v.shape[-1])
     target = kernels.target_in_use()
     if target is not None and backend in ("auto", "triton"):  # a device that need not be there

@@ -225,7 +225,7 @@ def test_a_plan_is_printed_in_words():
         "transition [8, 2, 128, 128] float32",
     ):
         assert words in text, text
-    assert "fill 132 SMs" in str(planned(8, 2048, 16, 64))
+    assert "fill 132 SMs" in str(planned(8, 2048, 16, 128))
 
 
 @pytest.mark.parametrize("d, dtype, why", [(300, BF16, "300 is above 256"), (64, torch.float64, "not float64")])

@@ -610,6 +610,27 @@ def test_opcheck_backward(norm, state):
 
 
 @needs_triton
+def test_opcheck_decoding():
+    q, k, v, beta, S = delta_rule_inputs(2, 1, 2, 5, 16, state=2)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dn_lib.decode_delta_rule, (q, k, v, beta, S, 0.3, True), test_utils=tests)
+
+
+@needs_triton
+def test_a_compiled_decoding_step_through_the_kernel(auto_takes):
+    """The state is overwritten, token after token, as eagerly; "auto" is Triton, as on a GPU."""
+    torch._dynamo.reset()
+    auto_takes("triton")
+    *x, S = delta_rule_inputs(2, 3, 2, 5, 16, state=2)
+    states = S.clone(), S.clone()
+    compiled = torch.compile(decode_delta_rule, backend="aot_eager")
+    for t in range(3):
+        token = [y[:, t] for y in x]
+        eager = decode_delta_rule(*token, states[0], qk_l2norm=True)
+        assert torch.equal(eager, compiled(*token, states[1], qk_l2norm=True)) and torch.equal(*states)
+
+
+@needs_triton
 def test_opcheck_where_sequences_are_split_or_packed_or_empty():
     tests = ("test_schema", "test_faketensor")
     # A batch of one: the last of its segments is a view of all of them.

@@ -10,8 +10,8 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk (small heads:
-the final states alone, from which the others are walked back); v is not needed again.
+The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk.  For small heads
+it saves the final states alone, from which the others are recovered right to left.  v is not needed again.
 
 With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
 carry the r of their token; the same formulas on the raw tiles then give r times the gradient of r x, and `tangent`
@@ -62,9 +62,9 @@ def chunk_scan_bwd(
 
     Writes dv, dbeta (a partial sum for each value block, `[V / BV, tokens, H]`, which `chunk_bwd_dqk` adds up) and dS
     at each chunk's end (`dstates`, `[chunks, H, K, V]`, in the dtype of k), from which `chunk_bwd_dqk` makes dq and dk.
-    LOCAL: the first pass over a split sequence, without its first segment; the last starts from the true gradient.
-    Writes only the gradient at the segment's beginning: the part X of the reversed affine map.
-    FUSED (one value block): walks the state back too, S = S' - K^T Vn, and writes all gradients itself.
+    LOCAL: the first pass over a split sequence, without its first segment.  The last segment starts from the true
+    gradient.  Writes only the gradient at each segment's beginning, which is X of the reversed affine map.
+    FUSED (one block of values): also recovers each earlier state, S = S' - K^T Vn, and writes all gradients itself.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     DSTATES: tl.constexpr = not (FUSED or LOCAL)

@@ -54,7 +54,7 @@ def chunk_inverse(
 ):  # fmt: skip
     """Writes N `[tokens, H, C]`: row i of a chunk's matrix at its token i.
 
-    One program for each chunk and head.  Reads 2 K bytes a token and head in half precision, writes 2 C.
+    One program for each chunk and head.  In half precision it reads 2 K bytes and writes 2 C bytes per token and head.
     INVERSE: the precision of the recursion on N, see `inverse.py`.
     """
     pid = tl.program_id(0)
@@ -88,17 +88,19 @@ def chunk_scan_fwd(
 ):  # fmt: skip
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
-    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.  SAVE: writes Vn for the backward, or
-    E in the rows that `is_strong` leaves out.
+    state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.
+    SAVE: writes Vn for the backward, or E in the rows that `is_strong` leaves out.
+    STATES: writes the state that enters each chunk.
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
-    the true state; for the others further programs carry the identity in place of a state, with values zero:
-    where they end is M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
-    A token and head moves 2 (2 K + 2 V + C) bytes in half precision, q, k and N once for every V / BV.
+    the true state.  For each of the others further programs carry the identity in place of a state, with values of
+    zero.  They end with M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
+    In half precision 2 (2 K + 2 V + C) bytes move per token and head; q, k and N are read once per block of values.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     KEY_BLOCKS: tl.constexpr = (K + BV - 1) // BV
     COLUMN_BLOCKS: tl.constexpr = VALUE_BLOCKS + KEY_BLOCKS if TRANSITION else VALUE_BLOCKS
-    # Q S right after K S, so that S's copy in shared memory is free for what follows; at 256 registers are scarcer.
+    # Q S comes right after K S: then S's copy in shared memory is free for later tiles.  With 256 key channels
+    # registers are scarcer than shared memory, and Q S waits.
     EARLY: tl.constexpr = OUTPUT and BK <= 128
     pid = tl.program_id(0)
     block = pid % COLUMN_BLOCKS
@@ -202,7 +204,7 @@ def merge_segments(
 
     transition (M): `[B * SEGMENTS, H, K, K]`; local (X) and states: `[B * SEGMENTS, H, K, V]`; first: the
     state (or gradient) that enters, `[B, H, K, V]`.  REVERSE: from the last segment to the first, with M^T.
-    The first X already holds what enters, so the first and the last M are never needed.
+    The X of the first segment already holds what enters, and nothing follows the last segment: neither M is needed.
     One program for each sequence, head and BV value channels.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV

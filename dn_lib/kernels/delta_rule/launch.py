@@ -5,11 +5,15 @@ reads a value from a GPU, so a call can be captured in a CUDA graph.  Tokens of 
 such as those behind the last offset of a padded buffer, get zeros: outputs and gradients.
 """
 
+# pyright: reportCallIssue=false
+# (Triton's own arguments of a launch, such as num_warps, are no parameters of the kernel.)
+
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +53,7 @@ def forward(
     q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
     layout, buffers, call = plan.layout, plan.layout.buffers, plan.call
     cu = token_offsets(cu_seqlens, q)
-    made = {"token_offsets": cu, "chunk_offsets": chunk_offsets(cu, call.chunk)}
+    made: dict[str, Any] = {"token_offsets": cu, "chunk_offsets": chunk_offsets(cu, call.C)}
     for name in ("n", "pseudo", "q_norm", "k_norm", "states", "transition"):
         made[name] = _empty(buffers[name], k) if name in buffers else None
     state = None
@@ -71,9 +75,9 @@ def forward(
     _chunk_scan_fwd("chunk_scan_fwd", **inputs, o=o, state_in=state_in, state_out=state)
 
     last = state if final_state else None
-    if final_state and layout.segments > 1:
+    if last is not None and layout.segments > 1:
         # A copy even of one row: the outputs of an operator must not share memory.
-        last = state[layout.segments - 1 :: layout.segments].clone(memory_format=torch.contiguous_format)
+        last = last[layout.segments - 1 :: layout.segments].clone(memory_format=torch.contiguous_format)
     return o, last, saved if call.training else None
 
 
@@ -105,10 +109,11 @@ def backward(
     if layout.fused:
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dq=dq, dk=dk)
     else:
+        assert saved.states is not None  # where the backward is two kernels
         dstates = torch.empty_like(saved.states)
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dstates=dstates)
         _chunk_bwd_dqk(**inputs, dv=dv, dstates=dstates, partials=partials, dbeta=dbeta, dq=dq, dk=dk)
-    if initial_state and layout.segments > 1:
+    if d_in is not None and layout.segments > 1:
         d_in = d_in[:: layout.segments].contiguous()
     return dq, dk, dv, dbeta, d_in
 
@@ -242,7 +247,7 @@ def _tiles_of(plan: Plan, step, *tensors: tuple[Tensor | None, int]) -> list:
     """
     if not step.tma:
         return [x for x, _ in tensors]
-    tokens, rows = plan.layout.tokens, plan.call.chunk
+    tokens, rows = plan.layout.tokens, plan.call.C
     _bind_context(next(x for x, _ in tensors if x is not None).device)
     given = []
     for x, columns in tensors:
