@@ -250,16 +250,15 @@ DELTA_RULE = Operator(
 
 # --- One token of the delta rule ------------------------------------------------------------------------
 def _one_token(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, initial_state=None, scale=None) -> tuple:
-    token = [x[:, 0] for x in (q, k, v, beta)]
-    o, state = delta_rule_step(*token, _state(q, v, initial_state), scale=scale)
+    state = _state(q, v, initial_state)
+    o, state = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, scale=scale)
     return o[:, None], state
 
 
 def _in_place(backend: str, q, k, v, beta, *, initial_state=None, scale=None, qk_l2norm=False) -> tuple:
     state = _state(q, v, initial_state).clone()
-    token = [x[:, 0] for x in (q, k, v, beta)]
     with torch.no_grad(), using(auto=backend):
-        o = ops.decode_delta_rule(*token, state, scale=scale, qk_l2norm=qk_l2norm)
+        o = ops.decode_delta_rule(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], state, scale=scale, qk_l2norm=qk_l2norm)
     return o[:, None], state
 
 

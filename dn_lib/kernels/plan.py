@@ -143,7 +143,7 @@ class Saved(NamedTuple):
 class Layout:
     """How a call is cut up.  Its numbers may be symbolic, where torch.compile asks for shapes.
 
-    fused: the backward of small heads is one kernel.  A state and its gradient fit in the registers of one program,
+    fused: the backward of small heads is one kernel, from Hopper on.  A state and its gradient fit in the registers of one program,
     which carries both from right to left.
     segments: into how many each sequence is split, one for each program; 1 is no split.
     segment_length: in tokens, a multiple of the chunk; the last segment may be shorter.
@@ -411,7 +411,9 @@ def lay_out(call: Call) -> Layout:
         return Layout(call, False, 1, call.L)
     fused = call.overrides.fused
     if fused is None:
-        fused = max(padded(call.K), padded(call.V)) <= 64 and call.dtype != torch.float32
+        # Before Hopper the one kernel spills 11 KB a thread to memory; two kernels spill next to nothing.
+        hopper = call.target.arch is None or call.target.arch >= 90
+        fused = hopper and max(padded(call.K), padded(call.V)) <= 64 and call.dtype != torch.float32
     wanted = choose_segments(call)
     length = max(1, -(-call.L // (call.chunk * wanted))) * call.chunk
     return Layout(call, fused, max(1, -(-call.L // length)), length)
@@ -433,11 +435,11 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
 
         idle: programs of the grid that return at once, for each head.
         """
-        one = _tiles(name, c, fused=layout.fused, one_wave=False)  # the regime changes the stages alone
+        one = _tiles(name, c, one_wave=False)  # the regime changes the stages alone
         blocks = -(-values // one.BV) if values else 1
         programs = of * blocks * (-(-keys // one.BK) if keys else 1) * c.H
         alone = is_one_wave(programs - idle * c.H, c.target)
-        tiles = _tiles(name, c, fused=layout.fused, one_wave=alone) if name in _SCANS else one
+        tiles = _tiles(name, c, one_wave=alone) if name in _SCANS else one
         launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does, alone)
 
     if c.norm:
@@ -520,14 +522,14 @@ def choose_segments(call: Call) -> int:
 _SCANS = ("segment_maps_fwd", "chunk_scan_fwd", "segment_maps_bwd", "chunk_scan_bwd")
 
 
-def _tiles(name: str, call: Call, *, fused: bool = False, one_wave: bool = False) -> Tiles:
+def _tiles(name: str, call: Call, *, one_wave: bool = False) -> Tiles:
     """The tiles of a launch: those that `using` has set, or those of the rule."""
     if call.overrides.tiles:
         set_by_hand = dict(call.overrides.tiles)
         if found := set_by_hand.get(name) or set_by_hand.get(KERNELS[name]):
             return found
     return choose_tiles(
-        name, int(call.K), int(call.V), call.dtype, norm=call.norm, fused=fused, one_wave=one_wave,
+        name, int(call.K), int(call.V), call.dtype, norm=call.norm, one_wave=one_wave,
         arch=call.target.arch,
     )  # fmt: skip
 
@@ -540,7 +542,6 @@ def choose_tiles(
     dtype: torch.dtype,
     *,
     norm: bool = False,
-    fused: bool = False,
     one_wave: bool = False,
     arch: int | None,
 ) -> Tiles:
@@ -571,8 +572,7 @@ def choose_tiles(
         # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
         if kernel == "chunk_bwd_dqk":
             return Tiles(BK if norm else min(BK, 64), min(BV, 32), 4, 1)
-        # The fused backward is one program, whose tile holds all value channels.
-        return Tiles(BK, BV if name == "chunk_scan_bwd" and fused else min(BV, 32), 4, 1)
+        return Tiles(BK, min(BV, 32), 4, 1)
     # Narrower tiles are padded to 64 channels: fewer configurations to prove, and 32-wide ones have been miscompiled.
     BK = max(BK, 64)
     if kernel == "chunk_bwd_dqk":
