@@ -143,8 +143,8 @@ class Saved(NamedTuple):
 class Layout:
     """How a call is cut up.  Its numbers may be symbolic, where torch.compile asks for shapes.
 
-    fused: the backward of small heads is one kernel, from Hopper on.  A state and its gradient fit in the registers of one program,
-    which carries both from right to left.
+    fused: the backward of small heads is one kernel, from Hopper on.  A state and its gradient fit in the registers of
+    one program, which carries both from right to left.
     segments: into how many each sequence is split, one for each program; 1 is no split.
     segment_length: in tokens, a multiple of the chunk; the last segment may be shorter.
     """

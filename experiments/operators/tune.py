@@ -105,7 +105,7 @@ class Candidate:
     def rule(self, one_wave: bool) -> Tiles:
         """What the plan's rule chooses at present."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        options = {"norm": self.norm, "fused": self.variant == "fused", "arch": plan.target_of(device).arch}
+        options = {"norm": self.norm, "arch": plan.target_of(device).arch}
         return plan.choose_tiles(self.launch, self.d, self.d, torch.bfloat16, one_wave=one_wave, **options)
 
 
