@@ -226,10 +226,9 @@ def relative_error(x: Tensor, reference: Tensor, size: float = 0.0) -> float:
         if 0.0 < unit < math.inf:
             x, reference, size = x / unit, reference / unit, size / unit
             scale = max(reference.norm().item(), size)
-    difference = (x - reference).norm().item()
     if scale == 0.0:
-        return 0.0 if difference == 0.0 else math.inf
-    error = difference / scale
+        return math.inf if x.any() else 0.0
+    error = (x - reference).norm().item() / scale
     return error if math.isfinite(error) else math.inf
 
 
