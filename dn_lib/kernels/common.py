@@ -124,20 +124,24 @@ def load_scalars(ptr, token, head, H, rows, n_rows):
 
 
 @triton.jit
-def is_strong(strength):
-    """Which rows are kept for the backward as Vn = strength E; the others as E.
+def kept_strength(strength, DTYPE: tl.constexpr):
+    """What E is multiplied by in each row that the forward keeps for the backward: the strength, so that Vn is kept.
 
-    E = Vn / strength is wanted for dbeta even where nothing is written.  Where the strength is below 2^-6, E is kept
-    and multiplied again: that Vn is rounded twice, which its size forgives.
+    The backward wants E = Vn / strength for dbeta even where nothing is written, so weak rows keep more than Vn.
+    bfloat16 has the exponents of float32, and the relative error of a kept row does not depend on its size: rows below
+    2^-40 keep 2^-40 E.  float16 has few exponents: rows below 2^-6 keep E, and their Vn is rounded twice.
     """
-    return tl.abs(strength) >= 0.015625
+    if DTYPE == tl.bfloat16:  # noqa: SIM300 (Triton's dtypes are constants only to a linter)
+        return tl.where(tl.abs(strength) >= 9.094947017729282e-13, strength, 9.094947017729282e-13)
+    else:
+        return tl.where(tl.abs(strength) >= 0.015625, strength, 1.0)
 
 
 @triton.jit
-def kept_factors(strength):
+def kept_factors(strength, DTYPE: tl.constexpr):
     """(a, b): Vn = a x and E = b x, where x is what the forward kept."""
-    strong = is_strong(strength)
-    return tl.where(strong, 1.0, strength), 1.0 / tl.where(strong, strength, 1.0)
+    kept = kept_strength(strength, DTYPE)
+    return strength / kept, 1.0 / kept
 
 
 @triton.jit

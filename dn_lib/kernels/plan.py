@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dn_lib.forms.common import check_flag, check_integer, describe
+from dn_lib.kernels.hopper import launch as hopper
 
 # What the kernels take.
 MAX_HEAD_DIM = 256
@@ -74,6 +76,7 @@ class Overrides(NamedTuple):
     segments: int | None = None
     fused: bool | None = None
     tma: bool | None = None
+    gluon: bool | None = None
     tiles: tuple[tuple[str, Tiles], ...] = ()
     target: Target | None = None
 
@@ -121,7 +124,7 @@ class Buffer(NamedTuple):
 class Saved(NamedTuple):
     """What the forward leaves for the backward, besides its inputs.  `Layout.buffers` gives shapes and dtypes.
 
-    n: N of each chunk.  pseudo: Vn = D E, or E in the rows that `is_strong` leaves out.
+    n: N of each chunk.  pseudo: Vn = D E, and more in weak rows, see `kept_strength`.
     q_norm, k_norm: 1/|q| and 1/|k|, where they are to be normalised.
     states: the state that enters each chunk.  Small heads keep state_end instead, the state that leaves each segment.
     transition: M of each segment, if a sequence has several.
@@ -200,6 +203,7 @@ class Launch(NamedTuple):
     tma: whether TMA fetches the tiles; else threads compute addresses.
     does: what it is for, in words.
     one_wave: whether all programs that have work run at once, each with an SM to itself.
+    gluon: whether it is the kernel of that name in `dn_lib.kernels.hopper`.
     """
 
     kernel: str
@@ -209,6 +213,7 @@ class Launch(NamedTuple):
     tma: bool
     does: str
     one_wave: bool = False
+    gluon: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +262,7 @@ def using(
     segments: int | None = None,
     fused: bool | None = None,
     tma: bool | None = None,
+    gluon: bool | None = None,
     tiles: Mapping[str, Tiles] | None = None,
     target: Target | None = None,
 ) -> Iterator[None]:
@@ -266,6 +272,8 @@ def using(
     fused: whether the backward is one kernel.
     tma: False for pointers everywhere; True for TMA in small batches too, of at least TMA_MIN_LENGTH tokens in a
         sequence, wherever tiles, heads and chunks allow it.
+    gluon: False for the Triton kernels everywhere; True for those for Hopper (`dn_lib.kernels.hopper`) in short calls
+        too, wherever they can be run.
     tiles: by the name of a kernel, for all its launches, or of a launch (`KERNELS` lists both).
     target: plan for this device in place of the tensors' own.
     A backward follows the plan of its forward, wherever it runs.  Blocks may be nested: the inner one adds to the
@@ -278,7 +286,7 @@ def using(
     """
     if segments is not None:
         check_integer("segments", segments)
-    for name, flag in (("fused", fused), ("tma", tma)):
+    for name, flag in (("fused", fused), ("tma", tma), ("gluon", gluon)):
         if flag is not None:
             check_flag(name, flag)
     for name, chosen in (tiles or {}).items():
@@ -292,6 +300,7 @@ def using(
             segments=outer.segments if segments is None else int(segments),
             fused=outer.fused if fused is None else bool(fused),
             tma=outer.tma if tma is None else bool(tma),
+            gluon=outer.gluon if gluon is None else bool(gluon),
             tiles=tuple(sorted(merged.items())),
             target=outer.target if target is None else target,
         )
@@ -455,14 +464,26 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
         add("segment_maps_fwd", "the affine map of each segment but the last", of=total - c.sequences, idle=idle,
             values=columns)  # fmt: skip
         add("merge_segments_fwd", "the state that enters each segment", of=c.sequences, values=c.V)
-    add("chunk_scan_fwd", "the state along the chunks, and o", of=total, values=c.V)
+    gluon = takes_gluon(c)
+    if gluon:
+        BV = hopper.values_per_program(total * c.H, c.training)
+        tiles = Tiles(hopper.HEAD, BV, BV // 16, 2, tma=True)
+        blocks = hopper.HEAD // BV
+        launches["chunk_scan_fwd"] = Launch(
+            "chunk_scan_fwd", total * c.H * blocks, blocks, tiles, True, "the state along the chunks, and o", gluon
+        )
+    else:
+        add("chunk_scan_fwd", "the state along the chunks, and o", of=total, values=c.V)
     if not c.training:
         return launches
     if s > 1:
         add("segment_maps_bwd", "the same maps, reversed, for the gradient of the state", of=total - c.sequences,
             values=c.V)  # fmt: skip
         add("merge_segments_bwd", "the gradient of the state that leaves each segment", of=c.sequences, values=c.V)
-    if layout.fused:
+    if gluon:
+        tiles, does = Tiles(hopper.HEAD, hopper.HEAD, 8, 2, tma=True), "dS, right to left, and all gradients"
+        launches["chunk_scan_bwd"] = Launch("chunk_scan_bwd", total * c.H, 1, tiles, True, does, gluon)
+    elif layout.fused:
         add("chunk_scan_bwd", "the state and its gradient, right to left, and all gradients", of=total, values=c.V)
         if launches["chunk_scan_bwd"].blocks > 1:
             raise ValueError(f"fused must be False where d_v = {c.V} is more than one program's tile of values")
@@ -498,6 +519,8 @@ def choose_segments(call: Call) -> int:
     sms = call.target.sms
     if not sms:
         return 1
+    if takes_gluon(call):
+        return _gluon_segments(call)
     shared = {64: 120, 128: 150, 256: 180}[max(64, padded(call.K), padded(call.V))]
     BV = _tiles("chunk_scan_fwd", call).BV
     values, keys = -(-call.V // BV), -(-call.K // BV)
@@ -516,6 +539,24 @@ def choose_segments(call: Call) -> int:
         if cost < least:
             best, least = segments, cost
     return best
+
+
+def _gluon_segments(call: Call) -> int:
+    """Into how many segments to split each sequence for the kernels for Hopper: their programs fill an SM each.
+
+    In training, until every SM has a program.  Beyond 8 segments M's and merges cost more than the second half of the
+    SMs gives.  Forward alone, half of the SMs keep the memory busy, and only sequences of few heads are worth a first
+    pass.  A segment has 16 chunks at least.  From times of 12 shapes on an H100, see README.md.
+    """
+    heads, sms, segments = call.sequences * call.H, call.target.sms, 1
+    if not call.training and heads > sms // 8:
+        return 1
+    while segments < SPLITS[-1] and 2 * segments * 16 * call.chunk <= call.L:
+        programs = heads * 2 * segments
+        if programs > (sms if call.training and segments < 8 else sms // 2):
+            break
+        segments *= 2
+    return segments
 
 
 # Launches whose programs go along a sequence: what they wait for decides how far ahead they fetch.
@@ -586,6 +627,36 @@ def choose_tiles(
     return Tiles(BK, 64, 4, stages + one_wave, tma=True)
 
 
+def takes_gluon(call: Call) -> bool:
+    """Whether the scans are those of `dn_lib.kernels.hopper`: on Hopper, for heads of 128 in bfloat16, whole chunks."""
+    c, asked = call, call.overrides
+    if (
+        c.target.arch is None
+        or c.offsets is not None
+        or asked.tiles
+        or False in (asked.gluon, asked.tma)
+        or asked.fused
+    ):
+        return False
+    why = hopper.why_not(
+        capability=c.target.arch, triton_version=triton_version(), dtype=c.dtype, d_k=c.K, d_v=c.V, tokens=c.B * c.L,
+        L=c.L, H=c.H, chunk=c.chunk,
+    )  # fmt: skip
+    return why is None and (bool(asked.gluon) or _repays_descriptors(c))
+
+
+@functools.cache
+def triton_version() -> str:
+    return importlib.metadata.version("triton")
+
+
+def _repays_descriptors(call: Call) -> bool:
+    """Whether a call is long enough for the GPU to win by TMA what the host takes to make the descriptors."""
+    return call.L >= TMA_MIN_LENGTH and (
+        not call.training or call.B * call.L * call.H * max(call.K, call.V) >= TMA_MIN_VALUES
+    )
+
+
 def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
     """Whether TMA fetches a launch's tiles.
 
@@ -596,8 +667,7 @@ def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
     possible = possible and c.aligned and not layout.packed and c.L % c.C == 0
     if not possible or c.K % tiles.BK or c.V % tiles.BV or c.overrides.tma is False:
         return False
-    repaid = not c.training or layout.tokens * c.H * max(c.K, c.V) >= TMA_MIN_VALUES
-    return c.L >= TMA_MIN_LENGTH and (repaid or bool(c.overrides.tma))
+    return c.L >= TMA_MIN_LENGTH and (bool(c.overrides.tma) or _repays_descriptors(c))
 
 
 # --- In words -----------------------------------------------------------------------------------------------------
@@ -620,6 +690,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
         parts = [
             f"{launch.programs:,} programs{wave}", sizes, f"{t.warps} warp{'s' * (t.warps > 1)}",
             f"{t.stages} stage{'s' * (t.stages > 1)}", "TMA" if launch.tma else "pointers",
+            *["Gluon"] * launch.gluon,
         ]  # fmt: skip
         yield f"{number}. {launch.kernel} ({launch.does}): {', '.join(parts)}"
     if c.training:
@@ -638,6 +709,11 @@ def _why_segments(plan: Plan) -> str:
         unsplit = scan.programs // layout.segments
         rule = f"since unsplit only {unsplit:,} programs would run on {c.target.sms} SMs"
         why = "asked for" if c.overrides.segments else rule
+        why = (
+            "asked for"
+            if c.overrides.segments
+            else f"since {unsplit:,} programs would leave some of {c.target.sms} SMs idle"
+        )
         return f"{layout.segments} segments of {layout.segment_length:,} tokens per sequence, {why}"
     if c.overrides.segments:
         return "one segment per sequence, asked for"

@@ -10,7 +10,7 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-The forward saves N, Vn (for weak writes E, see `kept_factors`) and the state that enters each chunk.  For small heads
+The forward saves N, Vn (for weak writes more, see `kept_strength`) and the state that enters each chunk.  For small heads
 it saves the final states alone, from which the others are recovered right to left.  v is not needed again.
 
 With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
@@ -129,7 +129,7 @@ def chunk_scan_bwd(
         minus_dR = (-dR * k_scale[:, None] if NORM else -dR).to(k_tile.dtype)
         if not LOCAL:
             store_tile(dv, dR * scale, token, head, H, rows, left, values, V, BV)
-            to_Vn, to_E = kept_factors(b * k_scale if NORM else b)
+            to_Vn, to_E = kept_factors(b * k_scale if NORM else b, k_tile.dtype)
             if FUSED:
                 kept = load_tile(pseudo, token, head, H, rows, left, values, V, BV, TMA, block * BV)
             else:
@@ -227,7 +227,7 @@ def chunk_bwd_dqk(
         q_scale = load_scalars(q_norm, token, head, H, rows, left)
         k_scale = load_scalars(k_norm, token, head, H, rows, left)
         b = b * k_scale
-    to_Vn, _ = kept_factors(b)
+    to_Vn, _ = kept_factors(b, dk.dtype.element_ty)
     dQ = tl.zeros([C, BK], dtype=tl.float32)
     dK = tl.zeros([C, BK], dtype=tl.float32)
     dP = tl.zeros([C, C], dtype=tl.float32)

@@ -19,7 +19,7 @@ import triton.language as tl
 from dn_lib.kernels.common import (
     chunk_bounds,
     dot,
-    is_strong,
+    kept_strength,
     load_scalars,
     load_tile,
     only_if,
@@ -89,7 +89,7 @@ def chunk_scan_fwd(
     """Carries the state through a segment, chunk by chunk, for one head and BV value channels.
 
     state_in, state_out: `[segments, H, K, V]` float32.  OUTPUT: writes o.
-    SAVE: writes Vn for the backward, or E in the rows that `is_strong` leaves out.
+    SAVE: writes Vn for the backward, and more in weak rows, see `kept_strength`.
     STATES: writes the state that enters each chunk.
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
     the true state.  For each of the others further programs carry the identity in place of a state, with values of
@@ -164,8 +164,8 @@ def chunk_scan_fwd(
         strength = b * k_scale if NORM else b
         Vn = (strength[:, None] * E).to(k_tile.dtype)
         if SAVE:
-            kept = tl.where(is_strong(strength)[:, None], Vn, E.to(k_tile.dtype))
-            store_tile(pseudo, kept, token, head, H, rows, left, values, V, BV)
+            kept = kept_strength(strength, k_tile.dtype)[:, None] * E
+            store_tile(pseudo, kept.to(k_tile.dtype), token, head, H, rows, left, values, V, BV)
         if OUTPUT:
             # O = scale (Q S + tril(Q K^T) D E)
             if not EARLY:

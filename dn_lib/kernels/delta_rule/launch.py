@@ -25,6 +25,7 @@ from dn_lib.kernels.common import INTERPRETED
 from dn_lib.kernels.delta_rule import backward as bwd
 from dn_lib.kernels.delta_rule import forward as fwd
 from dn_lib.kernels.delta_rule import recurrent as rec
+from dn_lib.kernels.hopper import launch as hopper
 from dn_lib.kernels.plan import Plan, Saved
 
 # How the recursion on N rounds its operands (see `inverse.py`); float32 inputs: as all their dots.
@@ -72,7 +73,12 @@ def forward(
         _chunk_scan_fwd("segment_maps_fwd", **inputs, state_in=initial_state, state_out=local)
         state_in = torch.empty_like(local)
         _merge_segments("merge_segments_fwd", plan=plan, saved=saved, local=local, first=initial_state, states=state_in)
-    _chunk_scan_fwd("chunk_scan_fwd", **inputs, o=o, state_in=state_in, state_out=state)
+    scan = (
+        _hopper_scan_fwd
+        if plan.launches["chunk_scan_fwd"].gluon
+        else functools.partial(_chunk_scan_fwd, "chunk_scan_fwd")
+    )
+    scan(**inputs, o=o, state_in=state_in, state_out=state)
 
     last = state if final_state else None
     if last is not None and layout.segments > 1:
@@ -106,7 +112,9 @@ def backward(
         d_out = torch.empty_like(local)
         _merge_segments("merge_segments_bwd", plan=plan, saved=saved, local=local, first=dstate, states=d_out)
     ends = {"d_out": d_out, "d_in": d_in}
-    if layout.fused:
+    if scan.gluon:
+        _hopper_scan_bwd(**inputs, **ends, dv=dv, dbeta=dbeta, dq=dq, dk=dk)
+    elif layout.fused:
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dq=dq, dk=dk)
     else:
         assert saved.states is not None  # where the backward is two kernels
@@ -225,6 +233,36 @@ def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials,
             PRECISION=c.precision, NORM=c.norm, VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma,
             num_warps=t.warps,
         )  # fmt: skip
+
+
+def _hopper_scan_fwd(*, plan, q, k, v, beta, scale, saved, o, state_in, state_out):
+    layout, step = plan.layout, plan.launches["chunk_scan_fwd"]
+    q, k, v = map(_aligned, (q, k, v))
+    state_in = None if state_in is None else state_in.float()
+    if step.programs:
+        _bind_context(q.device)
+        hopper.chunk_scan_fwd(
+            q=q, k=k, v=v, beta=beta, n=saved.n, o=o, pseudo=saved.pseudo, states=saved.states, q_norm=saved.q_norm,
+            k_norm=saved.k_norm, state_in=state_in, state_out=state_out, scale=scale, segment=layout.segment_length,
+            segments=layout.segments, values=step.tiles.BV,
+        )  # fmt: skip
+
+
+def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbeta, dq, dk):
+    layout = plan.layout
+    q, k, do, n, pseudo, states = map(_aligned, (q, k, do, saved.n, saved.pseudo, saved.states))
+    if plan.launches["chunk_scan_bwd"].programs:
+        _bind_context(q.device)
+        hopper.chunk_scan_bwd(
+            q=q, k=k, beta=beta, n=n, pseudo=pseudo, states=states, do=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta,
+            q_norm=saved.q_norm, k_norm=saved.k_norm, dstate_out=d_out, dstate_in=d_in, scale=scale,
+            segment=layout.segment_length, segments=layout.segments,
+        )  # fmt: skip
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where it does not begin at a multiple of 16 bytes, as TMA needs."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------

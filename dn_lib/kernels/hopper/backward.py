@@ -199,7 +199,7 @@ def chunk_scan_bwd(
         kept_square = gl.convert_layout(kept, gl.SliceLayout(1, SQUARE))
         db = G * (-scale / (kept_square * kept_square))[:, None]
         at_row = dbeta + (token.to(gl.int64) + rows_square) * H + head
-        gl.store(at_row[:, None] + j_row * 0, db.to(LOW), mask=i_row == j_row)
+        gl.store(at_row[:, None] + j_row * 0, db.to(dbeta.dtype.element_ty), mask=i_row == j_row)
         P_tile.store(gl.where(i_row > j_row, G, 0.0).to(LOW))
         meet()
         dK = add(dK, P_tile, k_tile)
