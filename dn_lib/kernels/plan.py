@@ -19,7 +19,7 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -38,8 +38,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECURRENT_MAX_LENGTH = 16
 SPLITS = (2, 4, 8, 16)
 TMA_MIN_LENGTH = 1024
-# Elements of q or v, in training.  The host takes time to make the descriptors, and in smaller calls the GPU waits.
-TMA_MIN_VALUES = 2**25
+# Elements of q or v, for inference and in training.  The host takes time to make the descriptors, and in smaller calls
+# the GPU waits for it.
+TMA_MIN_VALUES = {False: 2**22, True: 2**25}
 
 
 # --- What a plan is made of ---------------------------------------------------------------------------------------
@@ -218,10 +219,14 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What runs for a call.  launches: in their order, by name; a kernel that runs twice has two names."""
+    """What runs for a call.  launches: in their order, by name; a kernel that runs twice has two names.
+
+    compiled: what `launcher` keeps of earlier launches; it decides nothing.
+    """
 
     layout: Layout
     launches: Mapping[str, Launch]
+    compiled: dict = field(default_factory=dict, repr=False)
 
     @property
     def call(self) -> Call:
@@ -317,10 +322,10 @@ def _check_tiles(name: str, tiles: Tiles) -> None:
         raise ValueError(f"tiles must be for one of {known}, got {describe(name)}")
     if not isinstance(tiles, Tiles):
         raise TypeError(f"tiles of {name} must be Tiles(BK, BV, warps, stages, ...), got {describe(tiles)}")
-    for field in ("BK", "BV", "warps", "rows"):
-        size = getattr(tiles, field)
+    for axis in ("BK", "BV", "warps", "rows"):
+        size = getattr(tiles, axis)
         if size < 0 or size & (size - 1):
-            raise ValueError(f"tiles of {name} must have a power of two for {field}, got {size}")
+            raise ValueError(f"tiles of {name} must have a power of two for {axis}, got {size}")
     if min(tiles.BK, tiles.warps, tiles.stages) < 1:
         raise ValueError(f"tiles of {name} must have BK, warps and stages of at least 1, got {tiles}")
 
@@ -652,9 +657,8 @@ def triton_version() -> str:
 
 def _repays_descriptors(call: Call) -> bool:
     """Whether a call is long enough for the GPU to win by TMA what the host takes to make the descriptors."""
-    return call.L >= TMA_MIN_LENGTH and (
-        not call.training or call.B * call.L * call.H * max(call.K, call.V) >= TMA_MIN_VALUES
-    )
+    values = call.B * call.L * call.H * max(call.K, call.V)
+    return call.L >= TMA_MIN_LENGTH and values >= TMA_MIN_VALUES[call.training]
 
 
 def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:

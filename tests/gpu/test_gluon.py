@@ -7,7 +7,7 @@ import torch
 
 from dn_lib import delta_rule
 from dn_lib.kernels import plan
-from dn_lib.testing import delta_rule_inputs, forward_and_gradients, leaves, recurrence, relative_error
+from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +28,12 @@ def compared(tensors, do, dstate, **options):
     """The largest error of output, state and gradients."""
     norm = options.get("qk_l2norm", False)
     exact = forward_and_gradients(
-        recurrence, leaves(*tensors, dtype=torch.float64), do.cpu(), dstate.cpu(), scale=128**-0.5, qk_l2norm=norm
+        delta_rule_reference,
+        leaves(*tensors, dtype=torch.float64),
+        do.cpu(),
+        dstate.cpu(),
+        scale=128**-0.5,
+        qk_l2norm=norm,
     )
     q, k, v, beta, state = (x.cuda().requires_grad_() for x in tensors)
     o, final = delta_rule(q, k, v, beta, initial_state=state, output_final_state=True, **options)

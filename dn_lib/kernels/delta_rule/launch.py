@@ -26,6 +26,7 @@ from dn_lib.kernels.delta_rule import backward as bwd
 from dn_lib.kernels.delta_rule import forward as fwd
 from dn_lib.kernels.delta_rule import recurrent as rec
 from dn_lib.kernels.hopper import launch as hopper
+from dn_lib.kernels.launcher import launch_kernel
 from dn_lib.kernels.plan import Plan, Saved
 
 # How the recursion on N rounds its operands (see `inverse.py`); float32 inputs: as all their dots.
@@ -36,13 +37,13 @@ def _on_its_device(run: Callable) -> Callable:
     """Makes the GPU of q the current one, as Triton expects, for the time of the call."""
 
     @functools.wraps(run)
-    def launch(*, q: Tensor, **arguments):
+    def on_its_device(*, q: Tensor, **arguments):
         if q.is_cuda and q.device.index != torch.cuda.current_device():
             with torch.cuda.device(q.device):
                 return run(q=q, **arguments)
         return run(q=q, **arguments)
 
-    return launch
+    return on_its_device
 
 
 @_on_its_device
@@ -137,34 +138,34 @@ def recurrent(
         final_state = writable("final_state", final_state, q)
     c, step = plan.call, plan.launches["recurrent"]
     cu, o = token_offsets(cu_seqlens, q), _empty_tokens(plan.layout, v)
-    if step.programs:
-        rec.recurrent[(step.programs,)](
-            q, k, v, beta, o, initial_state, final_state, cu, scale, c.L, c.H,
-            K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, NORM=c.norm, EPS=NORM_EPS,
-            STATE_IN=initial_state is not None, STATE_OUT=final_state is not None, VARLEN=cu is not None,
-            num_warps=step.tiles.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, "recurrent", rec.recurrent,
+        q, k, v, beta, o, initial_state, final_state, cu, scale, c.L, c.H,
+        K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, NORM=c.norm, EPS=NORM_EPS,
+        STATE_IN=initial_state is not None, STATE_OUT=final_state is not None, VARLEN=cu is not None,
+        num_warps=step.tiles.warps,
+    )  # fmt: skip
     return o
 
 
 # --- One function for each kernel, in the order in which they run ---------------------------------------------------
 def _inverse_norms(*, plan, q, k, saved):
     c, step = plan.call, plan.launches["inverse_norms"]
-    if step.programs:
-        fwd.inverse_norms[(step.programs,)](
-            q, k, saved.q_norm, saved.k_norm, plan.layout.tokens * c.H,
-            K=c.K, BK=step.tiles.BK, ROWS=step.tiles.rows, EPS=NORM_EPS, num_warps=step.tiles.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, "inverse_norms", fwd.inverse_norms,
+        q, k, saved.q_norm, saved.k_norm, plan.layout.tokens * c.H,
+        K=c.K, BK=step.tiles.BK, ROWS=step.tiles.rows, EPS=NORM_EPS, num_warps=step.tiles.warps,
+    )  # fmt: skip
 
 
 def _chunk_inverse(*, plan, k, beta, saved):
     c, step = plan.call, plan.launches["chunk_inverse"]
-    if step.programs:
-        fwd.chunk_inverse[(step.programs,)](
-            k, beta, saved.n, saved.k_norm, saved.token_offsets, saved.chunk_offsets, c.sequences, c.L, c.H,
-            K=c.K, BK=step.tiles.BK, C=c.chunk, PRECISION=c.precision, INVERSE=_INVERSE.get(c.dtype, c.precision),
-            NORM=c.norm, VARLEN=plan.layout.packed, STAGES=step.tiles.stages, num_warps=step.tiles.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, "chunk_inverse", fwd.chunk_inverse,
+        k, beta, saved.n, saved.k_norm, saved.token_offsets, saved.chunk_offsets, c.sequences, c.L, c.H,
+        K=c.K, BK=step.tiles.BK, C=c.chunk, PRECISION=c.precision, INVERSE=_INVERSE.get(c.dtype, c.precision),
+        NORM=c.norm, VARLEN=plan.layout.packed, STAGES=step.tiles.stages, num_warps=step.tiles.warps,
+    )  # fmt: skip
 
 
 def _chunk_scan_fwd(name, *, plan, q, k, v, beta, scale, saved, state_in, state_out, o=None):
@@ -173,28 +174,28 @@ def _chunk_scan_fwd(name, *, plan, q, k, v, beta, scale, saved, state_in, state_
     t, first_pass = step.tiles, name == "segment_maps_fwd"
     pseudo, states = (None, None) if first_pass else (saved.pseudo, saved.states)
     q, k, v, n = _tiles_of(plan, step, (None if first_pass else q, t.BK), (k, t.BK), (v, t.BV), (saved.n, c.chunk))
-    if step.programs:
-        fwd.chunk_scan_fwd[(step.programs,)](
-            q, k, v, beta, n, saved.q_norm, saved.k_norm, o, pseudo, states, state_in, state_out,
-            saved.transition if first_pass else None, saved.token_offsets, saved.chunk_offsets,
-            scale, c.L, c.H, layout.segment_length, layout.segments,
-            K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
-            OUTPUT=o is not None, SAVE=pseudo is not None, STATES=states is not None, TRANSITION=first_pass,
-            STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=layout.packed, STAGES=t.stages,
-            TMA=step.tma, num_warps=t.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, name, fwd.chunk_scan_fwd,
+        q, k, v, beta, n, saved.q_norm, saved.k_norm, o, pseudo, states, state_in, state_out,
+        saved.transition if first_pass else None, saved.token_offsets, saved.chunk_offsets,
+        scale, c.L, c.H, layout.segment_length, layout.segments,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
+        OUTPUT=o is not None, SAVE=pseudo is not None, STATES=states is not None, TRANSITION=first_pass,
+        STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=layout.packed, STAGES=t.stages,
+        TMA=step.tma, num_warps=t.warps,
+    )  # fmt: skip
 
 
 def _merge_segments(name, *, plan, saved, local, first, states):
     """Writes the state that enters each segment or, as "merge_segments_bwd", the gradient of the one that leaves it."""
     c, step = plan.call, plan.launches[name]
-    if step.programs:
-        fwd.merge_segments[(step.programs,)](
-            saved.transition, local, states, first, c.H, plan.layout.segments,
-            K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, BLOCK=min(step.tiles.BK, 64),
-            REVERSE=name == "merge_segments_bwd", FIRST=first is not None,
-            PRECISION="ieee" if c.dtype == torch.float32 else "tf32", num_warps=step.tiles.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, name, fwd.merge_segments,
+        saved.transition, local, states, first, c.H, plan.layout.segments,
+        K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, BLOCK=min(step.tiles.BK, 64),
+        REVERSE=name == "merge_segments_bwd", FIRST=first is not None,
+        PRECISION="ieee" if c.dtype == torch.float32 else "tf32", num_warps=step.tiles.warps,
+    )  # fmt: skip
 
 
 def _chunk_scan_bwd(
@@ -207,15 +208,15 @@ def _chunk_scan_bwd(
     q, k, n, do = _tiles_of(plan, step, (q, t.BK), (k, t.BK), (saved.n, c.chunk), (do, t.BV))
     if fused:  # else it is fetched by threads
         (pseudo,) = _tiles_of(plan, step, (pseudo, t.BV))
-    if step.programs:
-        bwd.chunk_scan_bwd[(step.programs,)](
-            q, k, beta, n, pseudo, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
-            saved.state_end, saved.token_offsets, saved.chunk_offsets,
-            scale, c.L, c.H, layout.segment_length, layout.segments, layout.tokens,
-            K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
-            FUSED=fused, LOCAL=first_pass, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
-            VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma, num_warps=t.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, name, bwd.chunk_scan_bwd,
+        q, k, beta, n, pseudo, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
+        saved.state_end, saved.token_offsets, saved.chunk_offsets,
+        scale, c.L, c.H, layout.segment_length, layout.segments, layout.tokens,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
+        FUSED=fused, LOCAL=first_pass, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
+        VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma, num_warps=t.warps,
+    )  # fmt: skip
 
 
 def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials, dbeta, dq, dk):
@@ -225,14 +226,14 @@ def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials,
     states = saved.states
     if step.tma:
         states, dstates = (TensorDescriptor(x, [rows, c.V], [c.V, 1], [t.BK, t.BV]) for x in (states, dstates))
-    if step.programs:
-        bwd.chunk_bwd_dqk[(step.programs,)](
-            q, k, beta, pseudo, saved.q_norm, saved.k_norm, do, dv, states, dstates, partials, dbeta, dq, dk,
-            saved.token_offsets, saved.chunk_offsets, scale, c.sequences, c.L, c.H, layout.tokens,
-            K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PARTIALS=plan.launches["chunk_scan_bwd"].blocks,
-            PRECISION=c.precision, NORM=c.norm, VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma,
-            num_warps=t.warps,
-        )  # fmt: skip
+    launch_kernel(
+        plan, "chunk_bwd_dqk", bwd.chunk_bwd_dqk,
+        q, k, beta, pseudo, saved.q_norm, saved.k_norm, do, dv, states, dstates, partials, dbeta, dq, dk,
+        saved.token_offsets, saved.chunk_offsets, scale, c.sequences, c.L, c.H, layout.tokens,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PARTIALS=plan.launches["chunk_scan_bwd"].blocks,
+        PRECISION=c.precision, NORM=c.norm, VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma,
+        num_warps=t.warps,
+    )  # fmt: skip
 
 
 def _hopper_scan_fwd(*, plan, q, k, v, beta, scale, saved, o, state_in, state_out):
@@ -242,6 +243,7 @@ def _hopper_scan_fwd(*, plan, q, k, v, beta, scale, saved, o, state_in, state_ou
     if step.programs:
         _bind_context(q.device)
         hopper.chunk_scan_fwd(
+            run=functools.partial(launch_kernel, plan, "chunk_scan_fwd"),
             q=q, k=k, v=v, beta=beta, n=saved.n, o=o, pseudo=saved.pseudo, states=saved.states, q_norm=saved.q_norm,
             k_norm=saved.k_norm, state_in=state_in, state_out=state_out, scale=scale, segment=layout.segment_length,
             segments=layout.segments, values=step.tiles.BV,
@@ -254,6 +256,7 @@ def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbe
     if plan.launches["chunk_scan_bwd"].programs:
         _bind_context(q.device)
         hopper.chunk_scan_bwd(
+            run=functools.partial(launch_kernel, plan, "chunk_scan_bwd"),
             q=q, k=k, beta=beta, n=n, pseudo=pseudo, states=states, do=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta,
             q_norm=saved.q_norm, k_norm=saved.k_norm, dstate_out=d_out, dstate_in=d_in, scale=scale,
             segment=layout.segment_length, segments=layout.segments,

@@ -7,6 +7,7 @@ has made the device of the tensors the current one and, in a thread of autograd'
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -66,7 +67,7 @@ def chunk_scan_fwd(
     *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, n: Tensor, o: Tensor, pseudo: Tensor | None = None,
     states: Tensor | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     state_in: Tensor | None = None, state_out: Tensor | None = None, scale: float, segment: int, segments: int,
-    values: int,
+    values: int, run: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes o `[B, L, H, 128]`, and pseudo, states and state_out where they are given.
 
@@ -74,7 +75,8 @@ def chunk_scan_fwd(
     of queries and keys that are to be normalised.  A sequence is cut in `segments` parts of `segment` tokens, the last
     perhaps shorter; state_in and state_out, `[B segments, H, 128, 128]` float32, are where each begins and ends.
     For the backward, together: pseudo (like v), and states `[B L / 64, H, 128, 128]` in bfloat16, what enters each
-    chunk.  A program takes `values` of the value channels, 64 or 128.
+    chunk.  A program takes `values` of the value channels, 64 or 128.  run: launches a kernel, given it and its
+    arguments, in place of Triton.
     """
     B, L, H, _ = q.shape
     _check(q, L, segment, segments)
@@ -83,7 +85,9 @@ def chunk_scan_fwd(
     if values not in (HEAD // 2, HEAD):
         raise ValueError(f"values must be {HEAD // 2} or {HEAD}, got {values}")
     wide, narrow = functools.partial(_rows, columns=values), functools.partial(_rows, columns=HEAD)
-    _kernels("scan").chunk_scan_fwd[(B * segments * H * (HEAD // values),)](
+    run = run or functools.partial(_launch, B * segments * H * (HEAD // values))
+    run(
+        _kernels("scan").chunk_scan_fwd,
         narrow(q), narrow(k), wide(v), _rows(n, columns=CHUNK), wide(o), wide(pseudo), _states(states, values),
         beta, q_norm, k_norm, state_in, state_out, scale, L, H, segment, segments,
         VALUES=values, NORM=k_norm is not None, SAVE=pseudo is not None,
@@ -95,6 +99,7 @@ def chunk_scan_bwd(
     *, q: Tensor, k: Tensor, beta: Tensor, n: Tensor, pseudo: Tensor, states: Tensor, do: Tensor, dq: Tensor,
     dk: Tensor, dv: Tensor, dbeta: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
     dstate_out: Tensor | None = None, dstate_in: Tensor | None = None, scale: float, segment: int, segments: int,
+    run: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv `[B, L, H, 128]`, dbeta `[B, L, H]` and, if given, dstate_in.
 
@@ -104,11 +109,17 @@ def chunk_scan_bwd(
     B, L, H, _ = q.shape
     _check(q, L, segment, segments)
     tile = functools.partial(_rows, columns=HEAD)
-    _kernels("backward").chunk_scan_bwd[(B * segments * H,)](
+    run = run or functools.partial(_launch, B * segments * H)
+    run(
+        _kernels("backward").chunk_scan_bwd,
         tile(q), tile(k), _rows(n, columns=CHUNK), tile(pseudo), tile(do), _states(states, HEAD), tile(dq), tile(dk),
         tile(dv), beta, q_norm, k_norm, dbeta, dstate_out, dstate_in, scale, L, H, segment, segments,
         NORM=k_norm is not None, DSTATE_OUT=dstate_out is not None, DSTATE_IN=dstate_in is not None, num_warps=8,
     )  # fmt: skip
+
+
+def _launch(programs: int, kernel, *arguments, **options) -> None:
+    kernel[(programs,)](*arguments, **options)
 
 
 def _check(q: Tensor, L: int, segment: int, segments: int) -> None:
