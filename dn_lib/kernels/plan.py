@@ -456,6 +456,12 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
         tiles = _tiles(name, c, one_wave=alone) if name in _SCANS else one
         launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does, alone)
 
+    def add_gluon(name: str, does: str, tiles: Tiles) -> None:
+        blocks = hopper.HEAD // tiles.BV
+        programs = total * c.H * blocks
+        wave = is_one_wave(programs, c.target)
+        launches[name] = Launch(name, programs, blocks, tiles, True, does, one_wave=wave, gluon=True)
+
     if c.norm:
         tiles = _tiles("inverse_norms", c)
         programs = -(-layout.tokens * c.H // tiles.rows)
@@ -472,11 +478,7 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
     gluon = takes_gluon(c)
     if gluon:
         BV = hopper.values_per_program(total * c.H, c.training)
-        tiles = Tiles(hopper.HEAD, BV, BV // 16, 2, tma=True)
-        blocks = hopper.HEAD // BV
-        launches["chunk_scan_fwd"] = Launch(
-            "chunk_scan_fwd", total * c.H * blocks, blocks, tiles, True, "the state along the chunks, and o", gluon
-        )
+        add_gluon("chunk_scan_fwd", "the state along the chunks, and o", Tiles(hopper.HEAD, BV, BV // 16, 2, tma=True))
     else:
         add("chunk_scan_fwd", "the state along the chunks, and o", of=total, values=c.V)
     if not c.training:
@@ -486,8 +488,8 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
             values=c.V)  # fmt: skip
         add("merge_segments_bwd", "the gradient of the state that leaves each segment", of=c.sequences, values=c.V)
     if gluon:
-        tiles, does = Tiles(hopper.HEAD, hopper.HEAD, 8, 2, tma=True), "dS, right to left, and all gradients"
-        launches["chunk_scan_bwd"] = Launch("chunk_scan_bwd", total * c.H, 1, tiles, True, does, gluon)
+        tiles = Tiles(hopper.HEAD, hopper.HEAD, 8, 2, tma=True)
+        add_gluon("chunk_scan_bwd", "the gradient of the state, right to left, and all gradients", tiles)
     elif layout.fused:
         add("chunk_scan_bwd", "the state and its gradient, right to left, and all gradients", of=total, values=c.V)
         if launches["chunk_scan_bwd"].blocks > 1:
@@ -525,7 +527,7 @@ def choose_segments(call: Call) -> int:
     if not sms:
         return 1
     if takes_gluon(call):
-        return _gluon_segments(call)
+        return gluon_segments(call)
     shared = {64: 120, 128: 150, 256: 180}[max(64, padded(call.K), padded(call.V))]
     BV = _tiles("chunk_scan_fwd", call).BV
     values, keys = -(-call.V // BV), -(-call.K // BV)
@@ -546,7 +548,7 @@ def choose_segments(call: Call) -> int:
     return best
 
 
-def _gluon_segments(call: Call) -> int:
+def gluon_segments(call: Call) -> int:
     """Into how many segments to split each sequence for the kernels for Hopper: their programs fill an SM each.
 
     In training, until every SM has a program.  Beyond 8 segments M's and merges cost more than the second half of the

@@ -263,9 +263,9 @@ def by_formulas(tensors, do, dstate, *, scale, norm, chunk, rounded):
         low = rounded(S)
         R = V - rk * (K @ low)
         E = R + N @ rounded(b * R)
-        strong = (b * rk).abs() >= 2**-6
-        stored = torch.where(strong, rounded(b * rk * E), rounded(E))
-        to_Vn, to_E = torch.where(strong, 1, b * rk), 1 / torch.where(strong, b * rk, 1)
+        least, weak = (2**-40, 2**-40) if tensors[0].dtype == torch.bfloat16 else (2**-6, 1.0)
+        factor = torch.where((b * rk).abs() >= least, b * rk, weak)  # `kept_strength`
+        stored, to_Vn, to_E = rounded(factor * E), b * rk / factor, 1 / factor
         Vn = rounded(b * rk * E)
         outputs.append(rounded(scale * rq * (Q @ low + rounded((Q @ K.mT).tril()) @ Vn)))
         S = S + K.mT @ Vn
