@@ -10,8 +10,8 @@ G = -tril(dR Vn^T, -1), Vn = D E (the derivation is in chapter 4 and in this fol
     dQ = dO S^T + tril(dO Vn^T) K
     dK = tril(dO Vn^T)^T Q + Vn dS^T - dR S^T + (G + G^T) K
 
-The forward saves N, Vn (for weak writes more, see `kept_strength`) and the state that enters each chunk.  For small heads
-it saves the final states alone, from which the others are recovered right to left.  v is not needed again.
+The forward saves N, Vn (for weak writes more, see `kept_strength`) and the state that enters each chunk.  For small
+heads it saves the final states alone, from which the others are recovered right to left.  v is not needed again.
 
 With keys and queries normalised, k_i = r_i x_i: the rows of Vn and dR that meet K, and those of dO that meet Q,
 carry the r of their token; the same formulas on the raw tiles then give r times the gradient of r x, and `tangent`
