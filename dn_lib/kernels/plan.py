@@ -715,11 +715,6 @@ def _why_segments(plan: Plan) -> str:
         unsplit = scan.programs // layout.segments
         rule = f"since unsplit only {unsplit:,} programs would run on {c.target.sms} SMs"
         why = "asked for" if c.overrides.segments else rule
-        why = (
-            "asked for"
-            if c.overrides.segments
-            else f"since {unsplit:,} programs would leave some of {c.target.sms} SMs idle"
-        )
         return f"{layout.segments} segments of {layout.segment_length:,} tokens per sequence, {why}"
     if c.overrides.segments:
         return "one segment per sequence, asked for"
