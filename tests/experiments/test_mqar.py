@@ -11,7 +11,8 @@ from experiments.models import mqar
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--smoke is for machines without a GPU")
-def test_recall_smoke_run_is_marked_and_resumed(begin, tmp_path, capsys):
+def test_recall_smoke_run_is_marked_and_resumed(begin, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DN_COMMIT", "one")  # nobody commits between the two runs
     out = tmp_path / "mqar.json"
     run = begin("mqar", "--smoke", "--out", str(out))
     printed, _ = run.communicate()
