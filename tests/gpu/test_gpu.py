@@ -259,10 +259,10 @@ def written_and_read(run, x, norm, cu):
     assert all(torch.equal(a, b) for a, b in zip(inference, again, strict=True))
 
 
-@pytest.mark.parametrize("d, H", [(64, 32), (128, 16)])
-def test_offsets_beyond_31_bits(d, H):
-    """The last sequence of a batch of more than 2^31 elements equals the same sequence alone."""
-    with using(segments=1):
+@pytest.mark.parametrize("d, H, gluon", [(64, 32, False), (128, 16, False), (128, 16, True)])
+def test_offsets_beyond_31_bits(d, H, gluon):
+    """The last sequence of a batch of more than 2^31 elements equals the same one alone, through either kernels."""
+    with using(segments=1, gluon=gluon):
         last_of_many(d, H)
 
 
