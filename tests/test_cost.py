@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import dn_lib
 from dn_lib import cost
 from dn_lib.kernels import ladder
-from dn_lib.kernels.plan import Tiles, using
+from dn_lib.kernels.plan import using
+from dn_lib.kernels.rules import Tiles
 from dn_lib.teaching.judge.trace import observe
 from dn_lib.testing import delta_rule_inputs
 

@@ -17,13 +17,12 @@ from dn_lib.forms.common import (
     check_sequence,
     check_state,
     chunk_slices,
-    differentiable_once,
     fresh,
     initial_state_or_zeros,
-    refuse_transforms,
     scale_or_default,
     working_dtype,
 )
+from dn_lib.forms.derivatives import differentiable_once, refuse_transforms
 from dn_lib.forms.householder import scaled_inverse
 
 

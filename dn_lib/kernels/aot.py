@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dn_lib.kernels.delta_rule import launch
-from dn_lib.kernels.plan import CHUNK_SIZES, Target, default_chunk, plan_call, using
+from dn_lib.kernels.plan import plan_call, using
+from dn_lib.kernels.rules import CHUNK_SIZES, Target, default_chunk
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,7 +7,7 @@
     (8, 32)
 
 `print(plan)` says all of it in words.  The launchers take a plan and decide nothing.  There is no autotuning at run
-time: the rules below are explicit, and only `using` overrides them.
+time: the rules (`rules.py`) are explicit, and only `using` overrides them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib.metadata
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -28,91 +27,21 @@ from torch import Tensor
 
 from dn_lib.forms.common import check_flag, check_integer, describe
 from dn_lib.kernels.hopper import launch as hopper
-
-# What the kernels take.
-MAX_HEAD_DIM = 256
-CHUNK_SIZES = (16, 32, 64)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Up to this length, and with no gradient asked for, the operator runs the recurrence itself, one token at a time.
-RECURRENT_MAX_LENGTH = 16
-SPLITS = (2, 4, 8, 16)
-TMA_MIN_LENGTH = 1024
-# Elements of q or v, for inference and in training.  The host takes time to make the descriptors, and in smaller calls
-# the GPU waits for it.
-TMA_MIN_VALUES = {False: 2**22, True: 2**25}
-
-
-# --- What a plan is made of ---------------------------------------------------------------------------------------
-class Target(NamedTuple):
-    """What the rules ask of a device.
-
-    arch: compute capability, 90 for a Hopper GPU; None stands for Triton's interpreter.
-    sms: streaming multiprocessors (SMs), 0 on a CPU.
-    """
-
-    arch: int | None
-    sms: int
-
-
-class Tiles(NamedTuple):
-    """Block sizes and resources of one kernel's programs.
-
-    BK, BV: key and value channels of a tile; 0 where the kernel has no such axis.
-    stages: of the loads' software pipeline.  tma: whether TMA may fetch the tiles, where the shape allows it.
-    rows: keys and queries for one program, in `inverse_norms` alone.
-    """
-
-    BK: int
-    BV: int
-    warps: int
-    stages: int
-    tma: bool = False
-    rows: int = 0
-
-
-class Overrides(NamedTuple):
-    """What `using` has set; None leaves the choice to the rules."""
-
-    segments: int | None = None
-    fused: bool | None = None
-    tma: bool | None = None
-    gluon: bool | None = None
-    tiles: tuple[tuple[str, Tiles], ...] = ()
-    target: Target | None = None
-
-
-class Call(NamedTuple):
-    """All that determines a plan.  A tuple, because every call hashes one.
-
-    offsets: the dtype of cu_seqlens; None where sequences are not packed.
-    training: whether a backward may follow.
-    chunk: tokens of a chunk; None for the recurrence, one token at a time.
-    aligned: whether the tensors that TMA would read start at multiples of 16 bytes.
-    precision: of float32 dots, "ieee" or "tf32".
-    """
-
-    B: int
-    L: int
-    H: int
-    K: int
-    V: int
-    sequences: int
-    offsets: torch.dtype | None
-    dtype: torch.dtype
-    norm: bool
-    training: bool
-    chunk: int | None
-    precision: str
-    aligned: bool
-    target: Target
-    overrides: Overrides
-
-    @property
-    def C(self) -> int:
-        """The chunk of a call that has chunks."""
-        assert self.chunk is not None
-        return self.chunk
+from dn_lib.kernels.rules import (
+    KERNELS,
+    SCANS,
+    TMA_MIN_LENGTH,
+    Call,
+    Overrides,
+    Target,
+    Tiles,
+    choose_segments,
+    is_one_wave,
+    padded,
+    repays_descriptors,
+    takes_gluon,
+    tiles_for,
+)
 
 
 class Buffer(NamedTuple):
@@ -246,19 +175,6 @@ class Plan:
 # --- Overriding the rules -----------------------------------------------------------------------------------------
 _NONE = Overrides()
 _overrides: contextvars.ContextVar[Overrides] = contextvars.ContextVar("dn_lib_plan", default=_NONE)
-# Names of launches, with the kernels that they run.
-KERNELS = {
-    "recurrent": "recurrent",
-    "inverse_norms": "inverse_norms",
-    "chunk_inverse": "chunk_inverse",
-    "segment_maps_fwd": "chunk_scan_fwd",
-    "merge_segments_fwd": "merge_segments",
-    "chunk_scan_fwd": "chunk_scan_fwd",
-    "segment_maps_bwd": "chunk_scan_bwd",
-    "merge_segments_bwd": "merge_segments",
-    "chunk_scan_bwd": "chunk_scan_bwd",
-    "chunk_bwd_dqk": "chunk_bwd_dqk",
-}
 
 
 @contextlib.contextmanager
@@ -328,12 +244,6 @@ def _check_tiles(name: str, tiles: Tiles) -> None:
             raise ValueError(f"tiles of {name} must have a power of two for {axis}, got {size}")
     if min(tiles.BK, tiles.warps, tiles.stages) < 1:
         raise ValueError(f"tiles of {name} must have BK, warps and stages of at least 1, got {tiles}")
-
-
-# --- From tensors to a plan ---------------------------------------------------------------------------------------
-def default_chunk(dtype: torch.dtype) -> int:
-    """64, or 32 in float32, whose tiles are twice the size."""
-    return 32 if dtype == torch.float32 else 64
 
 
 @functools.cache
@@ -434,7 +344,7 @@ def lay_out(call: Call) -> Layout:
 
 
 def _recurrent(call: Call) -> dict[str, Launch]:
-    tiles = _tiles("recurrent", call)
+    tiles = tiles_for("recurrent", call)
     blocks = -(-call.V // tiles.BV)
     programs = blocks * call.H * call.sequences
     return {"recurrent": Launch("recurrent", programs, blocks, tiles, False, "the recurrence, one token at a time")}
@@ -449,11 +359,11 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
 
         idle: programs of the grid that return at once, for each head.
         """
-        one = _tiles(name, c, one_wave=False)  # the regime changes the stages alone
+        one = tiles_for(name, c, one_wave=False)  # the regime changes the stages alone
         blocks = -(-values // one.BV) if values else 1
         programs = of * blocks * (-(-keys // one.BK) if keys else 1) * c.H
         alone = is_one_wave(programs - idle * c.H, c.target)
-        tiles = _tiles(name, c, one_wave=alone) if name in _SCANS else one
+        tiles = tiles_for(name, c, one_wave=alone) if name in SCANS else one
         launches[name] = Launch(KERNELS[name], programs, blocks, tiles, _uses_tma(layout, name, tiles), does, alone)
 
     def add_gluon(name: str, does: str, tiles: Tiles) -> None:
@@ -463,13 +373,13 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
         launches[name] = Launch(name, programs, blocks, tiles, True, does, one_wave=wave, gluon=True)
 
     if c.norm:
-        tiles = _tiles("inverse_norms", c)
+        tiles = tiles_for("inverse_norms", c)
         programs = -(-layout.tokens * c.H // tiles.rows)
         launches["inverse_norms"] = Launch("inverse_norms", programs, 1, tiles, False, "1/|q| and 1/|k|")
     add("chunk_inverse", "N of each chunk", of=layout.chunks)
     if s > 1:
         # M is carried by programs of their own, which take BV of its K columns.  The first segment needs no M.
-        BV = _tiles("segment_maps_fwd", c).BV
+        BV = tiles_for("segment_maps_fwd", c).BV
         idle = c.sequences * -(-c.K // BV)
         columns = BV * (-(-c.V // BV) + -(-c.K // BV))
         add("segment_maps_fwd", "the affine map of each segment but the last", of=total - c.sequences, idle=idle,
@@ -500,180 +410,17 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
     return launches
 
 
-# --- The rules ----------------------------------------------------------------------------------------------------
-def padded(size: int) -> int:
-    """The next power of two, at least 16: the smallest inner size that a tensor-core dot takes."""
-    return max(16, 1 << (int(size) - 1).bit_length())
-
-
-def is_one_wave(programs: int, target: Target) -> bool:
-    """Whether all programs run at once, each with an SM to itself."""
-    return target.arch is not None and 0 < programs <= target.sms
-
-
-def choose_segments(call: Call) -> int:
-    """Into how many segments to split each sequence: few heads and long sequences leave SMs idle.
-
-    A split costs a first pass, for the affine maps of the segments, and their merge.  Picks the split with the lowest
-    estimated cost, in hundredths of one chunk step on an otherwise idle SM.  Two programs that share an SM take longer
-    by a factor that grows with the head size.  A step of the first pass counts 0.4, a merged segment 3, a split 8
-    (fitted to times on an H200, see README.md).  Integers alone, since torch.compile may hand over symbolic sizes.
-    """
-    if call.offsets is not None:
-        return 1
-    if call.overrides.segments is not None:
-        return call.overrides.segments
-    sms = call.target.sms
-    if not sms:
-        return 1
-    if takes_gluon(call):
-        return gluon_segments(call)
-    shared = {64: 120, 128: 150, 256: 180}[max(64, padded(call.K), padded(call.V))]
-    BV = _tiles("chunk_scan_fwd", call).BV
-    values, keys = -(-call.V // BV), -(-call.K // BV)
-
-    def time(programs: int) -> int:
-        return 100 if programs <= sms else shared * -(-programs // (2 * sms))
-
-    best, least = 1, -(-call.L // call.C) * time(call.sequences * call.H * values)
-    for segments in SPLITS:
-        if 8 * call.C * segments > call.L:
-            break
-        steps = -(-call.L // (call.C * segments))
-        first_pass = call.sequences * call.H * ((segments - 1) * values + (segments - 2) * keys)
-        cost = steps * time(call.sequences * call.H * segments * values)
-        cost += steps * 2 * time(first_pass) // 5 + 100 * (3 * segments + 8)
-        if cost < least:
-            best, least = segments, cost
-    return best
-
-
-def gluon_segments(call: Call) -> int:
-    """Into how many segments to split each sequence for the kernels for Hopper: their programs fill an SM each.
-
-    In training, until every SM has a program.  Beyond 8 segments M's and merges cost more than the second half of the
-    SMs gives.  Forward alone, half of the SMs keep the memory busy, and only sequences of few heads are worth a first
-    pass.  A segment has 16 chunks at least.  From times of 12 shapes on an H100, see README.md.
-    """
-    heads, sms, segments = call.sequences * call.H, call.target.sms, 1
-    if not call.training and heads > sms // 8:
-        return 1
-    while segments < SPLITS[-1] and 2 * segments * 16 * call.chunk <= call.L:
-        programs = heads * 2 * segments
-        if programs > (sms if call.training and segments < 8 else sms // 2):
-            break
-        segments *= 2
-    return segments
-
-
-# Launches whose programs go along a sequence: what they wait for decides how far ahead they fetch.
-_SCANS = ("segment_maps_fwd", "chunk_scan_fwd", "segment_maps_bwd", "chunk_scan_bwd")
-
-
-def _tiles(name: str, call: Call, *, one_wave: bool = False) -> Tiles:
-    """The tiles of a launch: those that `using` has set, or those of the rule."""
-    if call.overrides.tiles:
-        set_by_hand = dict(call.overrides.tiles)
-        if found := set_by_hand.get(name) or set_by_hand.get(KERNELS[name]):
-            return found
-    return choose_tiles(
-        name, int(call.K), int(call.V), call.dtype, norm=call.norm, one_wave=one_wave,
-        arch=call.target.arch,
-    )  # fmt: skip
-
-
-@functools.cache
-def choose_tiles(
-    name: str,
-    K: int,
-    V: int,
-    dtype: torch.dtype,
-    *,
-    norm: bool = False,
-    one_wave: bool = False,
-    arch: int | None,
-) -> Tiles:
-    """The rule's tiles for a launch (see `KERNELS`) on heads of K key and V value channels.
-
-    one_wave: see `is_one_wave`.
-    arch: as in `Target`.  The interpreter pays for each program rather than for its size, so there the tiles are as
-    wide as they can be.
-
-    >>> choose_tiles("chunk_scan_fwd", 128, 128, torch.bfloat16, arch=90)
-    Tiles(BK=128, BV=64, warps=4, stages=2, tma=True, rows=0)
-    """
-    kernel, BK, BV = KERNELS[name], padded(K), padded(V)
-    if kernel == "inverse_norms":
-        return Tiles(BK, 0, 4, 1, rows=4096 // BK)
-    if kernel == "chunk_inverse":
-        if arch is None:
-            return Tiles(BK, 0, 4, 1)
-        # Small dots, each waiting for the one before: many programs of one warp hide that, and need no barriers.
-        return Tiles(64, 0, 4 if dtype == torch.float32 else 1, 3)
-    if arch is None:
-        return Tiles(BK, min(BV, 64) if kernel == "recurrent" else BV, 4, 1)
-    if kernel == "recurrent":
-        return Tiles(BK, min(BV, max(8, 2048 // BK)), 1, 1)
-    if kernel == "merge_segments":
-        return Tiles(BK, min(BV, 32), 8 if BK > 128 else 4, 1)
-    if dtype == torch.float32 or arch < 90:
-        # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
-        if kernel == "chunk_bwd_dqk":
-            return Tiles(BK if norm else min(BK, 64), min(BV, 32), 4, 1)
-        return Tiles(BK, min(BV, 32), 4, 1)
-    # Narrower tiles are padded to 64 channels: fewer configurations to prove, and 32-wide ones have been miscompiled.
-    BK = max(BK, 64)
-    if kernel == "chunk_bwd_dqk":
-        # Rows of 128 keys or more: the fewer programs share a row, the less of do, pseudo and dR is read again.
-        return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(min(BK, 128), 64, 4, 2, tma=True)
-    # A program that has an SM to itself prefetches deeply.  Two that share one hide each other's latency, as long as
-    # both fit: 113 KB of shared memory each.
-    stages = {"chunk_scan_fwd": {64: 3, 128: 2, 256: 1}, "chunk_scan_bwd": {64: 2, 128: 2, 256: 1}}[kernel][BK]
-    if name == "segment_maps_fwd" and BK == 128:
-        stages = 3
-    return Tiles(BK, 64, 4, stages + one_wave, tma=True)
-
-
-def takes_gluon(call: Call) -> bool:
-    """Whether the scans are those of `dn_lib.kernels.hopper`: on Hopper, for heads of 128 in bfloat16, whole chunks."""
-    c, asked = call, call.overrides
-    if (
-        c.target.arch is None
-        or c.offsets is not None
-        or asked.tiles
-        or False in (asked.gluon, asked.tma)
-        or asked.fused
-    ):
-        return False
-    why = hopper.why_not(
-        capability=c.target.arch, triton_version=triton_version(), dtype=c.dtype, d_k=c.K, d_v=c.V, tokens=c.B * c.L,
-        L=c.L, H=c.H, chunk=c.chunk,
-    )  # fmt: skip
-    return why is None and (bool(asked.gluon) or _repays_descriptors(c))
-
-
-@functools.cache
-def triton_version() -> str:
-    return importlib.metadata.version("triton")
-
-
-def _repays_descriptors(call: Call) -> bool:
-    """Whether a call is long enough for the GPU to win by TMA what the host takes to make the descriptors."""
-    values = call.B * call.L * call.H * max(call.K, call.V)
-    return call.L >= TMA_MIN_LENGTH and values >= TMA_MIN_VALUES[call.training]
-
-
 def _uses_tma(layout: Layout, name: str, tiles: Tiles) -> bool:
     """Whether TMA fetches a launch's tiles.
 
     It knows where a tensor ends, not where a sequence or a head does: chunks must be whole, and tiles divide heads.
     """
     c = layout.call
-    possible = tiles.tma and (name in _SCANS or name == "chunk_bwd_dqk")
+    possible = tiles.tma and (name in SCANS or name == "chunk_bwd_dqk")
     possible = possible and c.aligned and not layout.packed and c.L % c.C == 0
     if not possible or c.K % tiles.BK or c.V % tiles.BV or c.overrides.tma is False:
         return False
-    return c.L >= TMA_MIN_LENGTH and (bool(c.overrides.tma) or _repays_descriptors(c))
+    return c.L >= TMA_MIN_LENGTH and (bool(c.overrides.tma) or repays_descriptors(c))
 
 
 # --- In words -----------------------------------------------------------------------------------------------------
@@ -692,7 +439,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     for number, (step, launch) in enumerate(plan.launches.items(), 1):
         t = launch.tiles
         sizes = f"{t.rows} rows" if t.rows else f"tiles of {t.BK} keys" + (f" x {t.BV} values" if t.BV else "")
-        wave = ", one wave" if step in _SCANS and launch.one_wave else ""
+        wave = ", one wave" if step in SCANS and launch.one_wave else ""
         parts = [
             f"{launch.programs:,} programs{wave}", sizes, f"{t.warps} warp{'s' * (t.warps > 1)}",
             f"{t.stages} stage{'s' * (t.stages > 1)}", "TMA" if launch.tma else "pointers",

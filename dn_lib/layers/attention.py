@@ -8,14 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_lib.forms.common import (
-    active_transform,
-    check_integer,
-    check_is_tensor,
-    check_positive,
-    check_shape,
-    check_tensors,
-)
+from dn_lib.forms.common import check_integer, check_is_tensor, check_positive, check_shape, check_tensors
+from dn_lib.forms.derivatives import active_transform
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import check_even, head_dim_or_default, split_heads
 from dn_lib.layers.documents import Documents, open_documents, positions_of

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_lib.forms.common import active_transform, check_integer
+from dn_lib.forms.common import check_integer
+from dn_lib.forms.derivatives import active_transform
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import RMSNorm
 from dn_lib.layers.documents import Documents

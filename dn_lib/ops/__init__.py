@@ -1,6 +1,6 @@
 """The public operators: `delta_rule`, its relatives in place and with fla's signatures, and the checks of values."""
 
-from dn_lib.kernels.plan import RECURRENT_MAX_LENGTH
+from dn_lib.kernels.rules import RECURRENT_MAX_LENGTH
 from dn_lib.ops.autograd import for_triton, through_recurrent, through_triton
 from dn_lib.ops.backend import (
     BACKENDS,

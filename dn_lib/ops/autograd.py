@@ -10,18 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import check_offsets, differentiable_once, refuse_transforms
-from dn_lib.kernels.plan import (
-    DTYPES,
-    RECURRENT_MAX_LENGTH,
-    Plan,
-    Saved,
-    call_of,
-    default_chunk,
-    lay_out,
-    plan_call,
-    resolve,
-)
+from dn_lib.forms.common import check_offsets
+from dn_lib.forms.derivatives import differentiable_once, refuse_transforms
+from dn_lib.kernels.plan import Plan, Saved, call_of, lay_out, plan_call, resolve
+from dn_lib.kernels.rules import DTYPES, RECURRENT_MAX_LENGTH, default_chunk
 from dn_lib.ops.checks import check_arguments, check_scale_in_float32, is_plain, wants_gradient
 
 Given = TypeVar("Given", bound=Tensor | None)

@@ -11,8 +11,9 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import active_transform, describe, refuse_transforms
-from dn_lib.kernels.plan import CHUNK_SIZES, DTYPES, MAX_HEAD_DIM
+from dn_lib.forms.common import describe
+from dn_lib.forms.derivatives import active_transform, refuse_transforms
+from dn_lib.kernels.rules import CHUNK_SIZES, DTYPES, MAX_HEAD_DIM
 
 BACKENDS = ("auto", "recurrent", "parallel", "chunkwise", "triton")
 # Looked up once: torch.compile cannot trace the look-up.

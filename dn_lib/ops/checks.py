@@ -10,14 +10,8 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import (
-    check_cu_seqlens,
-    check_is_tensor,
-    check_offsets,
-    describe,
-    is_integer,
-    refuse_transforms,
-)
+from dn_lib.forms.common import check_cu_seqlens, check_is_tensor, check_offsets, describe, is_integer
+from dn_lib.forms.derivatives import refuse_transforms
 from dn_lib.ops.backend import BACKENDS
 
 checking = contextvars.ContextVar("dn_lib_checking", default=os.environ.get("DN_LIB_CHECKED") == "1")

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import active_transform, check_flag
+from dn_lib.forms.common import check_flag
+from dn_lib.forms.derivatives import active_transform
 from dn_lib.kernels import plan as kernels
 from dn_lib.ops.autograd import chunk_of, dot_precision
 from dn_lib.ops.backend import check_for_triton, choose_backend, triton_problem, why_not_auto

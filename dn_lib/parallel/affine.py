@@ -31,11 +31,10 @@ from dn_lib.forms.common import (
     check_integer,
     check_sequence,
     describe,
-    differentiable_once,
-    refuse_transforms,
     scale_or_default,
     working_dtype,
 )
+from dn_lib.forms.derivatives import differentiable_once, refuse_transforms
 
 
 def _check_pieces(pieces: list[tuple[Tensor, Tensor]], rank: int, beyond: int) -> None:

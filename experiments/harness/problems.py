@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dn_lib
 from dn_lib import cost
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 
 OUTPUTS = ("o", "dq", "dk", "dv", "dbeta", "dinitial", "state")
 INPUTS = "q, k normalised in float32 then cast; beta = sigmoid(normal); v, do normal"
@@ -145,7 +145,7 @@ def segments_of(B: int, L: int, H: int, d: int, dtype: torch.dtype, device: str)
     """Into how many segments the operator's rule splits each sequence of this shape."""
     x = torch.empty(B, L, H, d, dtype=dtype, device="meta")
     with plan.using(target=plan.target_of(torch.device(device))):
-        return plan.plan_call(x, x, x, chunk=plan.default_chunk(dtype)).layout.segments
+        return plan.plan_call(x, x, x, chunk=rules.default_chunk(dtype)).layout.segments
 
 
 @contextlib.contextmanager

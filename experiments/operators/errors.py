@@ -30,7 +30,7 @@ from collections import defaultdict
 
 import torch
 
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.errors import MEANING, errors_of, exact_results
 from experiments.harness.peers import load_fla
@@ -111,7 +111,7 @@ def planned(c: dict, device: str) -> contextlib.AbstractContextManager:
     With `alone` every program has an SM to itself, else none has: the plan is for a GPU that has very many, or none.
     """
     arch = plan.target_of(torch.device(device)).arch
-    target = plan.Target(arch, sms=2**20 if c["alone"] else 0)
+    target = rules.Target(arch, sms=2**20 if c["alone"] else 0)
     return plan.using(segments=c["segments"], tma=True if c["whole"] else None, target=target)
 
 

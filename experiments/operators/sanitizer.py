@@ -19,7 +19,7 @@ import time
 import torch
 
 import dn_lib
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 from experiments.harness.cli import Experiment
 from experiments.harness.provenance import ROOT, provenance
 from experiments.harness.results import write_json
@@ -46,7 +46,7 @@ def exercise(case: tuple, device: str = "cuda") -> int:
     cu = torch.tensor([0, 0, 17, L], device=device) if packed else None
     first = torch.randn(3 if packed else 1, 1, d_k, d_v, device=device)
     x = [t.to(dtype).requires_grad_() for t in (q, k, v, beta)]
-    target = plan.Target(plan.target_of(torch.device(device)).arch, sms=2**20 if one_wave else 0)
+    target = rules.Target(plan.target_of(torch.device(device)).arch, sms=2**20 if one_wave else 0)
     with plan.using(segments=segments, target=target):
         o, state = dn_lib.delta_rule(
             *x, initial_state=first, output_final_state=True, cu_seqlens=cu, qk_l2norm=norm, backend="triton"

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 
 import dn_lib
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 from dn_lib.testing import mixed_lengths, relative_error
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.clock import Clock, ceilings, interleaved, peak_extra_bytes
@@ -108,7 +108,7 @@ class Bench:
         if key not in self.checked:
             exact = exact_results(p)
             # Short calls of whole chunks fetch their tiles as the long ones that are timed do.
-            tma = True if p.q.shape[1] >= plan.TMA_MIN_LENGTH else None
+            tma = True if p.q.shape[1] >= rules.TMA_MIN_LENGTH else None
             with plan.using(segments=segments, tma=tma):
                 found = {"ours": errors_of(forward_backward(operator, p), exact)}
                 found["ours"] |= {"o (no gradient)": relative_error(forward(operator, p), exact["o"])}

@@ -30,9 +30,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 from dn_lib.kernels.delta_rule import launch
-from dn_lib.kernels.plan import Tiles
+from dn_lib.kernels.rules import Tiles
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.clock import Clock
 from experiments.harness.errors import errors_of, exact_results, limit_of, refused, verdict
@@ -51,7 +51,7 @@ SHARED_LIMIT = 227 * 1024
 PATIENCE = 60.0  # seconds without a row after which the process that measures is given up
 
 
-# Of a kernel and its variant: the launches (see `plan.KERNELS`) whose tiles the candidate sets.
+# Of a kernel and its variant: the launches (see `rules.KERNELS`) whose tiles the candidate sets.
 LAUNCHES = {
     ("chunk_scan_fwd", ""): "chunk_scan_fwd",
     ("chunk_scan_fwd", "transition"): "segment_maps_fwd",
@@ -106,7 +106,7 @@ class Candidate:
         """What the plan's rule chooses at present."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         options = {"norm": self.norm, "arch": plan.target_of(device).arch}
-        return plan.choose_tiles(self.launch, self.d, self.d, torch.bfloat16, one_wave=one_wave, **options)
+        return rules.choose_tiles(self.launch, self.d, self.d, torch.bfloat16, one_wave=one_wave, **options)
 
 
 def shown(tiles: Tiles) -> list:

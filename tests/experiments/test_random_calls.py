@@ -55,7 +55,7 @@ def test_a_call_is_planned_as_it_says(one_wave):
     """With the tiles of programs that have an SM to themselves, or that share it, and in so many segments."""
     import torch
 
-    from dn_lib.kernels import plan
+    from dn_lib.kernels import plan, rules
 
     c = {"segments": 3, "alone": one_wave, "whole": True}
     x = torch.empty(1, 1152, 2, 128, dtype=torch.bfloat16)
@@ -63,4 +63,4 @@ def test_a_call_is_planned_as_it_says(one_wave):
         made = plan.plan_call(x, x, x, training=True, chunk=64)
     assert made.layout.segments == 3 and made.call.overrides.tma is True
     target = made.call.target._replace(arch=90)  # as on a GPU
-    assert plan.is_one_wave(made.launches["chunk_scan_fwd"].programs, target) is one_wave
+    assert rules.is_one_wave(made.launches["chunk_scan_fwd"].programs, target) is one_wave

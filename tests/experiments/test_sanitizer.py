@@ -11,7 +11,7 @@ sanitizer = pytest.importorskip("experiments.operators.sanitizer")
 
 
 def test_every_kernel_is_exercised():
-    from dn_lib.kernels import plan
+    from dn_lib.kernels import rules
     from dn_lib.kernels.common import INTERPRETED
     from experiments.harness.launches import launches
 
@@ -22,7 +22,7 @@ def test_every_kernel_is_exercised():
         calls = sum(sanitizer.exercise(case, "cpu") for case in short)
     assert calls == 5 * len(sanitizer.REGIMES)
     # Only a GPU chooses the recurrent kernel by itself.
-    assert {launch.name for launch in seen} == set(plan.KERNELS.values()) - {"recurrent"}
+    assert {launch.name for launch in seen} == set(rules.KERNELS.values()) - {"recurrent"}
 
 
 def test_without_the_tool_the_remedy_is_named(tmp_path):

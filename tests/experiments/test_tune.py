@@ -31,11 +31,11 @@ def test_a_candidate_sets_the_tiles_of_its_own_launch(d):
     """Of each form of a kernel, in the plan that `chosen` makes."""
     import torch
 
-    from dn_lib.kernels import plan
+    from dn_lib.kernels import plan, rules
 
     x = torch.empty(1, 4096, 2, d, dtype=torch.bfloat16, device="meta")
     for c in tune.candidates(d, False):
-        with tune.chosen(c, 2 if c.split else 1), plan.using(target=plan.Target(90, 132)):
+        with tune.chosen(c, 2 if c.split else 1), plan.using(target=rules.Target(90, 132)):
             launches = plan.plan_call(x, x, x, training=True, chunk=64).launches
         assert launches[c.launch].kernel == c.kernel and launches[c.launch].tiles == c.tiles
         assert launches[c.launch].tma == (c.tiles.tma and c.kernel != "chunk_inverse")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dn_lib import delta_rule
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ def gluon():
     """The kernels for Hopper in calls of any length."""
     call = plan.plan_call(*(torch.empty(1, 64, 1, 128, dtype=torch.bfloat16, device="cuda"),) * 3, chunk=64)
     with plan.using(gluon=True):
-        if not plan.takes_gluon(call.call._replace(overrides=plan.Overrides(gluon=True))):
+        if not rules.takes_gluon(call.call._replace(overrides=rules.Overrides(gluon=True))):
             pytest.skip("needs a Hopper GPU, and a Triton with which its kernels were checked")
         yield
 

@@ -10,9 +10,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from dn_lib.kernels import plan
+from dn_lib.kernels import plan, rules
 
-H100 = plan.Target(arch=90, sms=132)
+H100 = rules.Target(arch=90, sms=132)
 
 
 def hopper_plan(B=16, L=2048, H=16, d=128, dtype=torch.bfloat16, training=True, **asked):
@@ -28,17 +28,17 @@ def is_gluon(made) -> bool:
 
 
 def test_which_calls_the_kernels_for_hopper_take():
-    taken = plan.triton_version().startswith("3.6")  # the release with which they were checked on a GPU
+    taken = rules.triton_version().startswith("3.6")  # the release with which they were checked on a GPU
     assert is_gluon(hopper_plan()) is taken
     for other in ({"d": 64}, {"dtype": torch.float16}, {"L": 2000}, {"gluon": False}, {"tma": False}, {"B": 1}):
         assert not is_gluon(hopper_plan(**other)), other
     assert is_gluon(hopper_plan(B=1, gluon=True)) is taken
-    with plan.using(target=plan.Target(arch=100, sms=148)):
+    with plan.using(target=rules.Target(arch=100, sms=148)):
         x = torch.empty(16, 2048, 16, 128, dtype=torch.bfloat16, device="meta")
         assert not is_gluon(plan.plan_call(x, x, x, training=True, chunk=64))
 
 
-@pytest.mark.skipif(not plan.triton_version().startswith("3.6"), reason="they were checked with Triton 3.6 alone")
+@pytest.mark.skipif(not rules.triton_version().startswith("3.6"), reason="they were checked with Triton 3.6 alone")
 def test_their_backward_is_one_kernel():
     assert "chunk_bwd_dqk" not in hopper_plan().launches
 
@@ -56,4 +56,4 @@ def test_segments_for_the_kernels_for_hopper(shape):
     x = torch.empty(*shape, 128, dtype=torch.bfloat16, device="meta")
     with plan.using(target=H100):
         calls = [plan.call_of(x, x, training=training, chunk=64) for training in (True, False)]
-    assert tuple(plan.gluon_segments(call) for call in calls) == SEGMENTS[shape]
+    assert tuple(rules.gluon_segments(call) for call in calls) == SEGMENTS[shape]

@@ -11,8 +11,9 @@ import torch
 
 import dn_lib
 from dn_lib import ops
-from dn_lib.kernels import plan as kernels
-from dn_lib.kernels.plan import Overrides, Saved, Target, Tiles, choose_tiles, plan_call, using
+from dn_lib.kernels import rules
+from dn_lib.kernels.plan import Saved, plan_call, using
+from dn_lib.kernels.rules import Overrides, Target, Tiles, choose_tiles
 from dn_lib.ops import backend
 from dn_lib.teaching.judge.trace import record
 from dn_lib.testing import delta_rule_inputs, forward_and_gradients, leaves
@@ -27,7 +28,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 def planned(B, L, H, d, *, dtype=BF16, target=H100, training=True, norm=False, d_v=None, **overrides):
     q, v = (torch.empty(B, L, H, width, dtype=dtype, device="meta") for width in (d, d_v or d))
     with using(target=target, **overrides):
-        return plan_call(q, q, v, norm=norm, training=training, chunk=kernels.default_chunk(dtype))
+        return plan_call(q, q, v, norm=norm, training=training, chunk=rules.default_chunk(dtype))
 
 
 # --- The rules ----------------------------------------------------------------------------------------------------
@@ -264,6 +265,6 @@ def test_short_sequences_without_a_gradient_run_the_recurrence(L, training, kern
 def test_every_launch_has_a_name_and_every_name_a_kernel():
     from dn_lib.kernels.delta_rule import backward, forward, recurrent
 
-    for name in kernels.KERNELS.values():
+    for name in rules.KERNELS.values():
         assert any(hasattr(module, name) for module in (forward, backward, recurrent)), name
-    assert {*planned(1, 8192, 2, 128, norm=True).launches, "recurrent"} == {*kernels.KERNELS}
+    assert {*planned(1, 8192, 2, 128, norm=True).launches, "recurrent"} == {*rules.KERNELS}

@@ -371,7 +371,8 @@ def _operator_in_blocks(q, k, v, beta, chunk_size, block_v):
     module, because where kernels are compiled `observe` calls it in a child process.
     """
     import dn_lib
-    from dn_lib.kernels.plan import Tiles, padded, using
+    from dn_lib.kernels.plan import using
+    from dn_lib.kernels.rules import Tiles, padded
 
     with using(tiles={"chunk_scan_fwd": Tiles(padded(k.shape[-1]), block_v, warps=4, stages=1)}):
         return dn_lib.delta_rule(q, k, v, beta, backend="triton", chunk_size=chunk_size, output_final_state=True)
