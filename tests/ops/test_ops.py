@@ -18,7 +18,14 @@ from dn_lib import checked, chunk_delta_rule, decode_delta_rule, delta_rule, fus
 from dn_lib.kernels.plan import using
 from dn_lib.ops.backend import forget_warnings
 from dn_lib.teaching.judge.trace import observe, record
-from dn_lib.testing import delta_rule_inputs, delta_rule_reference, forward_and_gradients, leaves, relative_error
+from dn_lib.testing import (
+    delta_rule_inputs,
+    delta_rule_reference,
+    forward_and_gradients,
+    leaves,
+    relative_error,
+    sensitivity,
+)
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 PYTORCH = ("recurrent", "parallel", "chunkwise")
@@ -52,13 +59,19 @@ def test_pytorch_backends_agree_with_float64(L, d_k, d_v, chunk, state, bias, se
     *x, S = delta_rule_inputs(1, L, 2, d_k, d_v, seed=seed, dtype=F64, state=1 if state else None, bias=bias)
     o, last, size = delta_rule_reference(*x, initial_state=S)
     size_of_state = S.norm().item() if state else 0.0
+
+    def reference(*inputs):
+        return delta_rule_reference(*inputs[:4], initial_state=inputs[4])[:2]
+
+    # With few key channels little of a state may be left: rounding of the inputs alone then shows as much.
+    of_o, of_state = (max(1, c) for c in sensitivity(reference, (*x, S), (size, size_of_state)))
     for dtype, backend in ((dtype, backend) for dtype in BOUND for backend in PYTORCH):
         got, end = delta_rule(
             *(y.to(dtype) for y in x), initial_state=S, output_final_state=True, chunk_size=chunk, backend=backend
         )
         assert got.dtype == end.dtype == dtype
-        assert relative_error(got, o, size) < BOUND[dtype], (backend, dtype)
-        assert relative_error(end, last, size_of_state) < BOUND[dtype], (backend, dtype)
+        assert relative_error(got, o, size) < of_o * BOUND[dtype], (backend, dtype)
+        assert relative_error(end, last, size_of_state) < of_state * BOUND[dtype], (backend, dtype)
 
 
 @pytest.mark.parametrize("norm", [False, True])
