@@ -171,9 +171,9 @@ def gluon_segments(call: Call) -> int:
     """Into how many segments to split each sequence for the kernels for Hopper: their programs fill an SM each.
 
     In training, until every SM has a program, unless about half have one anyway: a split would then save a tenth of
-    the GPU's time, and the host has twice as much to launch.  Beyond 8 segments M's and merges cost more than the second
-    half of the SMs gives.  Forward alone, half of the SMs keep the memory busy, and only sequences of few heads are worth
-    a first pass.  A segment has 16 chunks at least.  From times of 12 shapes on an H100, see hopper/README.md.
+    the GPU's time, and the host has twice as much to launch.  Beyond 8 segments M's and merges cost more than the
+    second half of the SMs gives.  Forward alone, half of the SMs keep the memory busy, and only sequences of few heads
+    are worth a first pass.  A segment has 16 chunks at least.  From times on an H100, see hopper/README.md.
     """
     heads, sms, segments = call.sequences * call.H, call.target.sms, 1
     if heads > (3 * sms // 8 if call.training else sms // 8):
