@@ -58,7 +58,7 @@ class Shape:
         """Bytes of a tensor of the book, by its name.  Raises KeyError for an unknown one."""
         rows, e = self.B * self.L * self.H, self.element
         state = self.d_k * self.d_v * 4
-        return {
+        known = {
             **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
             **dict.fromkeys(("v", "o", "U", "new", "Vn", "do", "dv"), rows * self.d_v * e),
             **dict.fromkeys(("beta", "dbeta"), rows * e),
@@ -68,7 +68,10 @@ class Shape:
             "S": self.heads * self.chunks * state,
             **dict.fromkeys(("states", "dstates"), self.heads * self.chunks * self.d_k * self.d_v * e),
             "final": self.heads * state,
-        }[name]
+        }
+        if name not in known:
+            raise KeyError(f"no bytes for {name!r}: add it to Shape.tensor_bytes")
+        return known[name]
 
 
 @dataclass(frozen=True)

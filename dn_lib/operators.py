@@ -1,4 +1,4 @@
-"""Every operator of the package, declared once: tests, the fuzzer, benchmarks and cost tables read it from here.
+"""Every operator of the package, declared once: tests and benchmarks read it from here.
 
     >>> rule = OPERATORS["delta_rule"]
     >>> *inputs, state = rule.sample(1, 40, 2, 16, 8, seed=0)
@@ -125,9 +125,9 @@ class Peer:
 class Operator:
     """A map of sequences to sequences, with everything that a test or a benchmark has to know of it.
 
-    name: as its public function.
+    name: as its public function, if it has one.
     inputs: their names, in order: q, k and v, then the gates.
-    sample: `sample(B, L, H, d_k, d_v, *, seed, dtype, state, unit, device, ...)` returns the inputs and an initial
+    sample: `sample(B, L, H, d_k, d_v, *, seed, dtype, state, bias, equal, ...)` returns the inputs and an initial
         state, None unless `state` says of how many sequences.  See `dn_lib.testing`.
     reference: `reference(*inputs, *, scale, initial_state, cu_seqlens, qk_l2norm)` returns o, the final state and the
         size of o's terms, by the recurrence in float64.

@@ -148,6 +148,9 @@ def recurrence(
         q, k = normalised(q), normalised(k)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     wide = [x.double() for x in gates]
+    for x in gates:
+        if x.ndim not in (3, 4) or x.shape[:3] != q.shape[:3]:
+            raise ValueError(f"a gate must be [B, L, H] or [B, L, H, d_k] to match q, got {list(x.shape)}")
     columns = [x[..., None] if x.ndim == 4 else x[..., None, None] for x in wide]
     if cu_seqlens is None:
         rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]

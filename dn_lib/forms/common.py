@@ -335,7 +335,7 @@ def describe(value: Any) -> str:
 
 
 def over_time(*sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of several `[..., L, d]` tensors, token by token.
+    """The rows of several `[..., L, d]` tensors, token by token.  A gate `[..., L]` goes in as `gate[..., None]`.
 
     By `unbind`: its backward pass fills one gradient of size L, where indexing `x[..., t, :]` makes one for
     every token, so that a loop over L tokens would take time quadratic in L.
