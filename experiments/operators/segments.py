@@ -75,10 +75,9 @@ def run(options: argparse.Namespace) -> int:
 EXPERIMENT = Experiment(
     question="Into how many segments should a sequence be split, and what does the rule's choice cost?",
     writes=("segments.json",),
-    minutes=2,
-    gpu="H200, a guess",
+    minutes=1,
+    gpu="H100",
     run=run,
     options=options,
     shared=("smoke",),
-    measured=False,
 )
