@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "book" / "notation.md").read_text()
 KERNELS = sorted((ROOT / "dn_lib" / "kernels").rglob("*.py"))
+PAGES = sorted((ROOT / "book").glob("*.md"))
 CHAPTERS = sorted((ROOT / "book").glob("0*.md"))
 DEFINED = "BNREZG"  # the letters of a chunk that a short equation defines
 DEFINITION = re.compile(rf"(?:^|\s{{2,}})([{DEFINED}])\s+= (.+?)(?=\s{{2,}}|$)")
@@ -64,3 +65,13 @@ def test_another_meaning_is_found(wrong):
 def test_l_is_the_length_alone(path):
     """The overlaps of the keys, tril(K K^T, -1), are B."""
     assert not re.search(r"\bL ?= ?(\\mathrm\{tril\}|tril)\b|\(I \+ (D ?L|L ?D)\)|\bL_\{?21", path.read_text())
+
+
+def test_no_page_says_a_thing_twice():
+    """Each target and each heading of a page stands once: a repeated section would be one link to two places."""
+    targets = [label for path in PAGES for label in re.findall(r"^\(([\w-]+)\)=$", path.read_text(), re.M)]
+    assert sorted(targets) == sorted(set(targets))
+    for path in PAGES:
+        prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+        headings = re.findall(r"^#+ .*", prose, re.M)
+        assert sorted(headings) == sorted(set(headings)), path.name
