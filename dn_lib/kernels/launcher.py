@@ -3,7 +3,7 @@
 Triton's own launch binds the arguments by name, makes a key of their types and alignments and looks the compiled kernel
 up: some 30 microseconds of host time, and with seven TMA descriptors 100.  A plan determines most of that key.  What is
 left, `_varies`, is cheap to ask.  Called by itself, the compiled kernel takes the same arguments in order, constants
-included: an interface that Triton 3.6 to 3.9 have alike (tests/gpu/test_launcher.py).
+included.  Triton 3.6, 3.7 and 3.9 have this interface alike: run with 3.6, read in the sources of the others.
 """
 
 from __future__ import annotations
