@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dn_lib.kernels.common import INTERPRETED
+from dn_lib.kernels.playback import Launched, recorder
 
 
 def launch_kernel(plan, name: str, kernel, *arguments: Any, num_warps: int, **constants: Any) -> None:
@@ -32,11 +33,13 @@ def launch_kernel(plan, name: str, kernel, *arguments: Any, num_warps: int, **co
     found = plan.compiled.get(key)
     if found is None:
         compiled = kernel[grid](*arguments, **constants, num_warps=num_warps)
-        names = kernel.arg_names[len(arguments) :]
-        plan.compiled[key] = compiled, tuple(constants[n] for n in names)
+        values = tuple(constants[n] for n in kernel.arg_names[len(arguments) :])
+        plan.compiled[key] = compiled, values
     else:
         compiled, values = found
         compiled[grid](*arguments, *values)
+    if (active := recorder()) is not None:
+        active.launched.append(Launched(compiled, grid, arguments, values))
 
 
 def _varies(x: Any) -> Any:

@@ -150,12 +150,13 @@ class Launch(NamedTuple):
 class Plan:
     """What runs for a call.  launches: in their order, by name; a kernel that runs twice has two names.
 
-    compiled: what `launcher` keeps of earlier launches; it decides nothing.
+    compiled, recorded: what `launcher` and `playback` keep of earlier calls; they decide nothing.
     """
 
     layout: Layout
     launches: Mapping[str, Launch]
     compiled: dict = field(default_factory=dict, repr=False)
+    recorded: dict = field(default_factory=dict, repr=False)
 
     @property
     def call(self) -> Call:

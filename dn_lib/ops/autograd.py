@@ -55,24 +55,42 @@ class _DeltaRule(torch.autograd.Function):
         final_state: bool,
         plan: Plan,
     ) -> tuple[Tensor, Tensor | None]:
-        from dn_lib.kernels.delta_rule import launch
+        from dn_lib.kernels.delta_rule import eager, launch
 
-        o, state, saved = launch.forward(
-            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
-            final_state=final_state,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, beta, initial_state, *saved)
+        kept: tuple[Tensor | None, ...]
+        if plan.layout.packed:
+            o, state, saved = launch.forward(
+                plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+                final_state=final_state,
+            )  # fmt: skip
+            kept = cast(Saved, saved)
+        else:
+            o, state, kept = eager.forward(
+                plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=final_state
+            )
+        ctx.save_for_backward(q, k, beta, initial_state, *kept)
         ctx.plan, ctx.scale = plan, scale
         ctx.set_materialize_grads(False)
         return o, state
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        from dn_lib.kernels.delta_rule import eager
+
         do, dstate = gradients
         refuse_transforms("delta_rule with backend 'triton'", "use backend='chunkwise'", do, dstate)
-        q, k, beta, initial_state, *saved = ctx.saved_tensors
+        q, k, beta, initial_state, *kept = ctx.saved_tensors
+        plan: Plan = ctx.plan
         with torch.no_grad():
-            grads = _run_backward(ctx.plan, q, k, beta, initial_state, Saved(*saved), do, dstate, ctx.scale)
+            if plan.layout.packed:
+                grads = _run_backward(plan, q, k, beta, initial_state, Saved(*kept), do, dstate, ctx.scale)
+            else:
+                do_or_zeros = q.new_zeros(*q.shape[:3], plan.call.V) if do is None else do
+                *grads, dfirst = eager.backward(
+                    plan=plan, q=q, k=k, beta=beta, kept=eager.Kept(*kept), do=do_or_zeros, dstate=dstate,
+                    scale=ctx.scale, initial_state=initial_state is not None, precision=dot_precision(),
+                )  # fmt: skip
+                grads.append(None if dfirst is None or initial_state is None else dfirst.to(initial_state.dtype))
         return *differentiable_once(_TWICE, grads, (q, k, beta, initial_state, do, dstate)), *(None,) * 4
 
 
@@ -254,12 +272,17 @@ def through_triton(
     )  # fmt: skip
     if training:
         return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, final_state, plan)
-    from dn_lib.kernels.delta_rule import launch
+    from dn_lib.kernels.delta_rule import eager, launch
 
-    o, state, _ = launch.forward(
-        plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        final_state=final_state,
-    )  # fmt: skip
+    if plan.layout.packed:
+        o, state, _ = launch.forward(
+            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+            final_state=final_state,
+        )  # fmt: skip
+    else:
+        o, state, _ = eager.forward(
+            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=final_state
+        )
     return o, state
 
 

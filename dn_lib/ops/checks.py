@@ -43,10 +43,15 @@ def size_of(tensor: Tensor) -> list[int]:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, hint: str = ""
+    name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, of: Tensor, over_time: bool = False
 ) -> None:
+    """over_time: whether it is `[B, L, H, ...]`, where the likeliest mistake is `[B, H, L, ...]`."""
     check_is_tensor(name, tensor, meaning)
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
+        hint = ""
+        if over_time and expected[1] != expected[2]:
+            B, L, H, *rest = expected
+            hint = " (heads before time?)" if tensor.shape == (B, H, L, *rest) else ""
         raise ValueError(f"{name} must be {meaning} = {list(expected)}, got {size_of(tensor)}{hint}")
     if tensor.device != of.device:
         raise ValueError(f"{name} must be on {of.device} like q, got {tensor.device}")
@@ -77,12 +82,9 @@ def check_arguments(
         check_rank(name, x, 4, "four dimensions [B, L, H, d]")
     B, L, H, K = q.shape
     check_tensor("q", q, (B, L, H, K), "[B, L, H, d_k]", q)
-    swapped = " (heads before time?)" if tuple(k.shape) == (B, H, L, K) and H != L else ""
-    check_tensor("k", k, (B, L, H, K), "[B, L, H, d_k], as q,", q, swapped)
-    swapped = " (heads before time?)" if tuple(v.shape[:3]) == (B, H, L) and H != L else ""
-    check_tensor("v", v, (B, L, H, v.shape[-1]), "[B, L, H, d_v]", q, swapped)
-    swapped = " (heads before time?)" if tuple(getattr(beta, "shape", ())) == (B, H, L) and H != L else ""
-    check_tensor("beta", beta, (B, L, H), "[B, L, H]", q, swapped)
+    check_tensor("k", k, (B, L, H, K), "[B, L, H, d_k], as q,", q, over_time=True)
+    check_tensor("v", v, (B, L, H, v.shape[-1]), "[B, L, H, d_v]", q, over_time=True)
+    check_tensor("beta", beta, (B, L, H), "[B, L, H]", q, over_time=True)
     if K == 0 or v.shape[-1] == 0:
         raise ValueError(f"q and v must have at least one channel, got d_k = {K} and d_v = {v.shape[-1]}")
     for name, x in (("k", k), ("v", v)):

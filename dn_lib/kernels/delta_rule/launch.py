@@ -11,8 +11,7 @@ such as those behind the last offset of a padded buffer, get zeros: outputs and 
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dn_lib.forms.common import NORM_EPS
 from dn_lib.kernels.arguments import chunk_offsets, readable, token_offsets, writable
-from dn_lib.kernels.common import INTERPRETED
 from dn_lib.kernels.delta_rule import backward as bwd
 from dn_lib.kernels.delta_rule import forward as fwd
 from dn_lib.kernels.delta_rule import recurrent as rec
 from dn_lib.kernels.hopper import launch as hopper
 from dn_lib.kernels.launcher import launch_kernel
 from dn_lib.kernels.plan import Plan, Saved
+from dn_lib.kernels.playback import bind_context, made
 
 # How the recursion on N rounds its operands (see `inverse.py`); float32 inputs: as all their dots.
 _INVERSE = {torch.bfloat16: "half", torch.float16: "halves"}
@@ -49,20 +48,26 @@ def _on_its_device(run: Callable) -> Callable:
 @_on_its_device
 def forward(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, final_state: bool = False,
+    cu_seqlens: Tensor | None = None, final_state: bool = False, kept: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved | None]:  # fmt: skip
-    """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and in training what the backward needs."""
+    """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and in training what the backward needs.
+
+    kept: tensors to write what the backward needs into, by their names in `Saved`; what is missing is allocated.
+    """
     q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
     layout, buffers, call = plan.layout, plan.layout.buffers, plan.call
     cu = token_offsets(cu_seqlens, q)
-    made: dict[str, Any] = {"token_offsets": cu, "chunk_offsets": chunk_offsets(cu, call.C)}
+    found: dict[str, Any] = {"token_offsets": cu, "chunk_offsets": chunk_offsets(cu, call.C)}
+    kept = kept or {}
     for name in ("n", "pseudo", "q_norm", "k_norm", "states", "transition"):
-        made[name] = _empty(buffers[name], k) if name in buffers else None
-    state = None
-    if final_state or "state_end" in buffers:
-        state = k.new_empty(layout.total_segments, call.H, call.K, call.V, dtype=torch.float32)
-    saved = Saved(**made, state_end=state if "state_end" in buffers else None)
-    o = _empty_tokens(layout, v)
+        found[name] = None
+        if name in buffers:
+            found[name] = kept[name] if name in kept else made(name, _empty(buffers[name], k))
+    state = kept.get("state_end")
+    if state is None and (final_state or "state_end" in buffers):
+        state = made("state", k.new_empty(per_segment(plan), dtype=torch.float32))
+    saved = Saved(**found, state_end=state if "state_end" in buffers else None)
+    o = made("o", _empty_tokens(layout, v))
 
     if call.norm:
         _inverse_norms(plan=plan, q=q, k=k, saved=saved)
@@ -70,9 +75,9 @@ def forward(
     state_in = initial_state
     inputs = {"plan": plan, "q": q, "k": k, "v": v, "beta": beta, "scale": scale, "saved": saved}
     if layout.segments > 1:
-        local = k.new_empty(layout.total_segments, call.H, call.K, call.V, dtype=torch.float32)
+        local = made("local", k.new_empty(per_segment(plan), dtype=torch.float32))
         _chunk_scan_fwd("segment_maps_fwd", **inputs, state_in=initial_state, state_out=local)
-        state_in = torch.empty_like(local)
+        state_in = made("state_in", torch.empty_like(local))
         _merge_segments("merge_segments_fwd", plan=plan, saved=saved, local=local, first=initial_state, states=state_in)
     scan = (
         _hopper_scan_fwd
@@ -81,10 +86,7 @@ def forward(
     )
     scan(**inputs, o=o, state_in=state_in, state_out=state)
 
-    last = state if final_state else None
-    if last is not None and layout.segments > 1:
-        # A copy even of one row: the outputs of an operator must not share memory.
-        last = last[layout.segments - 1 :: layout.segments].clone(memory_format=torch.contiguous_format)
+    last = last_of(plan, state) if final_state and state is not None else None
     return o, last, saved if call.training else None
 
 
@@ -97,20 +99,21 @@ def backward(
     q, k, beta, do, dstate = readable(q=q, k=k, beta=beta, do=do.to(k.dtype), dstate=dstate)
     saved = Saved(*readable(q=q, **saved._asdict())[1:])  # hooks may have kept them elsewhere, and in another layout
     layout, call, scan = plan.layout, plan.call, plan.launches["chunk_scan_bwd"]
-    per_segment = layout.total_segments, call.H, call.K, call.V
-    dq, dk, dv, dbeta = (_empty_tokens(layout, x) for x in (q, k, do, beta))
+    dq, dk, dv, dbeta = (
+        made(name, _empty_tokens(layout, x)) for name, x in (("dq", q), ("dk", k), ("dv", do), ("dbeta", beta))
+    )
     # With one block of values its sum is dbeta.  With several, each leaves a partial sum.
     partials = dbeta
     if scan.blocks > 1:
-        partials = k.new_empty(scan.blocks, call.B, call.L, call.H, dtype=torch.float32)
-    d_in = k.new_empty(per_segment, dtype=torch.float32) if initial_state else None
+        partials = made("partials", k.new_empty(scan.blocks, call.B, call.L, call.H, dtype=torch.float32))
+    d_in = made("d_in", k.new_empty(per_segment(plan), dtype=torch.float32)) if initial_state else None
 
     d_out = dstate
     inputs = {"plan": plan, "q": q, "k": k, "beta": beta, "do": do, "saved": saved, "scale": scale}
     if layout.segments > 1:
-        local = k.new_empty(per_segment, dtype=torch.float32)
+        local = made("local", k.new_empty(per_segment(plan), dtype=torch.float32))
         _chunk_scan_bwd("segment_maps_bwd", **inputs, d_out=dstate, d_in=local)
-        d_out = torch.empty_like(local)
+        d_out = made("d_out", torch.empty_like(local))
         _merge_segments("merge_segments_bwd", plan=plan, saved=saved, local=local, first=dstate, states=d_out)
     ends = {"d_out": d_out, "d_in": d_in}
     if scan.gluon:
@@ -119,12 +122,10 @@ def backward(
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dq=dq, dk=dk)
     else:
         assert saved.states is not None  # where the backward is two kernels
-        dstates = torch.empty_like(saved.states)
+        dstates = made("dstates", torch.empty_like(saved.states))
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dstates=dstates)
         _chunk_bwd_dqk(**inputs, dv=dv, dstates=dstates, partials=partials, dbeta=dbeta, dq=dq, dk=dk)
-    if d_in is not None and layout.segments > 1:
-        d_in = d_in[:: layout.segments].contiguous()
-    return dq, dk, dv, dbeta, d_in
+    return dq, dk, dv, dbeta, first_of(plan, d_in)
 
 
 @_on_its_device
@@ -241,7 +242,7 @@ def _hopper_scan_fwd(*, plan, q, k, v, beta, scale, saved, o, state_in, state_ou
     q, k, v = map(_aligned, (q, k, v))
     state_in = None if state_in is None else state_in.float()
     if step.programs:
-        _bind_context(q.device)
+        bind_context(q.device)
         hopper.chunk_scan_fwd(
             run=functools.partial(launch_kernel, plan, "chunk_scan_fwd"),
             q=q, k=k, v=v, beta=beta, n=saved.n, o=o, pseudo=saved.pseudo, states=saved.states, q_norm=saved.q_norm,
@@ -254,7 +255,7 @@ def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbe
     layout = plan.layout
     q, k, do, n, pseudo, states = map(_aligned, (q, k, do, saved.n, saved.pseudo, saved.states))
     if plan.launches["chunk_scan_bwd"].programs:
-        _bind_context(q.device)
+        bind_context(q.device)
         hopper.chunk_scan_bwd(
             run=functools.partial(launch_kernel, plan, "chunk_scan_bwd"),
             q=q, k=k, beta=beta, n=n, pseudo=pseudo, states=states, do=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta,
@@ -269,6 +270,25 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------
+def per_segment(plan: Plan) -> tuple[int, int, int, int]:
+    """The shape of a state for each segment."""
+    return plan.layout.total_segments, plan.call.H, plan.call.K, plan.call.V
+
+
+def last_of(plan: Plan, states: Tensor) -> Tensor:
+    """Of the states where segments end, those of each sequence's last; a copy, since outputs must not share memory."""
+    segments = plan.layout.segments
+    if segments == 1:
+        return states
+    return states[segments - 1 :: segments].clone(memory_format=torch.contiguous_format)
+
+
+def first_of(plan: Plan, gradients: Tensor | None) -> Tensor | None:
+    """Of the gradients of states that enter segments, those of each sequence's first."""
+    segments = plan.layout.segments
+    return gradients if gradients is None or segments == 1 else gradients[::segments].contiguous()
+
+
 def _empty(buffer, like: Tensor) -> Tensor:
     return like.new_empty(buffer.shape, dtype=buffer.dtype)
 
@@ -276,9 +296,6 @@ def _empty(buffer, like: Tensor) -> Tensor:
 def _empty_tokens(layout, like: Tensor) -> Tensor:
     """For a kernel to write, token by token; a packed row may have tokens of no sequence, which get zeros."""
     return torch.zeros_like(like) if layout.packed else torch.empty_like(like)
-
-
-_bound = threading.local()
 
 
 def _tiles_of(plan: Plan, step, *tensors: tuple[Tensor | None, int]) -> list:
@@ -289,20 +306,9 @@ def _tiles_of(plan: Plan, step, *tensors: tuple[Tensor | None, int]) -> list:
     if not step.tma:
         return [x for x, _ in tensors]
     tokens, rows = plan.layout.tokens, plan.call.C
-    _bind_context(next(x for x, _ in tensors if x is not None).device)
+    bind_context(next(x for x, _ in tensors if x is not None).device)
     given = []
     for x, columns in tensors:
         width = 0 if x is None else x.shape[2] * x.shape[3]
         given.append(None if x is None else TensorDescriptor(x, [tokens, width], [width, 1], [rows, columns]))
     return given
-
-
-def _bind_context(device: torch.device) -> None:
-    """Once for each thread: the driver encodes descriptors only in a thread that has a CUDA context.
-
-    A launch makes one, but autograd's own thread may come here before it has launched anything.  Asking for free
-    memory binds the context, and can be done while a CUDA graph is captured.
-    """
-    if device.type == "cuda" and not INTERPRETED.value and not getattr(_bound, "done", False):
-        torch.cuda.mem_get_info(device)
-        _bound.done = True
