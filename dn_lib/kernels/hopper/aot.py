@@ -27,7 +27,7 @@ ARCH = 90
 
 
 def compile_all() -> list[dict]:
-    """A row for each variant: inference, plain training, and all that a call may ask for."""
+    """A row for each variant: inference, plain training, and all that a call may ask for, without and with gates."""
     triton.runtime.driver.set_active(_AbsentGPU(ARCH))
     knobs.nvidia.dump_ptxas_log = True
     original, rows = GluonJITFunction.run, []
@@ -53,14 +53,15 @@ def compile_all() -> list[dict]:
 
     GluonJITFunction.run = record
     try:
-        for save, everything in ((False, False), (True, False), (True, True)):
-            _launch(save, everything)
+        for gates in (False, True):
+            for save, everything in ((False, False), (True, False), (True, True)):
+                _launch(save, everything, gates)
     finally:
         GluonJITFunction.run = original
     return rows
 
 
-def _launch(save: bool, everything: bool) -> None:
+def _launch(save: bool, everything: bool, gates: bool) -> None:
     B, L, H, d, C = 1, 128, 1, launch.HEAD, launch.CHUNK
     low = {"dtype": torch.bfloat16}
 
@@ -73,6 +74,7 @@ def _launch(save: bool, everything: bool) -> None:
     common = {
         "q": tile(), "k": tile(), "beta": torch.zeros(B, L, H, **low), "n": torch.zeros(B, L, H, C, **low),
         "q_norm": optional(B, L, H), "k_norm": optional(B, L, H), "scale": 1.0, "segment": L, "segments": 1,
+        "sums": torch.zeros(B, L, H, 2) if gates else None,
     }  # fmt: skip
     ends = {f"state_{end}": optional(B, H, d, d) for end in ("in", "out")}
     kept = {"pseudo": tile(), "states": torch.zeros(B * L // C, H, d, d, **low)}
@@ -81,6 +83,7 @@ def _launch(save: bool, everything: bool) -> None:
     if not save:
         return
     gradients = {"do": tile(), "dq": tile(), "dk": tile(), "dv": tile(), "dbeta": torch.zeros(B, L, H, **low)}
+    gradients["dg"] = torch.zeros(B, L, H) if gates else None
     launch.chunk_scan_bwd(**common, **{f"d{name}": x for name, x in ends.items()}, **kept, **gradients)
 
 

@@ -99,13 +99,26 @@ def segment_bounds(s, L, SEGMENT, SEGMENTS):
 
 
 @gluon.jit
-def row_scalars(beta, q_norm, k_norm, token, rows, head, H, NORM: gl.constexpr):
+def row_scalars(beta, q_norm, k_norm, token, rows, head, H, NORM: gl.constexpr, GROUP: gl.constexpr):
     """beta, 1/|q| and 1/|k| of the chunk's rows, in float32; without NORM beta stands for all three, unused."""
     at = (token.to(gl.int64) + rows) * H + head
     b = gl.load(beta + at).to(gl.float32)
     r_q = b
     r_k = b
     if NORM:
-        r_q = gl.load(q_norm + at)
-        r_k = gl.load(k_norm + at)
+        at_key = (token.to(gl.int64) + rows) * (H // GROUP) + head // GROUP
+        r_q = gl.load(q_norm + at_key)
+        r_k = gl.load(k_norm + at_key)
     return b, r_q, r_k
+
+
+@gluon.jit
+def log_gates(sums, token, rows, head, H):
+    """Sums of the log gates since the chunk began, of these rows; their high parts, see `gate_sums`."""
+    return gl.load(sums + 2 * ((token.to(gl.int64) + rows) * H + head))
+
+
+@gluon.jit
+def decay(span):
+    """exp(span), where no exponent is above 0 but for rows that are masked afterwards."""
+    return gl.exp(gl.minimum(span, 0.0))

@@ -66,19 +66,20 @@ def values_per_program(programs: int, save: bool) -> int:
 def chunk_scan_fwd(
     *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, n: Tensor, o: Tensor, pseudo: Tensor | None = None,
     states: Tensor | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    state_in: Tensor | None = None, state_out: Tensor | None = None, scale: float, segment: int, segments: int,
+    sums: Tensor | None = None, state_in: Tensor | None = None, state_out: Tensor | None = None, scale: float, segment: int, segments: int,
     values: int, run: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes o `[B, L, H, 128]`, and pseudo, states and state_out where they are given.
 
     q, k, v, n `[B, L, H, 64]` and beta `[B, L, H]` are inputs, as are q_norm and k_norm (1/|x|, `[B, L, H]` float32)
-    of queries and keys that are to be normalised.  A sequence is cut in `segments` parts of `segment` tokens, the last
+    of queries and keys that are to be normalised, and with gates their `sums` (`gate_sums`, `[B, L, H, 2]` float32).
+    q, k and their norms may have fewer heads, of which H is a multiple.  A sequence is cut in `segments` parts of `segment` tokens, the last
     perhaps shorter; state_in and state_out, `[B segments, H, 128, 128]` float32, are where each begins and ends.
     For the backward, together: pseudo (like v), and states `[B L / 64, H, 128, 128]` in bfloat16, what enters each
     chunk.  A program takes `values` of the value channels, 64 or 128.  run: launches a kernel, given it and its
     arguments, in place of Triton.
     """
-    B, L, H, _ = q.shape
+    B, L, H, _ = v.shape
     _check(q, L, segment, segments)
     if (pseudo is None) != (states is None):
         raise ValueError("pseudo and states are saved together")
@@ -89,32 +90,36 @@ def chunk_scan_fwd(
     run(
         _kernels("scan").chunk_scan_fwd,
         narrow(q), narrow(k), wide(v), _rows(n, columns=CHUNK), wide(o), wide(pseudo), _states(states, values),
-        beta, q_norm, k_norm, state_in, state_out, scale, L, H, segment, segments,
-        VALUES=values, NORM=k_norm is not None, SAVE=pseudo is not None,
+        beta, q_norm, k_norm, sums, state_in, state_out, scale, L, H, segment, segments,
+        VALUES=values, NORM=k_norm is not None, GATE=sums is not None, GROUP=H // q.shape[2], SAVE=pseudo is not None,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, num_warps=values // 16,
     )  # fmt: skip
 
 
 def chunk_scan_bwd(
     *, q: Tensor, k: Tensor, beta: Tensor, n: Tensor, pseudo: Tensor, states: Tensor, do: Tensor, dq: Tensor,
-    dk: Tensor, dv: Tensor, dbeta: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    dstate_out: Tensor | None = None, dstate_in: Tensor | None = None, scale: float, segment: int, segments: int,
+    dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor | None = None, q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, sums: Tensor | None = None, dstate_out: Tensor | None = None, dstate_in: Tensor | None = None, scale: float, segment: int, segments: int,
     run: Callable | None = None,
 ) -> None:  # fmt: skip
-    """Writes dq, dk, dv `[B, L, H, 128]`, dbeta `[B, L, H]` and, if given, dstate_in.
+    """Writes dq, dk, dv `[B, L, H, 128]`, dbeta `[B, L, H]` and, if given, dg `[B, L, H]` float32 and dstate_in.
+
+    Where q and k have fewer heads, dq and dk are partial sums, one for each value head.  dg goes with `sums`.
 
     pseudo and states are what `chunk_scan_fwd` left; the number of segments may be another one.  dstate_out and
     dstate_in, `[B segments, H, 128, 128]` float32: the gradient of the state where each segment ends, and begins.
     """
-    B, L, H, _ = q.shape
+    B, L, H, _ = do.shape
     _check(q, L, segment, segments)
+    if (sums is None) != (dg is None):
+        raise ValueError("dg is written where sums are given")
     tile = functools.partial(_rows, columns=HEAD)
     run = run or functools.partial(_launch, B * segments * H)
     run(
         _kernels("backward").chunk_scan_bwd,
         tile(q), tile(k), _rows(n, columns=CHUNK), tile(pseudo), tile(do), _states(states, HEAD), tile(dq), tile(dk),
-        tile(dv), beta, q_norm, k_norm, dbeta, dstate_out, dstate_in, scale, L, H, segment, segments,
-        NORM=k_norm is not None, DSTATE_OUT=dstate_out is not None, DSTATE_IN=dstate_in is not None, num_warps=8,
+        tile(dv), beta, q_norm, k_norm, sums, dbeta, dg, dstate_out, dstate_in, scale, L, H, segment, segments,
+        NORM=k_norm is not None, GATE=sums is not None, GROUP=H // q.shape[2], DSTATE_OUT=dstate_out is not None, DSTATE_IN=dstate_in is not None, num_warps=8,
     )  # fmt: skip
 
 

@@ -5,6 +5,11 @@ For one chunk, in the letters of dn_lib/kernels/README.md (rows are time, D = di
     R = V - K S                     E = R + N (D R)                 Vn = D E
     O = Q S + tril(Q K^T) Vn        S' = S + K^T Vn
 
+With GATE, gamma_i the product of the gates since the chunk began and to_end = gamma_C / gamma:
+
+    R = V - gamma (K S)                                   O = gamma (Q S) + tril(Q K^T * gamma_i / gamma_j) Vn
+    S' = gamma_C S + K^T (to_end Vn)
+
 A program walks one segment of one head, for VALUES of the 128 value channels: all of them with eight warps (two
 warpgroups, one program a streaming multiprocessor, nothing is read twice), or 64 with four warps, which fills the chip
 better where heads are few.  Each warpgroup owns 64 columns of every result.
@@ -29,7 +34,9 @@ from dn_lib.kernels.hopper.common import (
     D,
     add,
     barriers,
+    decay,
     fetch,
+    log_gates,
     meet,
     meet_only,
     product,
@@ -42,8 +49,9 @@ from dn_lib.kernels.hopper.common import (
 
 @gluon.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
 def chunk_scan_fwd(
-    q, k, v, n, o, pseudo, states, beta, q_norm, k_norm, state_in, state_out, scale, L, H, SEGMENT, SEGMENTS,
-    VALUES: gl.constexpr, NORM: gl.constexpr, SAVE: gl.constexpr, STATE_IN: gl.constexpr, STATE_OUT: gl.constexpr,
+    q, k, v, n, o, pseudo, states, beta, q_norm, k_norm, sums, state_in, state_out, scale, L, H, SEGMENT, SEGMENTS,
+    VALUES: gl.constexpr, NORM: gl.constexpr, GATE: gl.constexpr, GROUP: gl.constexpr, SAVE: gl.constexpr,
+    STATE_IN: gl.constexpr, STATE_OUT: gl.constexpr,
 ):  # fmt: skip
     """Arguments are those of `launch.chunk_scan_fwd`, with descriptors for what the copy engine moves:
 
@@ -58,6 +66,7 @@ def chunk_scan_fwd(
     BLOCKS: gl.constexpr = D // VALUES
     value = (pid % BLOCKS) * VALUES
     head = (pid // BLOCKS) % H
+    key = head // GROUP
     s = pid // (BLOCKS * H)
     begin, first_chunk, chunks = segment_bounds(s, L, SEGMENT, SEGMENTS)
 
@@ -70,9 +79,12 @@ def chunk_scan_fwd(
     P_tiles = tiles(1, C, C)
     o_tiles = tiles(1, C, VALUES)
     kept_tiles = tiles(1, C, VALUES)
+    end_tiles = Vn_tiles
+    if GATE:
+        end_tiles = tiles(1, C, VALUES)  # to_end Vn
     arrived = barriers(2)
     inputs = (k, v, n, q)
-    columns = (head * D, head * D + value, head * C, head * D)
+    columns = (key * D, head * D + value, head * C, key * D)
     first = (k_tiles.index(0), v_tiles.index(0), n_tiles.index(0), q_tiles.index(0))
     fetch(inputs, columns, first, begin, arrived.index(0))
 
@@ -87,7 +99,10 @@ def chunk_scan_fwd(
         S = gl.load(state_in + at_state)
     S_tiles.index(0).store(S.to(LOW))
     meet()
-    next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, begin, rows, head, H, NORM)
+    next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, begin, rows, head, H, NORM, GROUP)
+    next_high = next_b
+    if GATE:
+        next_high = log_gates(sums, begin, rows, head, H)
 
     for i in range(chunks):
         zero = i >> 20  # opaque, see common.py
@@ -101,6 +116,7 @@ def chunk_scan_fwd(
         P_tile = P_tiles.index(zero)
         o_tile = o_tiles.index(zero)
         kept_tile = kept_tiles.index(zero)
+        end_tile = end_tiles.index(zero)
         after = begin + gl.minimum(i + 1, chunks - 1) * C
         buffers = (k_tiles.index(other), v_tiles.index(other), n_tiles.index(other), q_tiles.index(other))
         fetch(inputs, columns, buffers, after, arrived.index(other), i + 1 < chunks)
@@ -109,8 +125,16 @@ def chunk_scan_fwd(
         b = next_b
         r_q = next_r_q
         r_k = next_r_k
-        next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, after, rows, head, H, NORM)
+        next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, after, rows, head, H, NORM, GROUP)
         strength = b * r_k if NORM else b
+        if GATE:
+            high = next_high
+            next_high = log_gates(sums, after, rows, head, H)
+            last = log_gates(sums, token, C - 1, head, H)
+            from_start = gl.exp(high)
+            to_end = decay(last - high)
+            high_i = gl.convert_layout(high, gl.SliceLayout(1, SQUARE))[:, None]
+            high_j = gl.convert_layout(high, gl.SliceLayout(0, SQUARE))[None, :]
 
         # R = V - K S; Q S and Q K^T run on behind it
         mbarrier.wait(arrived.index(this), (i // 2) & 1)
@@ -121,23 +145,34 @@ def chunk_scan_fwd(
         read = warpgroup_mma_wait(2, deps=[read])
         if NORM:
             read = read * r_k[:, None]
+        if GATE:
+            read = read * from_start[:, None]
         R = V - read
         Vn_tile.store((b[:, None] * R).to(LOW))
         meet()
         # E = R + N (D R)
         E = add(R, n_tiles.index(this), Vn_tile)
-        P = warpgroup_mma_wait(1, deps=[P])
+        if GATE:
+            P, O = warpgroup_mma_wait(1, deps=[P, O])
+            P = P * decay(high_i - high_j)
+            O = O * from_start[:, None]
+        else:
+            P = warpgroup_mma_wait(1, deps=[P])
         P_tile.store(gl.where(i_row >= j_row, P, 0.0).to(LOW))
         E = warpgroup_mma_wait(0, deps=[E])
         if SAVE:
             tma.store_wait(2)  # what was kept of the chunk before is out; its o and this chunk's state may still go
         meet_only()  # D R has been read
         Vn_tile.store((strength[:, None] * E).to(LOW))
+        if GATE:
+            end_tile.store(((strength * to_end)[:, None] * E).to(LOW))
         if SAVE:
             kept_tile.store((gl.where(gl.abs(strength) < WEAK, WEAK, strength)[:, None] * E).to(LOW))
         meet()
         # S' = S + K^T Vn,  O = Q S + P Vn
-        S = add(S, transposed(k_tile), Vn_tile)
+        if GATE:
+            S = S * gl.exp(last)
+        S = add(S, transposed(k_tile), end_tile)
         O = add(O, P_tile, Vn_tile)
         if SAVE:
             tma.async_copy_shared_to_global(pseudo, [token, head * D + value], kept_tile)
