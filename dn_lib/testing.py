@@ -1,7 +1,7 @@
 """What tests, the registry of operators and experiments share: inputs, the reference in float64, one error metric.
 
-Every sampler draws in float64 on the CPU from a seed and rounds afterwards, so that all dtypes and devices get the
-same numbers.
+Every sampler draws in float64 from a seed, on the CPU unless told otherwise, and rounds afterwards, so that all dtypes
+and devices get the same numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def linear_attention_inputs(
     bias: float = 0.0,
     equal: bool = False,
     device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v and an initial state for linear attention, standard normal.
 
@@ -39,13 +40,14 @@ def linear_attention_inputs(
         unit: whether keys are divided by their norm.
         bias: is added to every entry of the keys before that; a large one makes them nearly equal.
         equal: whether all keys are the same one, so that every write meets all the others.
+        drawn_on: where the numbers are drawn.  A GPU draws large inputs in no time, but not the CPU's numbers.
 
     Returns q, k `[*tokens, d_k]`, v `[*tokens, d_v]` in `dtype`, and the state `[..., d_k, d_v]`, float32 at least.
 
     >>> [list(x.shape) for x in linear_attention_inputs(2, 7, 3, 4, 5, state=2)]
     [[2, 7, 3, 4], [2, 7, 3, 4], [2, 7, 3, 5], [2, 3, 4, 5]]
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(drawn_on).manual_seed(seed)
     vectors = _vectors(g, sizes, unit, bias, equal)
     q, k, v = (x.to(device, dtype) for x in vectors)
     return q, k, v, _state(g, sizes, state, dtype, device)
@@ -60,29 +62,81 @@ def delta_rule_inputs(
     bias: float = 0.0,
     equal: bool = False,
     beta_max: float = 2.0,
+    edges: bool = False,
     device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v, beta and an initial state for the delta rule; as `linear_attention_inputs`, with keys of norm 1.
 
     beta `[*tokens]` is uniform in [0, beta_max]. `equal` also sets it to beta_max everywhere: the worst case for the
-    inverse of a chunk, whose powers then grow as fast as they can.
+    inverse of a chunk, whose powers then grow as fast as they can. `edges` sets about a third of beta to 0 and a third
+    to beta_max, both exactly: tokens that write nothing, among those that write with full strength.
 
     >>> q, k, v, beta, state = delta_rule_inputs(7, 4, 5)
     >>> beta.shape, state
     (torch.Size([7]), None)
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(drawn_on).manual_seed(seed)
     vectors = _vectors(g, sizes, unit, bias, equal)
-    beta = beta_max * torch.rand(*sizes[:-2], generator=g, dtype=torch.float64)
+    share = torch.rand(*sizes[:-2], generator=g, dtype=torch.float64, device=g.device)
+    if edges:
+        pick = torch.randint(3, share.shape, generator=g, device=g.device)  # 0: beta is 0, 1: beta_max, 2: as drawn
+        share = pick.double().where(pick < 2, share)
+    beta = beta_max * share
     if equal:
         beta = torch.full_like(beta, beta_max)
     q, k, v, beta = (x.to(device, dtype) for x in (*vectors, beta))
     return q, k, v, beta, _state(g, sizes, state, dtype, device)
 
 
+def log_gates(
+    *sizes: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    edges: bool = False,
+    device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
+) -> Tensor:
+    """Log gates of that shape: most are the log of u^(1/4), u uniform in [0, 1]; gates of exactly 0 and 1 among them.
+
+    An eighth is 0, a gate of 1, and one in 32 is -inf, a gate of 0; with `edges` a third each.
+
+    >>> sorted(set(log_gates(1000, edges=True)[:3].sign().tolist()))
+    [-1.0, 0.0]
+    """
+    g = torch.Generator(drawn_on).manual_seed(seed ^ 0x9E3779B9)
+    drawn = torch.rand(sizes, generator=g, dtype=torch.float64, device=g.device).log() / 4
+    pick = torch.rand(sizes, generator=g, dtype=torch.float64, device=g.device)
+    whole, none = (1 / 3, 2 / 3) if edges else (1 / 8, 1 / 8 + 1 / 32)
+    drawn = drawn.masked_fill(pick < none, -math.inf).masked_fill(pick < whole, 0.0)
+    return drawn.to(device, dtype)
+
+
+def gated_inputs(
+    inputs: Callable[..., tuple[Tensor | None, ...]],
+    *sizes: int,
+    channels: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    edges: bool = False,
+    device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """What the sampler `inputs` draws, with log gates before the state: `[*tokens]`, or `[*tokens, d_k]` of channels.
+
+    >>> [list(x.shape) for x in gated_inputs(delta_rule_inputs, 2, 7, 3, 4, 5, state=2)][3:]
+    [[2, 7, 3], [2, 7, 3], [2, 3, 4, 5]]
+    """
+    placed: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device, "drawn_on": drawn_on}
+    gates = log_gates(*(sizes[:-1] if channels else sizes[:-2]), edges=edges, **placed)
+    *given, state = inputs(*sizes, **placed, **options)
+    return *given, gates, state
+
+
 def _vectors(g: torch.Generator, sizes: Sequence[int], unit: bool, bias: float, equal: bool) -> list[Tensor]:
     *tokens, d_k, d_v = sizes
-    q, k, v = (torch.randn(*tokens, d, generator=g, dtype=torch.float64) for d in (d_k, d_k, d_v))
+    q, k, v = (torch.randn(*tokens, d, generator=g, dtype=torch.float64, device=g.device) for d in (d_k, d_k, d_v))
     k = k + bias
     if equal and k.numel():
         k = k.flatten(0, -2)[0].expand(k.shape)
@@ -93,8 +147,54 @@ def _state(g: torch.Generator, sizes: Sequence[int], state, dtype: torch.dtype, 
     if state is None:
         return None
     leading = (state, sizes[-3]) if isinstance(state, int) else tuple(state)
-    first = torch.randn(*leading, *sizes[-2:], generator=g, dtype=torch.float64)
+    first = torch.randn(*leading, *sizes[-2:], generator=g, dtype=torch.float64, device=g.device)
     return first.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def output_gradients(
+    *sizes: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    state: int | Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    drawn_on: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the output and, if `state` says of how many sequences, of the final state, standard normal.
+
+    The arguments are as in `linear_attention_inputs`, whose numbers of the same seed these are not.
+
+    >>> do, dstate = output_gradients(2, 7, 3, 4, 5, state=2)
+    >>> do.shape, dstate.shape
+    (torch.Size([2, 7, 3, 5]), torch.Size([2, 3, 4, 5]))
+    """
+    g = torch.Generator(drawn_on).manual_seed(seed ^ 0x5DEECE66D)
+    do = torch.randn(*sizes[:-2], sizes[-1], generator=g, dtype=torch.float64, device=g.device)
+    return do.to(device, dtype), _state(g, sizes, state, dtype, device)
+
+
+LAYOUTS = ("contiguous", "heads first", "rows apart")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers `[B, L, H, ...]` in one of LAYOUTS, detached.
+
+    "heads first" lies in memory as `[B, H, L, ...]`.  "rows apart" is cut out of a wider tensor, in which NaN stands
+    between the rows; it is how q is cut out of a joint projection.
+
+    >>> x = laid_out(torch.ones(2, 5, 3, 4), "heads first")
+    >>> x.shape, x.stride()
+    (torch.Size([2, 5, 3, 4]), (60, 4, 20, 1))
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
+    x = x.detach()
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "contiguous":
+        return x.contiguous()
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
 
 
 def mixed_lengths(count: int, total: int, seed: int = 0) -> list[int]:
@@ -180,6 +280,25 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options) -> tu
 def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options) -> tuple[Tensor, Tensor, float]:
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T by `recurrence`, which says what it takes and returns."""
     return recurrence(lambda S, k, v, beta: S + beta * k * (v - k.mT @ S), q, k, v, beta, **options)
+
+
+def gated_linear_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options
+) -> tuple[Tensor, Tensor, float]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T by `recurrence`; g per token, or per token and key channel."""
+    return recurrence(lambda S, k, v, g: g.exp() * S + k * v, q, k, v, g, **options)
+
+
+def gated_delta_rule_reference(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, **options
+) -> tuple[Tensor, Tensor, float]:
+    """S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T by `recurrence`: decay first, then erase."""
+
+    def update(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+        S = g.exp() * S
+        return S + beta * k * (v - k.mT @ S)
+
+    return recurrence(update, q, k, v, beta, g, **options)
 
 
 def leaves(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:

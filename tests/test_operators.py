@@ -14,7 +14,7 @@ from dn_lib.cost import Shape
 from dn_lib.forms.chunkwise import multiply_adds
 from dn_lib.operators import OPERATORS, OPTIONS, Form
 from dn_lib.teaching.judge.trace import observe
-from dn_lib.testing import forward_and_gradients, leaves, offsets, relative_error
+from dn_lib.testing import LAYOUTS, forward_and_gradients, laid_out, leaves, offsets, relative_error
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,6 +97,20 @@ def test_keys_that_are_alike(operator, form, equal):
     written = inputs[2].double().norm().item()
     assert relative_error(o, exact, size) < bound(form, dtype)
     assert relative_error(state, last, written) < bound(form, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@every_form
+def test_inputs_may_lie_in_memory_in_any_way(operator, form, layout):
+    """Heads before time, or cut out of a wider tensor, in which NaN stands between the rows."""
+    dtype = form.dtypes[0]
+    *inputs, _ = sample(operator, 2, 37, dtype=dtype)
+    exact, last, size = operator.reference(*inputs)
+    strided = [laid_out(x, layout) for x in inputs]
+    assert operator.length == 1 or not any(x.is_contiguous() for x in strided)
+    o, state = form(*strided, **takes(form, chunk_size=16))
+    assert relative_error(o, exact, size) < bound(form, dtype)
+    assert relative_error(state, last) < bound(form, dtype)
 
 
 @packed

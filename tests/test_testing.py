@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from dn_lib.testing import (
+    LAYOUTS,
     delta_rule_inputs,
     delta_rule_reference,
+    laid_out,
     linear_attention_inputs,
     linear_attention_reference,
     mixed_lengths,
     offsets,
+    output_gradients,
     poisoned,
     relative_error,
 )
@@ -85,6 +88,42 @@ def test_kinds_of_keys():
     cosines = [(k[0, :, 0] @ k[0, :, 0].T).min().item() for _, k, *_ in (plain, near, equal)]
     assert cosines[0] < 0 < 0.8 < cosines[1] < 1 - 1e-3 < cosines[2]
     assert (equal[3] == 2).all()
+
+
+def test_betas_at_their_edges():
+    plain, edges = (delta_rule_inputs(1, 500, 2, 4, 4, seed=5, edges=e)[3] for e in (False, True))
+    shares = [(edges == x).double().mean().item() for x in (0.0, 2.0)]
+    # Each a third of 1,000: five standard deviations are 0.075.
+    assert all(abs(share - 1 / 3) < 0.08 for share in shares)
+    between = (edges > 0) & (edges < 2)
+    assert torch.equal(edges[between], plain[between]) and ((plain > 0) & (plain < 2)).all()
+
+
+def test_gradients_of_the_outputs_are_numbers_of_their_own():
+    do, dstate = output_gradients(2, 7, 3, 4, 5, seed=3, state=2, dtype=torch.bfloat16)
+    assert do.shape == (2, 7, 3, 5) and dstate.shape == (2, 3, 4, 5)
+    assert do.dtype == torch.bfloat16 and dstate.dtype == torch.float32
+    exact = output_gradients(2, 7, 3, 4, 5, seed=3, state=2)
+    assert torch.equal(exact[0].bfloat16(), do) and torch.equal(exact[1].float(), dstate)
+    assert output_gradients(7, 4, 5)[1] is None
+    drawn = linear_attention_inputs(2, 7, 3, 4, 5, seed=3, state=2)
+    assert not set(exact[0].flatten().tolist()) & {x for tensor in drawn for x in tensor.flatten().tolist()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4), (1, 0, 2, 4)], ids=str)
+def test_layouts_hold_the_same_numbers(layout, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = laid_out(x, layout)
+    assert torch.equal(x, y) and not y.requires_grad
+    assert y.is_contiguous() == (layout == "contiguous" or not x.numel())
+    if layout == "rows apart" and x.numel():
+        assert y.as_strided(y.shape, y.stride(), shape[-1]).isnan().all()
+
+
+def test_an_unknown_layout_is_named():
+    with pytest.raises(ValueError, match=r"layout must be one of contiguous, heads first, rows apart, got rows"):
+        laid_out(ONES, "rows")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,7 +2,8 @@
 
     python -m experiments --list              what there is, what it writes, how long it takes
     python -m experiments NAME [options]      one of them; --help lists its options
-    python -m experiments --all [--smoke]     all of them, one after the other, each in a process of its own
+    python -m experiments --all               all of them, one after the other, each in a process of its own
+    python -m experiments --all --smoke       those that can run without a GPU, tiny; the others are named
 
 An experiment is a module with an `EXPERIMENT`, in one of the folders beside `harness`.  Its name is the module's.
 """
@@ -67,6 +68,7 @@ class Experiment:
     options: adds the experiment's own options to a parser.
     shared: which of `SHARED` it takes, too.
     each: the options that made each of the files, beside --out.
+    small: the options that make a smoke run short.
     measured: whether the files are there.
     dry: options with which nothing is written.
     """
@@ -79,6 +81,7 @@ class Experiment:
     options: Callable[[argparse.ArgumentParser], None] | None = None
     shared: tuple[str, ...] = ()
     each: tuple[tuple[str, ...], ...] = ((),)
+    small: tuple[str, ...] = ()
     measured: bool = True
     dry: tuple[str, ...] = ()
 
@@ -152,21 +155,28 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def runs(e: Experiment, smoke: bool, folder: Path) -> list[list[str]]:
+    """The arguments of each run of an experiment: one for each of its files, or a single short one; none it has not."""
+    if not smoke:
+        return [[e.name, *each, "--out", str(folder / file)] for file, each in zip(e.writes, e.each, strict=True)]
+    return [[e.name, "--smoke", *e.small, "--out", str(folder / f"{e.name}.json")]] if "smoke" in e.shared else []
+
+
 def run_all(smoke: bool) -> int:
-    """Each experiment in a process of its own; the largest exit code."""
-    worst = 0
+    """Each experiment in a process of its own; 0, or the largest exit code."""
+    codes = {}
+    folder = Path(tempfile.mkdtemp(prefix="smoke_")) if smoke else RESULTS
     for e in catalogue():
-        if smoke and "smoke" not in e.shared:
-            print(f"== {e.name}: has no smoke run", flush=True)
-            continue
-        for file, options in zip(e.writes, e.each, strict=True):
-            out = [] if smoke else ["--out", str(RESULTS / file)]
-            command = [sys.executable, "-m", "experiments", e.name, *options, *out, *(["--smoke"] if smoke else [])]
-            print(f"== {e.name}: {file}", flush=True)
-            code = subprocess.run(command, cwd=ROOT).returncode
+        if not (every := runs(e, smoke, folder)):
+            print(f"== {e.name}: skipped, it has no smoke run (measured on: {e.gpu})", flush=True)
+        for arguments in every:
+            print(f"== {' '.join(arguments)}", flush=True)
+            code = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=ROOT).returncode
             print(f"== {e.name}: exit code {code}", flush=True)
-            worst = max(worst, abs(code))
-    return worst
+            codes[e.name] = max(abs(code), codes.get(e.name, 0))
+    failed = [f"{name} ({code})" for name, code in codes.items() if code]
+    print(f"== {len(codes)} run, not 0: {', '.join(failed) or 'none'}; written to {folder}", flush=True)
+    return max(codes.values(), default=0)
 
 
 def main(argv: list[str] | None = None) -> int:

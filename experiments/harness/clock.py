@@ -6,6 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -42,7 +43,7 @@ class Clock:
         if once > 30:
             return statistics.median(self.loop(run, calls=1, repeats=1, warm=0) for _ in range(3))
         warmup, rep = (5, 30) if quick else (self.warmup, self.rep)
-        return do_bench(run, warmup=warmup, rep=rep, return_mode="median")
+        return cast(float, do_bench(run, warmup=warmup, rep=rep, return_mode="median"))
 
     def loop(self, run: Callable[[], object], *, calls: int = 200, repeats: int = 5, warm: int = 20) -> float:
         """Milliseconds a call when many follow one another: what the host needs counts, the cache stays warm."""

@@ -7,19 +7,56 @@ import math
 import torch
 from torch import Tensor
 
+from dn_lib.operators import Operator
 from dn_lib.testing import relative_error
-from experiments.harness.problems import Problem, forward_backward, pytorch_form
+from experiments.harness.problems import Form, Problem, forward_backward, forward_results
 
-MEANING = "relative Frobenius norm against float64 (PyTorch chunkwise form) of the same rounded inputs"
+RECURRENCE = 64  # tokens of all sequences together, up to which the recurrence itself is differentiated
+MEANING = (
+    "relative Frobenius norm against float64 of the same rounded inputs: up to "
+    f"{RECURRENCE} tokens by the registry's reference, the recurrence (o: against the size of its terms, where that is "
+    "larger), beyond by its chunkwise form in PyTorch"
+)
+
+
+def exact_form(operator: Operator) -> Form | None:
+    """The registered form that stands in for the reference in long calls; None if there is none with chunks.
+
+    The first in plain PyTorch with chunks, gradients and float64: the suite holds it to 1e-12 of the reference.
+    """
+    for form in operator.forms.values():
+        if form.differentiable and "chunk_size" in form.takes and torch.float64 in form.dtypes:
+            return lambda p: form(*p.inputs, **p.options)
+    return None
+
+
+def reference_of(p: Problem, *, gradients: bool = True) -> tuple[dict[str, Tensor], float]:
+    """Output and gradients in float64 of the inputs as they were rounded, and the size of the output's terms.
+
+    With many tokens the recurrence would keep a state for each of them, so another form takes its place; the size is
+    0 then.  Without gradients there is the final state instead, always.
+    """
+    sizes = [0.0]
+
+    def recurrence(p: Problem) -> tuple[Tensor, Tensor | None]:
+        o, state, size = p.operator.reference(*p.inputs, **p.options)
+        sizes.append(size)
+        return o, state
+
+    short = p.q.shape[0] * p.q.shape[1] <= RECURRENCE
+    form = recurrence if short else exact_form(p.operator) or recurrence
+    run = forward_backward if gradients else forward_results
+    return run(form, p.double()), sizes[-1]
 
 
 def exact_results(p: Problem) -> dict[str, Tensor]:
-    """Output and gradients in float64, by the PyTorch chunkwise form, of the inputs as they were rounded."""
-    return forward_backward(pytorch_form, p.double())
+    """The results alone of `reference_of`."""
+    return reference_of(p)[0]
 
 
-def errors_of(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    return {name: relative_error(x, exact[name]) for name, x in got.items()}
+def errors_of(got: dict[str, Tensor], exact: dict[str, Tensor], size: float = 0.0) -> dict[str, float]:
+    """Relative errors by name; `size` is that of the terms of o."""
+    return {name: relative_error(x, exact[name], size if name == "o" else 0.0) for name, x in got.items()}
 
 
 def limit_of(dtype: torch.dtype, precision: str = "ieee", device: str = "cuda") -> float:

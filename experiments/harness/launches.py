@@ -39,14 +39,20 @@ class Launch:
         }
 
 
+# Here a class of Triton's is given another method, because none of its hooks would do (read in 3.6, 3.7 and 3.9):
+# - `knobs.runtime.launch_enter_hook` sees a kernel's name, handle and stream.  Its grid and arguments come only to
+#   kernels declared with `launch_metadata`, and nothing comes of the interpreter, which does not call it.
+# - `knobs.runtime.jit_post_compile_hook` is called once for each kernel compiled, not for each launch.
+# - `add_pre_run_hook` of a kernel is called in both, with the arguments but without the grid; it cannot be taken back,
+#   and it cannot keep a kernel from being launched, which `tune` needs.
 @contextlib.contextmanager
 def through(launch: Callable) -> Iterator[None]:
     """Within it a kernel's launch is `launch(plain, kernel, arguments, options)`, where `plain` would launch it.
 
-    Triton's own hooks see neither the grid nor, before a launch, what was compiled; so its class of kernels is given
-    another `run`, and that is taken back in the end.
+    It sees what is launched by `kernel[grid](...)`.  A plan that has been launched before keeps its compiled kernels
+    and launches these by themselves (`dn_lib.kernels.launcher`): on a GPU, ask for a new plan.
     """
-    kind = type(ladder.scaled_add_kernel)
+    kind: Any = type(ladder.scaled_add_kernel)
     plain = kind.run
     kind.run = lambda kernel, *arguments, **options: launch(plain, kernel, arguments, options)
     try:

@@ -10,31 +10,21 @@ from __future__ import annotations
 import functools
 import importlib.util
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from experiments.harness.problems import Problem
+from dn_lib.operators import DELTA_RULE
 from experiments.harness.provenance import package_version
 from experiments.harness.results import first_line
 
 
 @dataclass
 class Peer:
-    """flash-linear-attention's chunkwise and recurrent functions, or why they are not there."""
+    """Whether flash-linear-attention is there, or why not; `problems.peer_form` calls it."""
 
     status: str
-    chunk: Callable | None = None
-    recurrent: Callable | None = None
+    present: bool = False
     cut: bool = False
     facts: dict = field(default_factory=dict)
-
-    def form(self, p: Problem) -> tuple[Tensor, Tensor | None]:
-        return self.chunk(
-            p.q, p.k, p.v, p.beta, initial_state=p.initial_state, output_final_state=p.dstate is not None,
-            use_qk_l2norm_in_kernel=p.norm, cu_seqlens=p.cu_seqlens,
-        )  # fmt: skip
 
 
 @functools.cache
@@ -58,11 +48,11 @@ def load_fla(skip: bool, smoke: bool = False) -> Peer:
         return configs[:1] if peer.cut and self.base_fn.__module__.startswith("fla.") else configs
 
     try:
-        from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+        DELTA_RULE.peers["fla"].load()
     except Exception as error:
         return Peer(f"failed to import: {first_line(error)}")
     Autotuner.prune_configs = prune
-    peer.chunk, peer.recurrent = chunk_delta_rule, fused_recurrent_delta_rule
+    peer.present = True
     return peer
 
 

@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 MOST_WORKERS = 16  # each holds a context on the GPU, and throughput.py's a model and the activations of its step
 
@@ -16,18 +19,22 @@ def default_workers() -> int:
     return min(os.cpu_count() or 1, MOST_WORKERS)
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
 class Died(Exception):
     """A process ended, or was ended at the deadline, before it had the result."""
 
 
-def _serve(function: Callable, items: Sequence, connection) -> None:
+def _serve(function: Callable, items: Sequence, connection: Connection) -> None:
     for item in items:
         connection.send(function(item))
 
 
 def spread(
-    function: Callable, items: Sequence, workers: int, deadline: float | None = None
-) -> Iterator[tuple[object, object]]:
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, deadline: float | None = None
+) -> Iterator[tuple[Item, Result | Died]]:
     """(item, function(item)) in the order of `items`, from `workers` processes; with 0 of them from this one.
 
     Process n does items n, n + workers, ... in order, so which process does what never depends on time.  `function`
@@ -48,14 +55,15 @@ def spread(
             sender.close()  # so that the end of the process is the end of what can be received
             started.append((process, receiver))
         for n, item in enumerate(items):
-            yield item, _received(*started[n % count], deadline)
+            process, receiver = started[n % count]
+            yield item, _received(process, receiver, deadline)
     finally:
         for process, _ in started:
             process.kill()
             process.join()
 
 
-def _received(process, receiver, deadline: float | None) -> object:
+def _received(process: BaseProcess, receiver: Connection, deadline: float | None):
     if not receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
         process.kill()
         return Died("stopped at the budget")

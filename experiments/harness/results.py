@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"
 
 
-def plain(x):
+def plain(x: Any) -> Any:
     """As JSON can hold it: numbers that are not finite become strings, floats keep six digits."""
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
@@ -72,7 +73,8 @@ class Results:
         any_commit: bool = False,
     ):  # fmt: skip
         self.path, self.smoke, self.started = path, smoke, time.monotonic()
-        self.budget, self.summary = budget, {}
+        self.budget = budget
+        self.summary: dict[str, Any] = {}
         self.settings = settings
         self.provenance = provenance(seed=seed)
         self.origin = {name: self.provenance[name] for name in ("git_commit", "device")}
@@ -131,12 +133,12 @@ class Results:
             raise OutOfTime
         begun = time.monotonic()
         try:
-            row = {"key": key, "status": "ok", **run()}
+            made: dict[str, Any] = {"key": key, "status": "ok", **run()}
         except Exception as error:
-            row = {"key": key, "status": "failed", "failure": first_line(error)}
-        row["seconds"] = time.monotonic() - begun
-        self.add(row)
-        say = row["status"] if row["status"] == "ok" else f"{row['status']}: {row.get('failure')}"
+            made = {"key": key, "status": "failed", "failure": first_line(error)}
+        made["seconds"] = time.monotonic() - begun
+        self.add(made)
+        say = made["status"] if made["status"] == "ok" else f"{made['status']}: {made.get('failure')}"
         print(f"[{self.elapsed():6.1f} s] {key}: {say}", flush=True)
         if torch.cuda.is_available():
             try:

@@ -37,6 +37,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -68,18 +69,17 @@ SORTS = {  # name: (dtype, layers, standard deviation of the weights)
 
 def build_fla(options: dict, layers: int, std: float, seed: int):
     """A random fla model in float32, and its configuration."""
-    from fla.models import DeltaNetConfig, DeltaNetForCausalLM
-
+    models = importlib.import_module("fla.models")
     torch.manual_seed(seed)
     sizes = {"hidden_size": 256, "num_heads": 4, "num_hidden_layers": layers, "vocab_size": 512}
-    config = DeltaNetConfig(**sizes, initializer_range=std, **options)
-    return DeltaNetForCausalLM(config).eval(), config
+    config = models.DeltaNetConfig(**sizes, initializer_range=std, **options)
+    return models.DeltaNetForCausalLM(config).eval(), config
 
 
 @torch.no_grad()
 def compare(theirs, ours, exact, tokens: torch.Tensor, device: str) -> dict:
     """Distances for one batch of tokens; a refusal by fla is recorded as its message."""
-    row = {"shape": list(tokens.shape)}
+    row: dict[str, Any] = {"shape": list(tokens.shape)}
     reference = exact(tokens)
     o = ours(tokens.to(device))
     row["ours_to_float64"] = relative_error(o, reference)

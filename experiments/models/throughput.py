@@ -28,11 +28,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib
 import json
 import os
 import re
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +80,7 @@ class Candidate:
     """A model that is built, with its optimiser: `loss_of(inputs, targets)` is the loss of a batch."""
 
     model: nn.Module
-    loss_of: object
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     optimiser: torch.optim.Optimizer
     warm: set
 
@@ -108,31 +110,31 @@ class Bench:
 
     def __init__(self, options, device: str, shape: dict):
         self.options, self.device, self.shape, self.built = options, device, shape, {}
-        backend = {"backend": "eager"} if options.smoke else {}
-        compiles = not options.no_compile
-        self.loss = torch.compile(loss_of_features, dynamic=False, **backend) if compiles else loss_of_features
-        self.backend = backend if compiles else None
+        self.backend = None if options.no_compile else "eager" if options.smoke else "inductor"  # of torch.compile
+        self.loss = loss_of_features
+        if self.backend is not None:
+            self.loss = torch.compile(loss_of_features, dynamic=False, backend=self.backend)
 
     def config(self, name: str) -> ModelConfig:
         return ModelConfig(**self.shape, mixer="delta" if name == "fla" else name)
 
     def ours(self, name: str):
         model = LanguageModel(self.config(name)).to(self.device)
+        head = model.embedding if model.head is None else model.head
         for block in model.blocks if self.backend is not None else ():
-            block.compile(dynamic=False, **self.backend)  # the second block finds the first one's code
+            block.compile(dynamic=False, backend=self.backend)  # the second block finds the first one's code
 
         def loss_of(inputs, targets):
             # Flat, so that the compiled loss has one shape for all lengths.
-            return self.loss(model.features(inputs).flatten(0, 1), model.head.weight, targets.flatten())
+            return self.loss(model.features(inputs).flatten(0, 1), head.weight, targets.flatten())
 
         return model, loss_of
 
     def fla(self):
         """The peer, as its own configuration makes it."""
-        from fla.models import DeltaNetConfig, DeltaNetForCausalLM
-
-        model = DeltaNetForCausalLM(
-            DeltaNetConfig(
+        models = importlib.import_module("fla.models")
+        model = models.DeltaNetForCausalLM(
+            models.DeltaNetConfig(
                 vocab_size=self.shape["vocab_size"],
                 hidden_size=self.shape["width"],
                 num_hidden_layers=self.shape["layers"],
@@ -523,5 +525,6 @@ EXPERIMENT = Experiment(
     options=options,
     shared=("budget", "retry", "seed", "smoke", "workers"),
     each=(("--profile",),),
+    small=("--profile", "--repeats", "1", "--warmup", "1", "--rounds", "1", "--lengths", "64"),
     dry=("tune_only",),
 )

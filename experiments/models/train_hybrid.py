@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ from experiments.harness.provenance import provenance
 from experiments.harness.results import write_json
 
 PROMPTS = ("def ", "class ", "\ndef read_file(path):\n    ")
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "hybrid": {"mixer": "delta", "hybrid": "window"},
     "delta": {"mixer": "delta", "hybrid": "none"},
     "attention": {"mixer": "attention", "hybrid": "none"},
@@ -94,10 +95,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def sizes(options, vocab_size: int = 256) -> dict[str, int]:
     """Parameters of every kind at the sizes in `options`."""
-    fixed = {name: getattr(options, name) for name in SHAPE if name not in ("mixer", "hybrid")}
+    fixed: dict[str, Any] = {name: getattr(options, name) for name in SHAPE if name not in ("mixer", "hybrid")}
     with torch.device("meta"):
         models = {
-            kind: LanguageModel(ModelConfig(vocab_size=vocab_size, **fixed, **part)) for kind, part in KINDS.items()
+            kind: LanguageModel(ModelConfig(vocab_size=vocab_size, **fixed | part)) for kind, part in KINDS.items()
         }
     return {kind: model.num_parameters() for kind, model in models.items()}
 

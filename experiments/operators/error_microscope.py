@@ -22,6 +22,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any, cast
 
 import dn_lib  # noqa: F401  # isort: skip  (before Triton: it decides on the interpreter)
 
@@ -93,8 +94,8 @@ class Source:
     def problem(self, c: dict, dtype: torch.dtype) -> Problem:
         x = self.x
         q, beta = normalize(x["q"], dim=-1), c["beta_range"] * x["beta"]
-        rounded = [t.to(dtype).contiguous() for t in (q, self.keys(c), x["v"], beta, x["do"])]
-        return Problem(*rounded, chunk=c["chunk"]).requiring_grad()
+        *inputs, do = (t.to(dtype).contiguous() for t in (q, self.keys(c), x["v"], beta, x["do"]))
+        return Problem(inputs, do, chunk=c["chunk"]).requiring_grad()
 
 
 def facts(k: Tensor, beta: Tensor) -> dict:
@@ -161,8 +162,8 @@ def recursion_kernel(
     k = tl.load(k_ptr + (m * C + i[:, None]) * D + columns[None, :])
     beta = tl.load(beta_ptr + m * C + i).to(tl.float32)
     gram = dot(k, tl.trans(k), PRECISION)
-    L = tl.where(i[:, None] > i[None, :], gram, 0.0)
-    N = inverse.scaled_inverse(L, beta, C, INVERSE)
+    B = tl.where(i[:, None] > i[None, :], gram, 0.0)
+    N = inverse.scaled_inverse(B, beta, C, INVERSE)
     tl.store(n_ptr + (m * C + i[:, None]) * C + i[None, :], N)
 
 
@@ -171,7 +172,7 @@ def by_recursion(k: Tensor, beta: Tensor, half: bool) -> Tensor:
     *chunks, C, d = k.shape
     N = torch.full((*chunks, C, C), float("nan"), device=k.device)
     k, beta = (k if half else k.float()).contiguous(), beta.contiguous()
-    recursion_kernel[(math.prod(chunks),)](
+    cast(Any, recursion_kernel)[(math.prod(chunks),)](
         k, beta, N, D=d, C=C, PRECISION="ieee" if half else "tf32", INVERSE="half" if half else "tf32"
     )
     return N
@@ -226,15 +227,15 @@ def used(T: Tensor, N: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Ten
     """o and gradients of one chunk from state zero, in float64 but for the T and N that are given (eq-backward-t).
 
     So what is wrong with them comes from the inverse alone.  The errors E of the writes and their gradient Z are
-    taken from N, as the operator takes them; where there is only T, from E = V - L Vn and Z = dVn - L^T dR.
+    taken from N, as the operator takes them; where there is only T, from E = V - B Vn and Z = dVn - B^T dR.
     """
     scale = q.shape[-1] ** -0.5
-    L, P, D = (k @ k.mT).tril(-1), scale * (q @ k.mT).tril(), beta[..., None]
+    B, P, D = (k @ k.mT).tril(-1), scale * (q @ k.mT).tril(), beta[..., None]
     Vn = T @ v
     dVn = P.mT @ do
     dR = T.mT @ dVn
-    E = v - L @ Vn if N is None else v + N @ (D * v)
-    Z = dVn - L.mT @ dR if N is None else dVn + N.mT @ (D * dVn)
+    E = v - B @ Vn if N is None else v + N @ (D * v)
+    Z = dVn - B.mT @ dR if N is None else dVn + N.mT @ (D * dVn)
     dP = scale * (do @ Vn.mT).tril()
     G = -(dR @ Vn.mT).tril(-1)
     dk = dP.mT @ q + (G + G.mT) @ k
@@ -280,7 +281,7 @@ def tf32_rounding(device: str) -> dict:
     eye, row = torch.eye(C, device=device), {}
     for side, operands in (("left", (x, eye)), ("right", (eye, x))):
         out = torch.full_like(x, float("nan"))
-        dot_kernel[(1,)](*operands, out, C=C, PRECISION="tf32")
+        cast(Any, dot_kernel)[(1,)](*operands, out, C=C, PRECISION="tf32")
         row[side] = next((name for name, form in forms.items() if torch.equal(out, form)), "otherwise")
     return row
 

@@ -42,7 +42,7 @@ def drawn(
     B, L, H, d = size
     state = None if operator.length is None else B
     *inputs, first = operator.sample(B, L, H, d, d, seed=1, dtype=dtype, state=state, device=device)
-    return inputs, first
+    return [x for x in inputs if x is not None], first
 
 
 def runs(operator: Operator) -> Iterator[tuple[str, Callable, Callable | None]]:

@@ -86,7 +86,8 @@ class Size:
     def exact(self) -> dict[str, torch.Tensor]:
         leaves = [x.requires_grad_() for x in self.wide(*self.inputs)]
         o, state = dn_lib.delta_rule(*leaves, backend="chunkwise", output_final_state=True)
-        gradients = torch.autograd.grad(o, leaves, *self.wide(self.p.do))
+        gradients = torch.autograd.grad(o, leaves, self.wide(self.p.do))
+        assert state is not None
         names = ("o", "state", "dq", "dk", "dv", "dbeta")
         return dict(zip(names, (o.detach(), state.detach(), *gradients), strict=True))
 
@@ -107,7 +108,7 @@ class Size:
     def output(self, found: tuple) -> dict[str, float]:
         return self.compare(("o", found[0], self.exact["o"]), ("state", found[1], self.exact["state"]))
 
-    def operator(self, *, gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def operator(self, *, gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = self.p.leaves if gradients else self.inputs
         with torch.set_grad_enabled(gradients):
             return dn_lib.delta_rule(*inputs, backend="triton", chunk_size=self.shape.C, output_final_state=True)
@@ -173,6 +174,7 @@ class Size:
         few = slice(0, min(self.decoded, 8))
         p = draw(self.decoded, 1, s.H, s.d_k, s.d_v, torch.bfloat16, self.device, seed=10, state=True)
         inputs = [x.detach() for x in (p.q, p.k, p.v, p.beta)]
+        assert p.initial_state is not None
         state = p.initial_state.detach()
 
         def step(tensors: list[torch.Tensor], first: torch.Tensor, backend: str) -> tuple:

@@ -45,17 +45,18 @@ def exercise(case: tuple, device: str = "cuda") -> int:
     v, beta = torch.randn(1, L, 1, d_v, device=device), torch.rand(1, L, 1, device=device)
     cu = torch.tensor([0, 0, 17, L], device=device) if packed else None
     first = torch.randn(3 if packed else 1, 1, d_k, d_v, device=device)
-    x = [t.to(dtype).requires_grad_() for t in (q, k, v, beta)]
+    x = q, k, v, beta = tuple(t.to(dtype).requires_grad_() for t in (q, k, v, beta))
     target = rules.Target(plan.target_of(torch.device(device)).arch, sms=2**20 if one_wave else 0)
     with plan.using(segments=segments, target=target):
         o, state = dn_lib.delta_rule(
-            *x, initial_state=first, output_final_state=True, cu_seqlens=cu, qk_l2norm=norm, backend="triton"
+            q, k, v, beta, initial_state=first, output_final_state=True, cu_seqlens=cu, qk_l2norm=norm, backend="triton"
         )
+        assert state is not None
         torch.autograd.grad((o, state), x, (torch.randn_like(o), torch.randn_like(state)))
         with torch.no_grad():
-            dn_lib.delta_rule(*x, cu_seqlens=cu, qk_l2norm=norm, backend="triton")
-            dn_lib.fused_recurrent_delta_rule(*(t[:, :9] for t in x))
-            dn_lib.decode_delta_rule(*(t[:, 0].detach() for t in x), first[:1].clone())
+            dn_lib.delta_rule(q, k, v, beta, cu_seqlens=cu, qk_l2norm=norm, backend="triton")
+            dn_lib.fused_recurrent_delta_rule(q[:, :9], k[:, :9], v[:, :9], beta[:, :9])
+            dn_lib.decode_delta_rule(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], first[:1].clone())
     if device == "cuda":
         torch.cuda.synchronize()
     return 5
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     # Without PyTorch's cache each tensor is an allocation of its own, so that its ends are watched.
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "experiments", "sanitizer", "--exercise"]
-    with multiprocessing.get_context("spawn").Pool(min(len(CASES), os.cpu_count())) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(CASES), os.cpu_count() or 1)) as pool:
         pool.map(exercise, CASES, chunksize=1)  # compiles them
     environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running, begun = {}, time.monotonic()

@@ -1,7 +1,7 @@
 """Time, memory and errors of the operator beside fla, softmax attention, the recurrence and PyTorch, in one process.
 
 Errors come first: output and gradients of ours, and of fla, on a batch of at most two sequences of at most 1,024
-tokens with the same heads (and, where the operator would split a long sequence, in as many parts), against the
+tokens with the same heads (and, where the operator would split a long sequence, in as many segments), against the
 PyTorch form in float64.  A shape at which an error of ours is above the dtype's limit (bfloat16: 8e-3), or above 1.1
 times fla's, is not timed; its row says `refused` and why.  Then times, ours and fla by turns, so that
 `ours_samples_ms` shows the spread.
@@ -33,11 +33,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dn_lib
 from dn_lib.kernels import plan, rules
+from dn_lib.operators import DECODE_DELTA_RULE
 from dn_lib.testing import mixed_lengths, relative_error
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.clock import Clock, ceilings, interleaved, peak_extra_bytes
@@ -54,6 +56,7 @@ from experiments.harness.problems import (
     forward_backward,
     matmul_precision,
     operator,
+    peer_form,
     pytorch_form,
     recurrent_form,
     segments_of,
@@ -93,13 +96,13 @@ class Bench:
         self.checked: dict[tuple, dict] = {}
 
     def fla_state(self, cut: bool) -> str:
-        if self.peer.chunk is None:
+        if not self.peer.present:
             return self.peer.status
         return "first configuration" if cut else "autotuned"
 
     def again(self, row: dict) -> bool:
         """Whether a row that is there should be made anew: it lacks fla, which is here now; or it failed."""
-        return (self.peer.chunk is not None and row.get("fla", "autotuned") not in TUNED) or (
+        return (self.peer.present and row.get("fla", "autotuned") not in TUNED) or (
             self.options.retry and row["status"] != "ok"
         )
 
@@ -110,7 +113,7 @@ class Bench:
             # Short calls of whole chunks fetch their tiles as the long ones that are timed do.
             tma = True if p.q.shape[1] >= rules.TMA_MIN_LENGTH else None
             with plan.using(segments=segments, tma=tma):
-                found = {"ours": errors_of(forward_backward(operator, p), exact)}
+                found: dict[str, Any] = {"ours": errors_of(forward_backward(operator, p), exact)}
                 found["ours"] |= {"o (no gradient)": relative_error(forward(operator, p), exact["o"])}
             if theirs is not None:
                 try:
@@ -132,7 +135,7 @@ class Bench:
         """
         B, L, H, d_k = p.q.shape
         row = {"B": B, "L": L, "H": H, "d_k": d_k, "d_v": p.v.shape[-1], "dtype": p.q.dtype, "fla": self.fla_state(cut)}
-        theirs = None if self.peer.chunk is None else self.peer.form
+        theirs = peer_form if self.peer.present else None
         self.peer.cut = cut
         if theirs is not None:
             try:
@@ -163,11 +166,17 @@ class Bench:
         return row
 
     def others(self, p: Problem) -> dict:
-        """Softmax attention, the recurrent kernel and the PyTorch form; a refusal or lack of memory is recorded."""
+        """Softmax attention, the recurrent kernel and the PyTorch form; a refusal or lack of memory is recorded.
+
+        softmax_attention is torch's FlashAttention kernel, softmax_attention_cudnn the one of cuDNN.
+        """
         found = {}
+        cudnn_form = functools.partial(softmax_form, kernel="CUDNN_ATTENTION")
         runs = {
             "softmax_attention.forward": lambda: forward(softmax_form, p),
             "softmax_attention.forward_backward": lambda: forward_backward(softmax_form, p, [p.q, p.k, p.v]),
+            "softmax_attention_cudnn.forward": lambda: forward(cudnn_form, p),
+            "softmax_attention_cudnn.forward_backward": lambda: forward_backward(cudnn_form, p, [p.q, p.k, p.v]),
             "recurrent.forward": lambda: forward(recurrent_form, p),
             "pytorch_chunkwise.forward": lambda: forward(pytorch_form, p),
             "pytorch_chunkwise.forward_backward": lambda: forward_backward(pytorch_form, p),
@@ -264,26 +273,22 @@ def decode(bench: Bench) -> None:
 
     def row():
         p = draw(N, 1, H, d, d, torch.bfloat16, bench.device, seed=10, state=True)
-        token = [x.detach()[:, 0] for x in (p.q, p.k, p.v, p.beta)]
+        assert p.initial_state is not None
+        token = q, k, v, beta = tuple(x.detach()[:, 0] for x in p.inputs)
         state = p.initial_state.detach().clone()
         few = slice(0, min(N, 8))
-        wide = [x[few, None].double() for x in token]
-        first = state[few].double()
-        o, last = dn_lib.delta_rule(*wide, initial_state=first, output_final_state=True, backend="recurrent")
-        got = dn_lib.decode_delta_rule(*token, state)
+        o, last, _ = DECODE_DELTA_RULE.reference(*(x[few, None] for x in token), initial_state=state[few])
+        got = dn_lib.decode_delta_rule(q, k, v, beta, state)
         errors = {"o": relative_error(got[few], o[:, 0]), "state": relative_error(state[few], last)}
         limit = limit_of(torch.bfloat16, device=bench.device)
         result = {"sequences": N, "H": H, "d": d, "errors": {"ours": errors, "limit": limit}}
         if wrong := verdict(errors, None, limit):
             return result | refused(wrong)
         theirs = None
-        if bench.peer.recurrent is not None:
-            q, k, v, beta = (x[:, None] for x in token)
-
-            def theirs():
-                with torch.no_grad():
-                    return bench.peer.recurrent(q, k, v, beta, initial_state=state, output_final_state=True)
-
+        if bench.peer.present:
+            peer = DECODE_DELTA_RULE.peers["fla"]
+            keywords = peer.keywords(q=p.q, k=p.k, v=p.v, beta=p.beta, initial_state=state)
+            theirs = torch.no_grad()(functools.partial(peer.load(), **keywords))
             try:
                 theirs()
             except Exception as error:
@@ -365,15 +370,15 @@ def summary(rows: list[dict]) -> dict:
             for row in done
             if row[name].get("fla_peak_extra_bytes")
         }
-        worst = max(bytes_ratio, key=bytes_ratio.get, default=None)
-        least = min(ratios, key=ratios.get, default=None)
+        worst = max(bytes_ratio, key=lambda key: bytes_ratio[key], default=None)
+        least = min(ratios, key=lambda key: ratios[key], default=None)
         result[name] = {
             "shapes_with_fla": len(ratios),
             "geometric_mean_ratio": geometric_mean(list(ratios.values())),
-            "least_ratio": ratios.get(least),
+            "least_ratio": None if least is None else ratios[least],
             "least_ratio_at": least,
             "geometric_mean_of_compulsory_time": geometric_mean([row[name]["of_compulsory_time"] for row in done]),
-            "most_memory_of_fla": bytes_ratio.get(worst),
+            "most_memory_of_fla": None if worst is None else bytes_ratio[worst],
             "most_memory_at": worst,
         }
     for row in rows:
@@ -473,6 +478,7 @@ EXPERIMENT = Experiment(
     gpu="H200",
     run=run,
     options=options,
+    small=("--only", "grid", "decode", "--shapes", "16,1,1,40"),
     shared=("any-commit", "budget", "quick", "retry", "smoke"),
     dry=("first_call",),
 )

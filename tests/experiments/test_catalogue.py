@@ -42,6 +42,31 @@ def test_what_all_runs_is_taken_by_each_experiment(catalogue, tmp_path):
         assert sys.modules[e.run.__module__].__doc__ == e.parser().description
 
 
+def test_all_runs_each_experiment_once_for_each_file_or_small_without_a_gpu(catalogue, tmp_path, monkeypatch, capsys):
+    for e in catalogue:
+        every = cli.runs(e, False, RESULTS)
+        assert [e.arguments(words[1:]).out for words in every] == [RESULTS / file for file in e.writes]
+        small = cli.runs(e, True, tmp_path)
+        assert len(small) == ("smoke" in e.shared)
+        for name, *words in small:
+            options = e.arguments(words)
+            assert name == e.name and options.smoke and options.out == tmp_path / f"{name}.json"
+    codes = iter([0, -11, *[0] * len(catalogue)])
+    started = []
+
+    def run(command, cwd):
+        started.append(command[2:])
+        return subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert cli.main(["--all", "--smoke"]) == 11
+    said = capsys.readouterr().out
+    assert [words[1] for words in started] == [e.name for e in catalogue if "smoke" in e.shared]
+    for e in catalogue:
+        assert (f"== {e.name}: skipped, it has no smoke run" in said) == ("smoke" not in e.shared)
+    assert f"== {len(started)} run, not 0: {started[1][1]} (11); written to " in said
+
+
 def test_nothing_measured_without_a_gpu_goes_to_the_book_by_itself(catalogue, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for e in catalogue:

@@ -11,26 +11,23 @@ import torch
 from dn_lib.operators import OPERATORS
 
 pytest.importorskip("triton")
+
+from experiments.harness import cli
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="--smoke is for machines without a GPU")
 
 
-SCRIPTS = {
-    "side_by_side": ["--only", "grid", "decode", "--shapes", "16,1,1,40"],
-    "errors": ["--variants", "1", "--calls", "3"],
-    "paper_figure": [],
-    "error_microscope": [],
-    "tune": [],
-    "segments": [],
-    "ladder": [],
-    "every_form": [],
-}
+SCRIPTS = (
+    "side_by_side", "errors", "paper_figure", "error_microscope", "tune", "segments", "ladder", "every_form"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def smoke(begin, tmp_path_factory) -> dict[str, tuple[str, int, Path]]:
-    """What was printed, exit code and the file written, of each experiment; they run side by side."""
+    """What was printed, exit code and the file written, of each experiment; as `--all --smoke`, but side by side."""
     folder = tmp_path_factory.mktemp("experiments")
-    runs = {name: begin(name, "--smoke", "--out", str(folder / f"{name}.json"), *o) for name, o in SCRIPTS.items()}
+    every = {e.name: cli.runs(e, True, folder) for e in cli.catalogue()}
+    runs = {name: begin(*every[name][0]) for name in SCRIPTS}
     return {name: (run.communicate()[0], run.returncode, folder / f"{name}.json") for name, run in runs.items()}
 
 
@@ -61,10 +58,15 @@ def test_operator_rows(smoke):
 
 
 def test_errors_are_those_of_float32_and_half_precision(smoke):
-    errors = json.loads(smoke["errors"][2].read_text())["summary"]["errors"]
-    assert all(0 < e["worst"] < 0.06 for outputs in errors.values() for e in outputs.values())
-    assert list(errors) == ["bfloat16", "float16", "float32"]
-    assert max(e["worst"] for e in errors["float32"].values()) < 1e-5
+    """Of every operator of the registry, and of all outputs that have a gradient."""
+    summary = json.loads(smoke["errors"][2].read_text())["summary"]
+    assert {form.partition(", ")[0] for form in summary["errors"]} == set(OPERATORS) and not summary["failures"]
+    for form, errors in summary["errors"].items():
+        assert list(errors) == ["bfloat16", "float16", "float32"], form
+        assert all(0 <= e["worst"] < 0.06 for outputs in errors.values() for e in outputs.values()), form
+        assert all(outputs["o"]["worst"] > 0 for outputs in errors.values()), form
+        assert max(e["worst"] for e in errors["float32"].values()) < 1e-5, form
+    assert summary["calls_made"] == summary["calls_asked"] == summary["calls"]
 
 
 def test_every_stage_of_the_ladder_is_checked_and_predicted(smoke):

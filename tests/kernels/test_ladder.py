@@ -66,13 +66,6 @@ def test_linear_attention(shape, dtype):
     assert o.dtype == dtype and state.dtype == torch.float32
 
 
-def test_linear_attention_takes_a_scale():
-    q, k, v, _ = inputs(1, 20, 1, 8, 8)
-    torch.testing.assert_close(
-        ladder.linear_attention(q, k, v, scale=1.0)[0] * 8**-0.5, ladder.linear_attention(q, k, v)[0]
-    )
-
-
 @pytest.mark.parametrize("method", ladder.INVERSES)
 @pytest.mark.parametrize("L", [1, 16, 40])
 def test_ut_transform(method, L):
