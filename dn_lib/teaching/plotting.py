@@ -34,6 +34,18 @@ STYLES: list[dict[str, Any]] = [
     for colour, marker, line in zip(COLOURS, MARKERS, LINES, strict=True)
 ]
 
+#: The style of each mechanism, the same in every chapter; "ideal" is the best that a state could do (least squares).
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "linear": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "delta": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "softmax": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "gated": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    "ideal": {"color": "#000000", "marker": "v", "linestyle": (0, (5, 1))},
+}
+
+#: Styles for series that are no mechanism (dimensions, cosines, forms of one thing): colours that no mechanism has.
+OTHERS: list[dict[str, Any]] = [style | {"linestyle": line} for style, line in zip(STYLES[5:], LINES[:3], strict=True)]
+
 MAPS = {"diverging": "RdBu_r", "sequential": "cividis"}
 
 
@@ -87,10 +99,18 @@ def figure(rows: int = 1, columns: int = 1, height: float = 3.2, **subplots: Any
     return plt.subplots(rows, columns, figsize=(WIDTH, height), **subplots)
 
 
-def matrix(ax: Axes, tensor: torch.Tensor, title: str = "", cmap: str = "diverging", values: bool = False) -> AxesImage:
+def matrix(
+    ax: Axes,
+    tensor: torch.Tensor,
+    title: str = "",
+    cmap: str = "diverging",
+    values: bool = False,
+    limit: float | None = None,
+) -> AxesImage:
     """Draw the two-dimensional `tensor` as a grid of coloured cells.
 
-    `cmap="diverging"` shows signs and centres the colours on zero; `"sequential"` shows magnitudes.
+    `cmap="diverging"` shows signs and centres the colours on zero, `limit` (the largest magnitude, by default) at
+    their ends; `"sequential"` shows magnitudes, from 0 to `limit` if it is given.
     `values=True` writes each number into its cell.  Rows and columns are counted from 1, as in the text.
     Returns the image, for `fig.colorbar`.  Raises ValueError if `tensor` has not two dimensions, or for
     any other `cmap`.
@@ -105,7 +125,10 @@ def matrix(ax: Axes, tensor: torch.Tensor, title: str = "", cmap: str = "divergi
     if tensor.ndim != 2:
         raise ValueError(f"tensor must be [rows, columns], got shape {list(tensor.shape)}")
     array = tensor.detach().to("cpu", torch.float64).numpy()
-    norm = CenteredNorm(halfrange=abs(array).max() or 1.0) if cmap == "diverging" else Normalize()
+    if cmap == "diverging":
+        norm = CenteredNorm(halfrange=limit or abs(array).max() or 1.0)
+    else:
+        norm = Normalize() if limit is None else Normalize(0, limit)
     image = ax.imshow(array, cmap=MAPS[cmap], norm=norm, interpolation="nearest")
     ax.set_title(title)
     ax.grid(False)
@@ -130,13 +153,14 @@ def animation(
     fps: float = 2,
     height: float = 3.2,
     alt: str | None = None,
+    still: Callable[[Figure], None] | None = None,
 ) -> Any:
     """A short animation, to be the last expression of a cell.
 
     `draw(fig, frame)` is called on an empty figure for every item of `frames`.  The result, an IPython
     `Image`, is an animated PNG that loops: every browser and notebook plays it, it needs no script, and
-    where it cannot move, as in print, the last frame stands in for it.  A frame takes about 10 kB.
-    Raises ValueError if `frames` is empty.
+    where it cannot move, as in print, `still(fig)` is drawn in its place, or the last frame.  A frame takes
+    about 10 kB.  Raises ValueError if `frames` is empty.
 
     >>> moving = animation(lambda fig, n: fig.text(0.5, 0.5, str(n)), range(3))
     >>> PillowImage.open(BytesIO(moving.data)).is_animated
@@ -147,13 +171,21 @@ def animation(
     fig = Figure(figsize=(WIDTH, height), layout="constrained", dpi=100)
     canvas = FigureCanvasAgg(fig)
     pictures = []
-    for frame in frames:
+
+    def take(drawing: Callable[..., None], *arguments: Any) -> None:
         fig.clear()
-        draw(fig, frame)
+        drawing(fig, *arguments)
         canvas.draw()
         pictures.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+    for frame in frames:
+        take(draw, frame)
     if not pictures:
         raise ValueError("frames must hold at least one item, got none")
+    if still is None:
+        pictures.append(pictures[-1])
+    else:
+        take(still)
     # One palette for all frames makes the file three times smaller; its last entry is the paper's white.
     palette = PillowImage.fromarray(np.concatenate(pictures)).quantize(255)
     colours = [*(palette.getpalette() or ())[: 3 * 255], 255, 255, 255]
@@ -166,7 +198,7 @@ def animation(
         pages.append(PillowImage.fromarray(entries))
         pages[-1].putpalette(colours)
     buffer = BytesIO()
-    # With `default_image` the first page is the still, and the animation is the rest.
+    # With `default_image` the first page is the still (the last of `pages`), and the animation is the rest.
     options = {"save_all": True, "default_image": True, "duration": round(1000 / fps), "loop": 0}
-    pages[-1].save(buffer, format="PNG", append_images=pages, optimize=True, **options)
+    pages[-1].save(buffer, format="PNG", append_images=pages[:-1], optimize=True, **options)
     return Image(data=buffer.getvalue(), format="png", alt=alt)

@@ -473,7 +473,7 @@ ENTRIES = [
         eigenvalues,
         eigenvalues_formula(lambda k, b: 1 - b * (k @ k)),
         {
-            "the paper's misprint, 1 - beta |k|": eigenvalues_formula(lambda k, b: 1 - b * k.norm()),
+            "|k| for |k|^2, which unit keys hide": eigenvalues_formula(lambda k, b: 1 - b * k.norm()),
             "1 - beta": eigenvalues_formula(lambda k, b: 1 - b),
             "1 + beta |k|^2": eigenvalues_formula(lambda k, b: 1 + b * (k @ k)),
         },

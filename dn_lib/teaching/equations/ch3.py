@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from math import ceil, comb, log2
 
 import torch
@@ -586,6 +587,45 @@ SCALED_INVERSE = Equation(
 )
 
 
+def _path_sum(
+    k: Tensor, beta: Tensor, inner: Tensor, end: float = 0.0, sign: int = -1, longest: int | None = None
+) -> Tensor:
+    """N by eq-paths: every path from j to i, edges `sign` k^T k, `inner` betas at stops and beta**end at both ends."""
+    N = torch.zeros(len(k), len(k), dtype=torch.float64)
+    for i in range(len(k)):
+        for j in range(i):
+            for count in range(i - j if longest is None else min(longest, i - j)):
+                for stops in combinations(range(j + 1, i), count):
+                    value = (beta[i] * beta[j]) ** end * inner[list(stops)].prod()
+                    for a, b in pairwise((j, *stops, i)):
+                        value = value * sign * torch.dot(k[b], k[a])
+                    N[i, j] += value
+    return N
+
+
+def _few_keys(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Up to 7 keys, since the number of paths doubles with each; beta in (0.1, 2)."""
+    k, beta = _keys(generator)
+    return k[:7], beta[:7]
+
+
+PATHS = Equation(
+    label="eq-paths",
+    kind="identity",
+    sample=_few_keys,
+    # Left: T as eq-ut prints it, off the diagonal and without the betas of its ends.
+    left=lambda k, beta: _ut(k, beta).tril(-1) / beta[:, None] / beta,
+    right=lambda k, beta: _path_sum(k, beta, beta),
+    mutants={
+        "betas of the ends counted": lambda k, beta: _path_sum(k, beta, beta, end=1.0),
+        "betas of the stops left out": lambda k, beta: _path_sum(k, beta, torch.ones_like(beta)),
+        "edges without their minus": lambda k, beta: _path_sum(k, beta, beta, sign=1),
+        "direct edges only": lambda k, beta: _path_sum(k, beta, beta, longest=1),
+        "at most one stop": lambda k, beta: _path_sum(k, beta, beta, longest=2),
+    },
+)
+
+
 def _n_by_entries(k: Tensor, beta: Tensor, first: int, last: int, sign: int = -1, back: bool = False) -> Tensor:
     """Entry (i, j) is sign k_i^T (product of the H_t with j + first <= t < i + last) k_j."""
     N = torch.zeros(len(k), len(k), dtype=torch.float64)
@@ -680,13 +720,13 @@ N_ERROR = Equation(
 
 
 def _corner(k: Tensor, beta: Tensor, m: int, formula: Callable[..., Tensor]) -> Tensor:
-    """`formula(N11, N22, L21, D1, D2)` on the two halves."""
+    """`formula(N11, N22, B21, D1, D2)` on the two halves."""
     N11, N22 = _n(k[:m], beta[:m]), _n(k[m:], beta[m:])
     return formula(N11, N22, k[m:] @ k[:m].mT, torch.diag(beta[:m]), torch.diag(beta[m:]))
 
 
-def _merge_formula(N11: Tensor, N22: Tensor, L21: Tensor, D1: Tensor, D2: Tensor) -> Tensor:
-    return -(_eye(len(D2)) + N22 @ D2) @ L21 @ (_eye(len(D1)) + D1 @ N11)
+def _merge_formula(N11: Tensor, N22: Tensor, B21: Tensor, D1: Tensor, D2: Tensor) -> Tensor:
+    return -(_eye(len(D2)) + N22 @ D2) @ B21 @ (_eye(len(D1)) + D1 @ N11)
 
 
 N_BLOCKED = Equation(
@@ -700,23 +740,23 @@ N_BLOCKED = Equation(
             k,
             beta,
             m,
-            lambda N11, N22, L21, D1, D2: -(_eye(len(D2)) + D2 @ N22) @ L21 @ (_eye(len(D1)) + N11 @ D1),
+            lambda N11, N22, B21, D1, D2: -(_eye(len(D2)) + D2 @ N22) @ B21 @ (_eye(len(D1)) + N11 @ D1),
         ),
         "identities left out": lambda k, beta, m: _corner(
-            k, beta, m, lambda N11, N22, L21, D1, D2: -N22 @ D2 @ L21 @ D1 @ N11
+            k, beta, m, lambda N11, N22, B21, D1, D2: -N22 @ D2 @ B21 @ D1 @ N11
         ),
         "D left out": lambda k, beta, m: _corner(
             k,
             beta,
             m,
-            lambda N11, N22, L21, D1, D2: _merge_formula(N11, N22, L21, _eye(len(D1)), _eye(len(D2))),
+            lambda N11, N22, B21, D1, D2: _merge_formula(N11, N22, B21, _eye(len(D1)), _eye(len(D2))),
         ),
         "sign": lambda k, beta, m: -N_BLOCKED.right(k, beta, m),
         "inverse blocks subtracted": lambda k, beta, m: _corner(
-            k, beta, m, lambda N11, N22, L21, D1, D2: _merge_formula(-N11, -N22, L21, D1, D2)
+            k, beta, m, lambda N11, N22, B21, D1, D2: _merge_formula(-N11, -N22, B21, D1, D2)
         ),
         "only the sum of first orders": lambda k, beta, m: _corner(
-            k, beta, m, lambda N11, N22, L21, D1, D2: -(L21 + N22 @ D2 @ L21 + L21 @ D1 @ N11)
+            k, beta, m, lambda N11, N22, B21, D1, D2: -(B21 + N22 @ D2 @ B21 + B21 @ D1 @ N11)
         ),
     },
 )
@@ -792,6 +832,7 @@ ENTRIES = [
     UT,
     UT_PUSH,
     COMPACT,
+    PATHS,
     UT_ROW,
     SUBSTITUTION_COST,
     DOUBLING,

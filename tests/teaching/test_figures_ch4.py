@@ -1,0 +1,142 @@
+"""Figures of chapter 4: they draw what `dn_lib` computes, and the text reads off them what they show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from dn_lib.forms import chunkwise as cw
+from dn_lib.forms import chunkwise_backward as bw
+from dn_lib.forms.delta_rule import recurrent_delta_rule
+from dn_lib.forms.householder import scaled_inverse
+from dn_lib.teaching import plotting
+from dn_lib.teaching.figures import ch4
+
+RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
+
+
+@pytest.fixture(autouse=True)
+def own_style():
+    with plt.rc_context():
+        plotting.use_style()
+        yield
+    plt.close("all")
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_schedule_has_three_boxes_for_each_chunk(count):
+    grid, time = ch4.chunk_schedule(count).axes
+    for label in ("$T, W, U, P$", r"$\tilde V,\ S'$", "$O$"):
+        assert texts(time).count(label) == count
+    assert sum(type(patch).__name__ == "FancyArrowPatch" for patch in time.patches) == count - 1
+    assert len(grid.patches) == 2 * count
+
+
+def test_a_chunk_is_drawn_with_its_state_and_without_the_future():
+    A, states = torch.rand(12, 12).tril(), torch.randn(3, 2, 5)
+    fig = plt.figure()
+    ch4.draw_chunk(fig, A, states, 4, 1)
+    left, right = (torch.tensor(ax.images[0].get_array()) for ax in fig.axes)
+    assert torch.equal(left[:8].float(), A[:8]) and not left[8:].any()
+    assert torch.equal(right.float(), states[1])
+
+
+def test_maps_share_one_scale():
+    fig = ch4.three_maps({"a": torch.eye(3), "b": 0.1 * torch.eye(3)}, "abc", "cab")
+    assert {ax.images[0].get_clim() for ax in fig.axes if ax.images} == {(-1, 1)}
+
+
+def test_row_sums_spread_as_the_text_says():
+    maps = ch4.random_maps(200)
+    spread = {name: A.sum(-1).std(0) for name, A in maps.items()}
+    assert spread["softmax"].max() < 1e-12
+    # 200 draws of a standard deviation are good to 5%; 20% is four of those, and the last 16 rows are averaged
+    assert abs(spread["linear"][-16:].mean() - (56 / 16) ** 0.5) < 0.2 * (56 / 16) ** 0.5
+    assert abs(spread["delta"][-16:].mean() - 0.8) < 0.16 and spread["delta"][:2].max() < 0.45
+
+
+def test_mechanisms_have_their_colours():
+    left = ch4.row_sums(ch4.random_maps(3, length=16)).axes[0]
+    for line, name in zip(left.lines, ("softmax", "linear", "delta"), strict=True):
+        assert line.get_color() == plotting.MECHANISMS[name]["color"]
+
+
+def test_recovered_states_are_right_to_rounding_and_inverting_is_not():
+    fig, error = ch4.recovered_states()
+    subtracted, inverted = fig.axes[0].lines
+    assert error < 1e-5 and max(subtracted.get_ydata()) < 1e-5
+    assert max(inverted.get_ydata()) > 1
+
+
+def test_kept_bytes_follow_the_formula():
+    forms = {"chunkwise": cw.chunkwise_delta_rule, "by hand": bw.reversible_chunkwise_delta_rule}
+    _, kept = ch4.kept_bytes(forms, [64, 128], d=16)
+    assert kept["by hand"] == [4 * (n * (3 * 16 + 1) + 16**2) for n in (64, 128)]
+    assert kept["chunkwise"][1] > kept["by hand"][1]
+
+
+def test_mirror_turns_every_arrow_and_transposes_its_matrix():
+    """The graph is a program: run it in both directions, and compare with the recurrence and with autograd."""
+    generator = torch.Generator().manual_seed(0)
+    C, d_k, d_v = 7, 4, 3
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v, S = draw(C, d_k), normalize(draw(C, d_k), dim=-1), draw(C, d_v), draw(d_k, d_v)
+    beta = 2 * torch.rand(C, generator=generator, dtype=torch.float64)
+    N, D, P = scaled_inverse(k, beta), torch.diag(beta), (q @ k.mT).tril()
+    eye = torch.eye(C, dtype=torch.float64)
+    factors = {
+        "$-K$": -k, r"$-K^\top$": -k.mT, "$I$": None, "$I + ND$": eye + N @ D, r"$I + N^\top D$": eye + N.mT @ D,
+        "$D$": D, "$P$": P, r"$P^\top$": P.mT, r"$K^\top$": k.mT, "$K$": k, "$Q$": q, r"$Q^\top$": q.mT,
+    }  # fmt: skip
+
+    def run(values, order, turned):
+        for node in order:
+            total = 0
+            for a, b, forward, backward, *_ in ch4.EDGES:
+                start, end = (b, a) if turned else (a, b)
+                if end == node:
+                    factor = factors[backward if turned else forward]
+                    total = total + (values[start] if factor is None else factor @ values[start])
+            values[node] = total
+        return values
+
+    forward = run({"S": S, "V": v}, ["R", "E", "pseudo", "O", "S'"], turned=False)
+    leaves = [x.clone().requires_grad_() for x in (v, S)]
+    o, state = recurrent_delta_rule(q, k, leaves[0], beta, scale=1.0, initial_state=leaves[1])
+    assert torch.allclose(forward["O"], o) and torch.allclose(forward["S'"], state)
+    do, dstate = draw(C, d_v), draw(d_k, d_v)
+    backward = run({"O": do, "S'": dstate}, ["pseudo", "E", "R", "V", "S"], turned=True)
+    dv, dS = torch.autograd.grad((o, state), leaves, (do, dstate))
+    assert torch.allclose(backward["V"], dv) and torch.allclose(backward["S"], dS)
+
+
+def test_boxes_of_the_timeline_are_as_wide_as_the_work():
+    costs = {"affine": 3, "forward": 2, "gradient": 4, "backward": 6}
+    ax = ch4.two_processes(costs).axes[0]
+    boxes = [patch for patch in ax.patches if type(patch).__name__ == "FancyBboxPatch"]
+    widths = [box.get_width() for box in boxes[::2]]
+    assert [width / widths[0] * 3 for width in widths] == pytest.approx([3, 2, 4, 6])
+    assert [box.get_width() for box in boxes[1::2]] == pytest.approx(widths)
+
+
+def test_two_fifths_of_the_work_are_for_the_exchange():
+    costs = ch4.segment_costs()
+    assert abs((costs["affine"] + costs["gradient"]) / sum(costs.values()) - 0.4) < 0.01
+
+
+def test_the_exchange_on_two_gpus_was_as_exact_as_the_text_says():
+    stored = json.loads((RESULTS / "two_gpus.json").read_text())
+    assert stored["backend"] == "nccl" and "H200" in stored["provenance"]["device"]
+    assert stored["checks"]["sequence"]["float32"]["worst"] < 1e-6
