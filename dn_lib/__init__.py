@@ -7,24 +7,41 @@
     >>> o.shape, state.shape
     (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
 
-Import it before `triton`: where there is no GPU it asks Triton for its interpreter, which Triton only
-looks up when it is first imported.
+Importing it changes nothing outside: neither the environment nor Triton, which is imported when a kernel is first
+asked for. Where there is no GPU, `backend="triton"` then turns Triton's interpreter on, in this process alone
+(`dn_lib.kernels.interpreter`); TRITON_INTERPRET=0 keeps it off.
 """
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+from dn_lib import fla as fla
 from dn_lib.ops import (
     checked,
     chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_gla,
+    chunk_lightning_attn,
+    chunk_retention,
+    chunk_simple_gla,
     decode_delta_rule,
     delta_rule,
     fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    gated_delta_rule,
+    linear_attention,
 )
 
 __version__ = "0.1.0"
-__all__ = ["checked", "chunk_delta_rule", "decode_delta_rule", "delta_rule", "fused_recurrent_delta_rule"]
+__all__ = [
+    "checked",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_gla",
+    "chunk_lightning_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
+    "decode_delta_rule",
+    "delta_rule",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule",
+    "linear_attention",
+]

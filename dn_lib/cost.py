@@ -61,8 +61,12 @@ class Shape:
         known = {
             **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
             **dict.fromkeys(("v", "o", "U", "new", "Vn", "do", "dv"), rows * self.d_v * e),
-            **dict.fromkeys(("beta", "dbeta"), rows * e),
+            **dict.fromkeys(("beta", "dbeta", "g", "dg"), rows * e),
+            **dict.fromkeys(("g_channels", "dg_channels"), rows * self.d_k * e),
             "dbeta_partials": rows * 4 * self.value_blocks,
+            "sums": rows * 8,
+            "chunk_sums": self.heads * self.chunks * 8,
+            "dg_partials": rows * 4 * self.key_blocks,
             "T": rows * self.C * e,
             "N": rows * self.C * e,
             "S": self.heads * self.chunks * state,
@@ -290,6 +294,64 @@ def fused_backward(shape: Shape) -> tuple[Cost, ...]:
     flops = t * (14 * d_k * d_v + 8 * C * d_v + 8 * C * d_k)
     reads, writes = "q k beta N Vn do final", "dv dbeta dq dk"
     return (_cost(shape, "chunk_scan_bwd", reads, writes, flops, steps=shape.chunks),)
+
+
+def gated(shape: Shape, *, gate: bool = True, erase: bool = True, save: bool = False) -> tuple[Cost, ...]:
+    """The forward with a gate per token, without erasure, or both; save: what the backward needs is written.
+
+    The sums of gates are two float32 a token, and those of a whole chunk are read once more.
+
+    >>> [cost.name for cost in gated(Shape(B=1, L=64, H=1, d_k=64, d_v=64), erase=False)]
+    ['gate_sums', 'chunk_scan_fwd']
+    """
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    sums = " sums chunk_sums" if gate else ""
+    found = [_cost(shape, "gate_sums", "g", "sums", 0)] if gate else []
+    scores = 2 * C * d_k * shape.value_blocks
+    if erase:
+        inverse = shape.heads * shape.chunks * inverse_flops(C, "scaled")
+        found.append(_cost(shape, "N", f"k beta{sums}", "N", t * 2 * C * d_k + inverse))
+        again, work, kept = f"q k beta N{sums}", t * (6 * d_k * d_v + 4 * C * d_v + scores), "Vn states"
+    else:
+        again, work, kept = f"q k{sums}", t * (4 * d_k * d_v + 2 * C * d_v + scores), "states"
+    writes = f"o final {kept if save else ''}"
+    found.append(
+        _cost(shape, "chunk_scan_fwd", f"{again} v", writes, work, again=again, steps=shape.chunks)
+    )  # fmt: skip
+    return tuple(found)
+
+
+def gated_backward(shape: Shape, *, gate: bool = True, erase: bool = True) -> tuple[Cost, ...]:
+    """The backward of `gated`: the walk back, then dq, dk and dg of all chunks at once.
+
+    With one block of values its sum is dbeta, with one block of keys dg; else they leave partial sums.
+    """
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    sums = " sums chunk_sums" if gate else ""
+    scores, blocks = 2 * C * d_k * shape.value_blocks, shape.key_blocks
+    reads, writes = f"do dv states dstates{sums} q k", f"dq dk{' dg_partials' * gate}"
+    if erase:
+        whole = shape.value_blocks == 1
+        again, walk = f"q k beta N{sums}", t * (6 * d_k * d_v + 4 * C * d_v + scores)
+        back = _cost(
+            shape, "chunk_scan_bwd", f"{again} Vn do", f"dv {'dbeta' if whole else 'dbeta_partials'} dstates", walk,
+            again=again, steps=shape.chunks,
+        )  # fmt: skip
+        reads += " beta Vn" if whole else " beta Vn dbeta_partials"
+        writes += "" if whole else " dbeta"
+        work = t * (6 * d_k * d_v + 4 * C * d_v * blocks + (10 if gate else 6) * C * d_k)
+        shared = f"beta Vn do dv{sums}"
+    else:
+        again, walk = f"q k{sums}", t * (4 * d_k * d_v + 2 * C * d_v + scores)
+        back = _cost(
+            shape, "chunk_scan_bwd", f"{again} do", "dv dstates", walk, again=again, steps=shape.chunks
+        )  # fmt: skip
+        reads = reads.replace("dv ", "v ", 1)
+        work = t * (4 * d_k * d_v + 2 * C * d_v * blocks + (6 if gate else 4) * C * d_k)
+        shared = f"v do{sums}"
+    if gate and shape.element == 4:  # in float32 dg's sum over j < m <= i is a product, see `gate_gradient`
+        work += t * 2 * C * C * blocks
+    return back, _cost(shape, "chunk_bwd_dqk", reads, writes, work, again=shared, blocks=blocks)
 
 
 def decode(shape: Shape) -> tuple[Cost, ...]:

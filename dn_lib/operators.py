@@ -25,6 +25,14 @@ from dn_lib.cost import Cost, Shape
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.forms.common import on_heads
 from dn_lib.forms.delta_rule import delta_rule_step
+from dn_lib.forms.gated import (
+    chunkwise_gated_delta_rule,
+    chunkwise_gated_linear_attention,
+    parallel_gated_delta_rule,
+    parallel_gated_linear_attention,
+    recurrent_gated_delta_rule,
+    recurrent_gated_linear_attention,
+)
 from dn_lib.forms.linear_attention import (
     chunkwise_linear_attention,
     parallel_linear_attention,
@@ -34,6 +42,9 @@ from dn_lib.ops.backend import using
 from dn_lib.testing import (
     delta_rule_inputs,
     delta_rule_reference,
+    gated_delta_rule_reference,
+    gated_inputs,
+    gated_linear_attention_reference,
     linear_attention_inputs,
     linear_attention_reference,
     relative_error,  # noqa: F401 - of the example
@@ -178,7 +189,17 @@ LINEAR_ATTENTION = Operator(
             dtypes=(torch.float32, *HALF),
             triton=True,
             cost=cost.linear_attention,
-        )
+        ),
+        "triton": Form(
+            partial(ops.linear_attention, backend="triton", output_final_state=True),
+            dtypes=(torch.float32, *HALF),
+            triton=True,
+            cost=partial(cost.gated, gate=False, erase=False),
+            training=lambda s: (
+                cost.gated(s, gate=False, erase=False, save=True),
+                cost.gated_backward(s, gate=False, erase=False),
+            ),
+        ),
     },
     peers={
         "fla": Peer(
@@ -300,4 +321,76 @@ DECODE_DELTA_RULE = Operator(
     length=1,
 )
 
-OPERATORS: dict[str, Operator] = {x.name: x for x in (LINEAR_ATTENTION, DELTA_RULE, DECODE_DELTA_RULE)}
+
+# --- Gates ----------------------------------------------------------------------------------------------
+# Under the field's names: "simple_gla" is linear attention with a gate per token, "gla" with one per key channel;
+# "gated_delta_rule" and "kda" are the delta rule with the same.
+_GATED_LINEAR_FORMS = {
+    "recurrent": Form(partial(on_heads, recurrent_gated_linear_attention), takes=_PLAIN),
+    "parallel": Form(partial(on_heads, parallel_gated_linear_attention), takes=_PLAIN),
+    "chunkwise": Form(partial(on_heads, chunkwise_gated_linear_attention)),
+}
+_GATED_DELTA_FORMS = {
+    "recurrent": Form(partial(on_heads, recurrent_gated_delta_rule), takes=_PLAIN),
+    "parallel": Form(partial(on_heads, parallel_gated_delta_rule), takes=_PLAIN),
+    "chunkwise": Form(partial(on_heads, chunkwise_gated_delta_rule)),
+}
+_FLA_GATED = {"qk_l2norm": "use_qk_l2norm_in_kernel", "chunk_size": None}
+_FLA_UNERASED = {"qk_l2norm": None, "chunk_size": None}
+_FLA_STATE = {"output_final_state": True}
+_linear_inputs = partial(linear_attention_inputs, unit=True)
+
+
+def _gated_kernels(operator: Function, erase: bool) -> dict[str, Form]:
+    """The kernels of the family, with a gate per token."""
+    return {
+        "triton": Form(
+            partial(operator, backend="triton", output_final_state=True),
+            dtypes=(torch.float32, *HALF),
+            triton=True,
+            cost=partial(cost.gated, erase=erase),
+            training=lambda s: (cost.gated(s, erase=erase, save=True), cost.gated_backward(s, erase=erase)),
+        )
+    }
+
+
+SIMPLE_GLA = Operator(
+    name="simple_gla",
+    inputs=("q", "k", "v", "g"),
+    sample=partial(gated_inputs, _linear_inputs),
+    reference=gated_linear_attention_reference,
+    forms=_GATED_LINEAR_FORMS,
+    kernels=_gated_kernels(ops.linear_attention, erase=False),
+    peers={"fla": Peer("fla.ops.simple_gla:chunk_simple_gla", _FLA_UNERASED, _FLA_STATE)},
+)
+
+GLA = Operator(
+    name="gla",
+    inputs=("q", "k", "v", "g_channels"),
+    sample=partial(gated_inputs, _linear_inputs, channels=True),
+    reference=gated_linear_attention_reference,
+    forms=_GATED_LINEAR_FORMS,
+    peers={"fla": Peer("fla.ops.gla:chunk_gla", {**_FLA_UNERASED, "g_channels": "g"}, _FLA_STATE)},
+)
+
+GATED_DELTA_RULE = Operator(
+    name="gated_delta_rule",
+    inputs=("q", "k", "v", "beta", "g"),
+    sample=partial(gated_inputs, delta_rule_inputs),
+    reference=gated_delta_rule_reference,
+    forms=_GATED_DELTA_FORMS,
+    kernels=_gated_kernels(ops.gated_delta_rule, erase=True),
+    peers={"fla": Peer("fla.ops.gated_delta_rule:chunk_gated_delta_rule", _FLA_GATED, _FLA_STATE)},
+)
+
+KDA = Operator(
+    name="kda",
+    inputs=("q", "k", "v", "beta", "g_channels"),
+    sample=partial(gated_inputs, delta_rule_inputs, channels=True),
+    reference=gated_delta_rule_reference,
+    forms=_GATED_DELTA_FORMS,
+    peers={"fla": Peer("fla.ops.kda:chunk_kda", {**_FLA_GATED, "g_channels": "g"}, _FLA_STATE)},
+)
+
+_ALL = (LINEAR_ATTENTION, DELTA_RULE, DECODE_DELTA_RULE, SIMPLE_GLA, GLA, GATED_DELTA_RULE, KDA)
+OPERATORS: dict[str, Operator] = {x.name: x for x in _ALL}

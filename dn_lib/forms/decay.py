@@ -1,14 +1,11 @@
 """Linear attention whose state decays: retention, gated linear attention, and Mamba's selective scan.
 
-Shapes as in `linear_attention`.
+Shapes as in `linear_attention`.  What decays as a whole, or channel by channel, is computed in `gated`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +19,11 @@ from dn_lib.forms.common import (
     initial_state_or_zeros,
     over_time,
     scale_or_default,
+    to_chunks,
     without_autocast,
     working_dtype,
 )
+from dn_lib.forms.gated import chunkwise_gated_linear_attention
 from dn_lib.forms.linear_attention import stacked, write_and_read
 
 
@@ -58,17 +57,63 @@ def recurrent_decay_attention(
 
 
 # ------------------------------------------------------------------------------- recurrences with decay
-def _to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """`[..., L, d]` -> `[..., n, chunk, d]`; zeros fill the last: k = v = log-decay = 0 change no state."""
-    # Padding by nothing keeps the strides, which a compiled graph made for another length does not expect.
-    return F.pad(x.contiguous(), (0, 0, 0, -x.shape[-2] % chunk)).unflatten(-2, (-1, chunk))
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, one log gate g_t <= 0 per token and head.
+
+    `chunkwise_gated_linear_attention` of `dn_lib.forms.gated` for g `[..., L]` alone.  Inside a chunk q_i . k_j is
+    multiplied by exp(g_{j+1} + ... + g_i).  Source: RetNet, Sun et al. 2023 (g constant in time).
+
+        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
+        >>> o, state = retention(q, k, v, torch.full((2, 10), -0.1))
+        >>> o.shape, state.shape
+        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
+    """
+    check_sequence(q, k, v, initial_state, g=g)
+    return chunkwise_gated_linear_attention(
+        q, k, v, g, scale=scale, initial_state=initial_state, chunk_size=chunk_size
+    )  # fmt: skip
 
 
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, a log gate for each key channel.
+
+    As `retention`, with g `[..., L, d_k]`: the decay from j to i differs by channel, so it cannot be taken out of
+    q_i . k_j as one factor (see `dn_lib.forms.gated.decayed_products`).  Source: GLA, Yang et al. 2024.
+
+        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
+        >>> o, state = gated_linear_attention(q, k, v, torch.rand(2, 10, 4).log())
+        >>> o.shape, state.shape
+        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
+    """
+    check_inputs({"q": q, "k": k, "g": g}, {"v": v}, {}, {"initial_state": initial_state})
+    return chunkwise_gated_linear_attention(
+        q, k, v, g, scale=scale, initial_state=initial_state, chunk_size=chunk_size
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- selective scan
 def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """S_{n+1} = decay_n * S_n + update_n over chunks: the state before each, and the last.
+    """S_{n+1} = decay_n * S_n + update_n over chunks, `[..., n, D, N]`: the state before each, and the last.
 
-    update `[..., n, d_k, d_v]`, decay the same or with ones, state `[..., d_k, d_v]`. (`unbind`, because the
-    gradient of each indexing would be a tensor of zeros of the full size.)
+    (`unbind`, because the gradient of each indexing would be a tensor of zeros of the full size.)
     """
     before = []
     for decay_n, update_n in zip(decay.unbind(-3), update.unbind(-3), strict=True):
@@ -77,112 +122,12 @@ def _states_before_chunks(decay: Tensor, update: Tensor, state: Tensor) -> tuple
     return torch.stack(before, dim=-3), state
 
 
-def _in_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scores: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    scale: float | None,
-    initial_state: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The body that both decays share; `scores(q, k, b)` are the decayed q_i . k_j inside a chunk."""
-    check_chunk_size(chunk_size)
-    dtype, length = working_dtype(q, k, v, log_decay, initial_state), v.shape[-2]
-    scale = scale_or_default(scale, q)
-    state = initial_state_or_zeros(k, v, initial_state, dtype)
-    if length == 0:
-        return v.clone(), fresh(state)
-    chunk = min(chunk_size, length)
-    q, k, values, b = (_to_chunks(x.to(dtype), chunk) for x in (scale * q, k, v, log_decay))
-    b = b.cumsum(-2)  # log of the decay from the chunk's start to each row, this row's own included
-    last = b[..., -1:, :]
-    # Every exponent below is a log-decay over a span of time, so at most 0: nothing overflows.
-    update = (k * (last - b).exp()).mT @ values
-    before, state = _states_before_chunks(last.exp().mT, update, state)
-    o = (q * b.exp()) @ before + scores(q, k, b) @ values
-    return o.flatten(-3, -2)[..., :length, :].to(v.dtype), state
-
-
-def _span(b: Tensor) -> Tensor:
-    """exp(b_i - b_j) for i >= j, else 0, `[..., C, d]` -> `[..., C, C, d]`: masked before exp overflows."""
-    rows = torch.arange(b.shape[-2], device=b.device)
-    future = (rows[:, None] < rows).unsqueeze(-1)
-    return (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(future, float("-inf")).exp()
-
-
-def _scores_scalar(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    return (q @ k.mT) * _span(b).squeeze(-1)
-
-
-def _scores_per_channel(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    return (q.unsqueeze(-2) * k.unsqueeze(-3) * _span(b)).sum(-1)
-
-
-@without_autocast
-def retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """S_t = gamma_t S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, one decay gamma_t in (0, 1] a token and head.
-
-    q, k `[..., L, d_k]`, v `[..., L, d_v]`, log_decay = log gamma `[..., L]` -> o `[..., L, d_v]` in v's
-    dtype and the last state `[..., d_k, d_v]`, float32 at least. Any length. Inside a chunk q_i . k_j is
-    multiplied by gamma_{j+1} ... gamma_i. Source: RetNet, Sun et al. 2023 (gamma constant in time).
-
-        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
-        >>> o, state = retention(q, k, v, torch.full((2, 10), -0.1))
-        >>> o.shape, state.shape
-        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
-    """
-    check_sequence(q, k, v, initial_state, log_decay=log_decay)
-    decay = log_decay.unsqueeze(-1)
-    return _in_chunks(q, k, v, decay, _scores_scalar, scale=scale, initial_state=initial_state, chunk_size=chunk_size)
-
-
-@without_autocast
-def gated_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    chunk_size: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, a decay alpha_t for each key channel.
-
-    As `retention`, with log_decay = log alpha `[..., L, d_k]`. The decay from j to i differs by channel, so
-    it cannot be taken out of q_i . k_j as one factor, and moving it into q and k as exp(b_i) and exp(-b_j)
-    overflows. We form it by differences, `[C, C, d_k]` a chunk, which is why the chunk is small. Source:
-    GLA, Yang et al. 2024 (their kernel does this for the diagonal tiles only).
-
-        >>> q, k, v = (torch.randn(2, 10, 4) for _ in range(3))
-        >>> o, state = gated_linear_attention(q, k, v, torch.rand(2, 10, 4).log())
-        >>> o.shape, state.shape
-        (torch.Size([2, 10, 4]), torch.Size([2, 4, 4]))
-    """
-    check_inputs({"q": q, "k": k, "log_decay": log_decay}, {"v": v}, {}, {"initial_state": initial_state})
-    return _in_chunks(
-        q, k, v, log_decay, _scores_per_channel, scale=scale, initial_state=initial_state, chunk_size=chunk_size
-    )
-
-
 def _scan_segment(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` of a stretch: all its chunks step by step at once, then from chunk to chunk."""
     length = x.shape[1]
-    x, delta, B, C = (_to_chunks(t, min(chunk, length)) for t in (x, delta, B, C))
+    x, delta, B, C = (to_chunks(t, min(chunk, length)) for t in (x, delta, B, C))
     a = (delta.unsqueeze(-1) * A).exp()  # [batch, n, chunk, channels, N], each in (0, 1]
     b = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
     inside = []  # h as if every chunk began at zero

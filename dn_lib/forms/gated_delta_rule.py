@@ -1,6 +1,8 @@
 """The gated delta rule: S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
 
-alpha_t in [0, 1] forgets of the whole state before a token is written; alpha_t = 1 is the delta rule.
+alpha_t in [0, 1] forgets of the whole state before a token is written; alpha_t = 1 is the delta rule.  These two take
+alpha itself, as chapter 2 writes it.  The fast forms in `dn_lib.forms.gated` take its logarithm, g = log alpha, and the
+gates behind beta.
 Source: Yang, Kautz and Hatamizadeh (2025), Gated DeltaNet.
 """
 

@@ -219,7 +219,7 @@ UT_METHODS = {
 }
 
 
-# ---- The part of T that never grows ----------------------------------------------------------------------
+# ---- T without the betas at its ends -----------------------------------------------------------------------
 def scaled_inverse(k: Tensor, beta: Tensor, *, method: str = "blocked", matmul: MatMul = torch.matmul) -> Tensor:
     """N, strictly lower triangular, with T = D + D N D where D = diag(beta); |N| <= 1 for unit keys.
 

@@ -8,14 +8,12 @@ multiple of the chunk.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-import dn_lib.kernels.interpreter  # noqa: F401  (mends the interpreter of older versions of Triton)
+from dn_lib.kernels.interpreter import INTERPRETS
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRETED = tl.constexpr(INTERPRETS)
 
 
 @triton.jit

@@ -4,6 +4,10 @@ N_ij = -k_i^T H_{i-1} ... H_{j+1} k_j.  With unit keys and beta in [0, 2] each H
 |N_ij| <= 1, and so is every number that the recursion below meets: it multiplies float16 operands safely on
 inputs (identical keys, beta = 2) where doubling, (I - A)(I + A^2)(I + A^4)..., overflows.
 
+With a gate per token B is tril(K K^T * ratios, -1), the recursion is the same, and so is the bound: N_ij is then
+multiplied by the gates from j + 1 to i, each at most 1.  The proof, also for gates per key channel, is in
+`dn_lib.forms.gated.gated_scaled_inverse`.
+
 How finely the operands are rounded is PRECISION: "half" (float16, for bfloat16 inputs, which are coarser than that),
 "halves" (each operand as the sum of two float16, for float16 inputs), "ieee" or "tf32" (for float32 inputs).
 """

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import dn_lib.kernels.interpreter  # noqa: F401  (mends the interpreter of older versions of Triton)
+import dn_lib.kernels.interpreter  # noqa: F401  (turns the interpreter on where there is no GPU)
 from dn_lib.forms.common import check_integer, check_shape, check_tensors, describe, scale_or_default
 from dn_lib.kernels.arguments import readable
 

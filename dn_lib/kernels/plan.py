@@ -54,11 +54,12 @@ class Buffer(NamedTuple):
 class Saved(NamedTuple):
     """What the forward leaves for the backward, besides its inputs.  `Layout.buffers` gives shapes and dtypes.
 
-    n: N of each chunk.  pseudo: Vn = D E, and more in weak rows, see `kept_strength`.
+    n: N of each chunk.  pseudo: Vn = D E, and more in weak rows, see `kept_strength`.  Neither is made without erasure.
     q_norm, k_norm: 1/|q| and 1/|k|, where they are to be normalised.
     states: the state that enters each chunk.  Small heads keep state_end instead, the state that leaves each segment.
     transition: M of each segment, if a sequence has several.
     token_offsets, chunk_offsets: of packed sequences, made from cu_seqlens by the functions of these names.
+    sums: of log gates since each chunk began, see `gate_sums`.
     """
 
     n: Tensor
@@ -70,6 +71,7 @@ class Saved(NamedTuple):
     transition: Tensor | None
     token_offsets: Tensor | None
     chunk_offsets: Tensor | None
+    sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,15 @@ class Layout:
     def buffers(self) -> Mapping[str, Buffer]:
         """What the forward makes besides its outputs, by its name in `Saved`; in training all of it is kept."""
         c, single = self.call, torch.float32
-        made = {"n": Buffer((c.B, c.L, c.H, c.C), c.dtype)}
-        if c.training:
+        made: dict[str, Buffer] = {}
+        if c.erase:
+            made["n"] = Buffer((c.B, c.L, c.H, c.C), c.dtype)
+        if c.training and c.erase:
             made["pseudo"] = Buffer((c.B, c.L, c.H, c.V), c.dtype)
         if c.norm:
-            made["q_norm"] = made["k_norm"] = Buffer((c.B, c.L, c.H), single)
+            made["q_norm"] = made["k_norm"] = Buffer((c.B, c.L, c.key_heads), single)
+        if c.gate:
+            made["sums"] = Buffer((c.H, c.B, c.L, 2), single)
         if c.training and self.fused:
             made["state_end"] = Buffer((self.total_segments, c.H, c.K, c.V), single)
         elif c.training:
@@ -277,9 +283,16 @@ def call_of(
     chunk: int | None,
     precision: str = "ieee",
     aligned: bool = True,
+    gate: bool = False,
+    erase: bool = True,
 ) -> Call:
-    """What determines the plan of a call on k `[B, L, H, K]` and v `[B, L, H, V]`; sizes may be symbolic."""
-    B, L, H, K = k.shape
+    """What determines the plan of a call on k `[B, L, H, K]` and v `[B, L, H_v, V]`; sizes may be symbolic.
+
+    H_v is a multiple of H.  See `Call`, whose H is H_v.
+    """
+    B, L, key_heads, K = k.shape
+    H = v.shape[2]
+    group = 1 if key_heads == H else H // key_heads
     overrides = _overrides.get()
     target = overrides.target or target_of(k.device)
     sequences, offsets = (B, None) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, cu_seqlens.dtype)
@@ -299,6 +312,9 @@ def call_of(
         aligned,
         target,
         overrides,
+        gate,
+        erase,
+        group,
     )
 
 
@@ -312,14 +328,20 @@ def plan_call(
     training: bool = False,
     chunk: int | None,
     precision: str = "ieee",
+    gate: bool = False,
+    erase: bool = True,
 ) -> Plan:
-    """The plan for a call on tensors `[B, L, H, d]`; chunk None is for the recurrence.  See `Call`."""
+    """The plan for a call on tensors `[B, L, H, d]`; chunk None is for the recurrence.  See `Call`.
+
+    gate: whether there is a log gate `[B, L, H_v]`.  erase: the delta rule, or linear attention, without beta.
+    """
     aligned = chunk is None or are_aligned(q, k, v)
     return resolve(
         call_of(
-            k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=precision, aligned=aligned
+            k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=precision,
+            aligned=aligned, gate=gate, erase=erase,
         )
-    )
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -339,6 +361,8 @@ def lay_out(call: Call) -> Layout:
         # Before Hopper the one kernel spills 11 KB a thread to memory; two kernels spill next to nothing.
         hopper = call.target.arch is None or call.target.arch >= 90
         fused = hopper and max(padded(call.K), padded(call.V)) <= 64 and call.dtype != torch.float32
+    # A state cannot be walked back through a gate, which may be zero; without erasure there is nothing to save by it.
+    fused = fused and call.erase and not call.gate
     wanted = choose_segments(call)
     length = max(1, -(-call.L // (call.chunk * wanted))) * call.chunk
     return Layout(call, fused, max(1, -(-call.L // length)), length)
@@ -375,9 +399,14 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
 
     if c.norm:
         tiles = tiles_for("inverse_norms", c)
-        programs = -(-layout.tokens * c.H // tiles.rows)
+        programs = -(-layout.tokens * c.key_heads // tiles.rows)
         launches["inverse_norms"] = Launch("inverse_norms", programs, 1, tiles, False, "1/|q| and 1/|k|")
-    add("chunk_inverse", "N of each chunk", of=layout.chunks)
+    if c.gate:
+        tiles = tiles_for("gate_sums", c)
+        programs = layout.chunks * -(-c.H // tiles.rows)
+        launches["gate_sums"] = Launch("gate_sums", programs, 1, tiles, False, "the log gates' sums in each chunk")
+    if c.erase:
+        add("chunk_inverse", "N of each chunk", of=layout.chunks)
     if s > 1:
         # M is carried by programs of their own, which take BV of its K columns.  The first segment needs no M.
         BV = tiles_for("segment_maps_fwd", c).BV
@@ -388,7 +417,7 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
         add("merge_segments_fwd", "the state that enters each segment", of=c.sequences, values=c.V)
     gluon = takes_gluon(c)
     if gluon:
-        BV = hopper.values_per_program(total * c.H, c.training)
+        BV = hopper.values_per_program(total * c.H, c.training and not c.gate)
         add_gluon("chunk_scan_fwd", "the state along the chunks, and o", Tiles(hopper.HEAD, BV, BV // 16, 2, tma=True))
     else:
         add("chunk_scan_fwd", "the state along the chunks, and o", of=total, values=c.V)
@@ -431,7 +460,10 @@ def _sentences(plan: Plan) -> Iterator[str]:
     where = "Triton's interpreter" if c.target.arch is None else f"compute capability {c.target.arch / 10}"
     where += f", {c.target.sms} SMs" if c.target.sms else ""
     sequences = f"{c.sequences} packed sequences" if layout.packed else f"{c.B} x {c.L:,} tokens"
-    yield f"{sequences}, {c.H} heads of {c.K} key and {c.V} value channels, {name}; {where}"
+    heads = f"{c.H} heads" if c.group == 1 else f"{c.key_heads} key heads for {c.H} value heads"
+    yield f"{sequences}, {heads} of {c.K} key and {c.V} value channels, {name}; {where}"
+    if c.gate or not c.erase:
+        yield ", ".join(["the delta rule" if c.erase else "linear attention", *["with a gate per token"] * c.gate])
     if c.chunk is None:
         yield "the recurrence, one token at a time, in float32"
     else:

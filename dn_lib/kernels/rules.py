@@ -20,6 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to this length, and with no gradient asked for, the operator runs the recurrence itself, one token at a time.
 RECURRENT_MAX_LENGTH = 16
 SPLITS = (2, 4, 8, 16)
+# Heads whose gates one program of `gate_sums` adds up: neighbours in memory, read together.
+GATE_HEADS = 8
 TMA_MIN_LENGTH = 1024
 # Elements of q or v, for inference and in training.  The host takes time to make the descriptors, and in smaller calls
 # the GPU waits for it.
@@ -43,7 +45,7 @@ class Tiles(NamedTuple):
 
     BK, BV: key and value channels of a tile; 0 where the kernel has no such axis.
     stages: of the loads' software pipeline.  tma: whether TMA may fetch the tiles, where the shape allows it.
-    rows: keys and queries for one program, in `inverse_norms` alone.
+    rows: keys and queries for one program, in `inverse_norms`; heads for one program, in `gate_sums`.
     """
 
     BK: int
@@ -73,6 +75,8 @@ class Call(NamedTuple):
     chunk: tokens of a chunk; None for the recurrence, one token at a time.
     aligned: whether the tensors that TMA would read start at multiples of 16 bytes.
     precision: of float32 dots, "ieee" or "tf32".
+    gate: whether there is a log gate per token.  erase: whether it is the delta rule; else linear attention.
+    group: value heads, of which there are H, for each key head.
     """
 
     B: int
@@ -90,6 +94,13 @@ class Call(NamedTuple):
     aligned: bool
     target: Target
     overrides: Overrides
+    gate: bool = False
+    erase: bool = True
+    group: int = 1
+
+    @property
+    def key_heads(self) -> int:
+        return self.H // self.group
 
     @property
     def C(self) -> int:
@@ -102,6 +113,7 @@ class Call(NamedTuple):
 KERNELS = {
     "recurrent": "recurrent",
     "inverse_norms": "inverse_norms",
+    "gate_sums": "gate_sums",
     "chunk_inverse": "chunk_inverse",
     "segment_maps_fwd": "chunk_scan_fwd",
     "merge_segments_fwd": "merge_segments",
@@ -197,7 +209,7 @@ def tiles_for(name: str, call: Call, *, one_wave: bool = False) -> Tiles:
         if found := set_by_hand.get(name) or set_by_hand.get(KERNELS[name]):
             return found
     return choose_tiles(
-        name, int(call.K), int(call.V), call.dtype, norm=call.norm, one_wave=one_wave,
+        name, int(call.K), int(call.V), call.dtype, norm=call.norm, gate=call.gate and call.erase, one_wave=one_wave,
         arch=call.target.arch,
     )  # fmt: skip
 
@@ -210,11 +222,14 @@ def choose_tiles(
     dtype: torch.dtype,
     *,
     norm: bool = False,
+    gate: bool = False,
     one_wave: bool = False,
     arch: int | None,
 ) -> Tiles:
     """The rule's tiles for a launch (see `KERNELS`) on heads of K key and V value channels.
 
+    norm: for its gradient `chunk_bwd_dqk` needs whole rows of keys.
+    gate: whether it is the gated delta rule, in which that kernel holds half as many sums again.
     one_wave: see `is_one_wave`.
     arch: as in `Target`.  The interpreter pays for each program rather than for its size, so there the tiles are as
     wide as they can be.
@@ -225,6 +240,8 @@ def choose_tiles(
     kernel, BK, BV = KERNELS[name], padded(K), padded(V)
     if kernel == "inverse_norms":
         return Tiles(BK, 0, 4, 1, rows=4096 // BK)
+    if kernel == "gate_sums":
+        return Tiles(1, 0, 1, 1, rows=GATE_HEADS)
     if kernel == "chunk_inverse":
         if arch is None:
             return Tiles(BK, 0, 4, 1)
@@ -238,12 +255,18 @@ def choose_tiles(
         return Tiles(BK, min(BV, 32), 8 if BK > 128 else 4, 1)
     if dtype == torch.float32 or arch < 90:
         # Conservative: half the shared memory of a Hopper chip, or tiles of twice the size.
+        if gate and BK > 64:  # with more to hold, it takes more warps or narrower tiles to keep out of local memory
+            if kernel == "chunk_bwd_dqk":
+                return Tiles(BK if norm else 128, min(BV, 32), 8, 1)
+            return Tiles(BK, min(BV, 16), 4, 1) if dtype == torch.float32 else Tiles(BK, min(BV, 32), 8, 1)
         if kernel == "chunk_bwd_dqk":
             return Tiles(BK if norm else min(BK, 64), min(BV, 32), 4, 1)
         return Tiles(BK, min(BV, 32), 4, 1)
     # Narrower tiles are padded to 64 channels: fewer configurations to prove, and 32-wide ones have been miscompiled.
     BK = max(BK, 64)
     if kernel == "chunk_bwd_dqk":
+        if gate and not norm and BK > 64:
+            return Tiles(128, 64, 8, 3, tma=True)
         # Rows of 128 keys or more: the fewer programs share a row, the less of do, pseudo and dR is read again.
         return Tiles(BK, 64, 8, 2, tma=True) if norm and BK > 64 else Tiles(min(BK, 128), 64, 4, 2, tma=True)
     # A program that has an SM to itself prefetches deeply.  Two that share one hide each other's latency, as long as
@@ -259,6 +282,7 @@ def takes_gluon(call: Call) -> bool:
     c, asked = call, call.overrides
     if (
         c.target.arch is None
+        or not c.erase
         or c.offsets is not None
         or asked.tiles
         or False in (asked.gluon, asked.tma)

@@ -26,10 +26,12 @@ next call continues them, and takes x `[N, L, width]`.
 # isort: off
 # Each of these files registers its mixers. Errors list them in this order.
 from dn_lib.layers.delta_net import DeltaNet, delta_rule_in_full_precision
-from dn_lib.layers.linear_attention import LinearAttention
+from dn_lib.layers.linear_attention import LinearAttention, linear_attention_in_full_precision
 from dn_lib.layers.retnet import RetNet
 from dn_lib.layers.gla import GatedLinearAttention
+from dn_lib.layers.gated_delta_net import GatedDeltaNet, gated_delta_rule_in_full_precision
 from dn_lib.layers.mamba import Mamba
+from dn_lib.layers.mamba2 import Mamba2
 from dn_lib.layers.attention import Attention, full_attention, window_attention
 # isort: on
 
@@ -41,13 +43,12 @@ from dn_lib.layers.common import (
     check_choice,
     check_even,
     head_dim_or_default,
-    heads_first,
     l1_norm,
     l2_norm,
     split_heads,
 )
 from dn_lib.layers.documents import Documents, as_documents, check_rows, document_numbers, open_documents, positions_of
-from dn_lib.layers.recurrent import MultiStepMixer, RecurrentMixer, run_recurrence
+from dn_lib.layers.recurrent import MultiStepMixer, RecurrentMixer, run_operator, run_recurrence
 from dn_lib.layers.registry import Mixer, MixerKind, mixer_kind, mixer_names, register_mixer
 from dn_lib.layers.rotary import rotary_embedding
 from dn_lib.layers.short_convolution import ShortConvolution
@@ -59,10 +60,12 @@ __all__ = [
     "Attention",
     "DeltaNet",
     "Documents",
+    "GatedDeltaNet",
     "GatedLinearAttention",
     "LayerCache",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
     "Mixer",
     "MixerKind",
     "MultiStepMixer",
@@ -78,10 +81,11 @@ __all__ = [
     "delta_rule_in_full_precision",
     "document_numbers",
     "full_attention",
+    "gated_delta_rule_in_full_precision",
     "head_dim_or_default",
-    "heads_first",
     "l1_norm",
     "l2_norm",
+    "linear_attention_in_full_precision",
     "mixer_kind",
     "mixer_names",
     "open_documents",
@@ -89,6 +93,7 @@ __all__ = [
     "positions_of",
     "register_mixer",
     "rotary_embedding",
+    "run_operator",
     "run_recurrence",
     "split_heads",
     "window_attention",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +71,6 @@ def head_dim_or_default(width: int, heads: int, head_dim: int | None) -> int:
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[B, L, heads * d]` -> `[B, L, heads, d]`."""
     return x.unflatten(-1, (heads, -1))
-
-
-def heads_first(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`function(q, k, v, log_decay)`, which takes `[B, H, L, ...]`, for tensors `[B, L, H, ...]` and a state."""
-
-    def wrapped(*sequences_and_state: Any) -> tuple[Tensor, Tensor]:
-        *sequences, state = sequences_and_state
-        o, state = function(*(t.transpose(1, 2) for t in sequences), initial_state=state)
-        return o.transpose(1, 2), state
-
-    return wrapped
 
 
 def check_even(head_dim: int) -> int:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from dn_lib.forms.common import is_number, without_autocast, working_dtype
 from dn_lib.layers.cache import LayerCache
-from dn_lib.layers.common import check_choice, l1_norm
+from dn_lib.layers.common import l1_norm
 from dn_lib.layers.documents import Documents, open_documents
-from dn_lib.layers.recurrent import MultiStepMixer, multi_step_options
+from dn_lib.layers.recurrent import MultiStepMixer, multi_step_options, run_operator
 from dn_lib.layers.registry import register_mixer
-from dn_lib.ops.backend import BACKENDS
 from dn_lib.ops.delta import delta_rule
 
 
@@ -41,14 +40,12 @@ class DeltaNet(MultiStepMixer):
         head_dim: int | None = None,
         *,
         beta_range: float = 1.0,
-        backend: str = "auto",
         **options: Any,
     ):
         super().__init__(width, heads, head_dim, **options)
         if not is_number(beta_range) or not 0 < beta_range <= 2:
             raise ValueError(f"beta_range must be in (0, 2], got {beta_range}")
         self.beta_range = beta_range
-        self.backend = check_choice("backend", backend, BACKENDS)
         self.beta = nn.Linear(width, self.steps * heads, bias=False)
 
     def forward(
@@ -61,19 +58,8 @@ class DeltaNet(MultiStepMixer):
         if self.qk_norm == "l1":
             q, k = l1_norm(q), l1_norm(k)
         # For a single token the operator takes one step of the recurrence, whatever the backend.
-        o, state = delta_rule_in_full_precision(
-            q,
-            k,
-            v,
-            beta,
-            qk_l2norm=self.qk_norm == "l2",
-            initial_state=None if cache is None else cache.get("state"),
-            output_final_state=cache is not None,
-            cu_seqlens=None if documents is None else documents.offsets * self.steps,
-            backend=self.backend,
-        )
-        if cache is not None and state is not None:
-            cache["state"] = state
+        options: dict[str, Any] = {"qk_l2norm": self.qk_norm == "l2", "backend": self.backend}
+        o = run_operator(delta_rule_in_full_precision, (q, k, v, beta), cache, documents, steps=self.steps, **options)
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
     def state_flops(self, length: int) -> float:
@@ -86,5 +72,5 @@ delta_rule_in_full_precision = without_autocast(delta_rule)
 
 @register_mixer("delta")
 def _from_config(config: Any) -> DeltaNet:
-    own = {"beta_range": config.beta_range, "backend": config.backend}
-    return DeltaNet(config.width, config.heads, config.head_dim, **own, **multi_step_options(config))
+    options = multi_step_options(config)
+    return DeltaNet(config.width, config.heads, config.head_dim, beta_range=config.beta_range, **options)

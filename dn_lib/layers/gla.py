@@ -8,21 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dn_lib.forms.common import check_integer, working_dtype
-from dn_lib.forms.decay import gated_linear_attention
 from dn_lib.layers.cache import LayerCache
-from dn_lib.layers.common import check_even, head_dim_or_default, heads_first, split_heads
+from dn_lib.layers.common import check_choice, check_even, head_dim_or_default, split_heads
 from dn_lib.layers.documents import Documents, open_documents
-from dn_lib.layers.recurrent import RecurrentMixer, run_recurrence
+from dn_lib.layers.linear_attention import linear_attention_in_full_precision
+from dn_lib.layers.recurrent import RecurrentMixer, run_operator
 from dn_lib.layers.registry import register_mixer
-
-_gated_linear_attention = heads_first(gated_linear_attention)
+from dn_lib.ops.backend import BACKENDS
 
 
 class GatedLinearAttention(RecurrentMixer):
     """GLA (Yang et al. 2024): a decay for each key channel, computed from the token; an output gate.
 
     alpha = sigmoid(W_2 W_1 x + b)^(1/16) with an inner size of `rank`. Keys have half the size of values, as
-    in the paper. `[B, L, width]` -> `[B, L, width]`.
+    in the paper. `[B, L, width]` -> `[B, L, width]`. `backend` is `dn_lib.linear_attention`'s.
 
         >>> import torch
         >>> GatedLinearAttention(width=32, heads=2)(torch.randn(1, 5, 32)).shape
@@ -38,6 +37,7 @@ class GatedLinearAttention(RecurrentMixer):
         conv_size: int = 0,
         rank: int = 16,
         norm_eps: float = 1e-5,
+        backend: str = "auto",
     ):
         head_dim = check_even(head_dim_or_default(width, heads, head_dim))
         check_integer("rank", rank)
@@ -47,6 +47,7 @@ class GatedLinearAttention(RecurrentMixer):
         down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, heads * (head_dim // 2), bias=True)
         nn.init.zeros_(up.bias)
         self.decay = nn.Sequential(down, up)
+        self.backend = check_choice("backend", backend, BACKENDS)
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, *, cu_seqlens: Tensor | Documents | None = None
@@ -54,8 +55,9 @@ class GatedLinearAttention(RecurrentMixer):
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = self._heads_of(x, cache, documents)
         z = split_heads(self.decay(x), self.heads)
-        log_decay = F.logsigmoid(z.to(working_dtype(z))) / 16
-        return self._finish(run_recurrence(_gated_linear_attention, (q, k, v, log_decay), cache, documents), x)
+        g = F.logsigmoid(z.to(working_dtype(z))) / 16
+        o = run_operator(linear_attention_in_full_precision, (q, k, v, g), cache, documents, backend=self.backend)
+        return self._finish(o, x)
 
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
@@ -64,5 +66,5 @@ class GatedLinearAttention(RecurrentMixer):
 
 @register_mixer("gla", even=True)
 def _from_config(config: Any) -> GatedLinearAttention:
-    options = {name: getattr(config, name) for name in ("conv_size", "norm_eps")}
+    options = {name: getattr(config, name) for name in ("conv_size", "norm_eps", "backend")}
     return GatedLinearAttention(config.width, config.heads, config.head_dim, **options)

@@ -7,19 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from dn_lib.forms.common import without_autocast
-from dn_lib.forms.linear_attention import chunkwise_linear_attention
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import QK_NORMS
 from dn_lib.layers.documents import Documents, open_documents
-from dn_lib.layers.recurrent import MultiStepMixer, multi_step_options, run_recurrence
+from dn_lib.layers.recurrent import MultiStepMixer, multi_step_options, run_operator
 from dn_lib.layers.registry import register_mixer
+from dn_lib.ops.gated import linear_attention
 
 
 class LinearAttention(MultiStepMixer):
     """Linear attention in DeltaNet's place: S_t = S_{t-1} + k_t v_t^T, all else equal.
 
     `[B, L, width]` -> `[B, L, width]`. Options as `DeltaNet`. There is no normaliser: the norm of each head's
-    output takes its place (Qin et al. 2022).
+    output takes its place (Qin et al. 2022). `backend` is `dn_lib.linear_attention`'s.
 
         >>> import torch
         >>> LinearAttention(width=32, heads=2)(torch.randn(1, 5, 32)).shape
@@ -32,7 +32,8 @@ class LinearAttention(MultiStepMixer):
         documents = open_documents(x, self.width, cache, cu_seqlens)
         q, k, v = self._query_key_value(x, cache, documents)
         q, k = QK_NORMS[self.qk_norm](q), QK_NORMS[self.qk_norm](k)
-        o = run_recurrence(_linear_attention, (q, k, v), cache, documents, self.steps)
+        options: dict[str, Any] = {"steps": self.steps, "backend": self.backend}
+        o = run_operator(linear_attention_in_full_precision, (q, k, v), cache, documents, **options)
         return self._finish(o[:, self.steps - 1 :: self.steps], x)
 
     def state_flops(self, length: int) -> float:
@@ -40,12 +41,7 @@ class LinearAttention(MultiStepMixer):
         return 4 * self.steps * self.heads * self.key_dim * self.value_dim
 
 
-@without_autocast
-def _linear_attention(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`[B, L, H, d]` through chapter 1's function; a chunk of one token is one step of the recurrence."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    o, state = chunkwise_linear_attention(q, k, v, initial_state=state)
-    return o.transpose(1, 2), state
+linear_attention_in_full_precision = without_autocast(linear_attention)
 
 
 @register_mixer("linear")

@@ -77,7 +77,7 @@ def mixer_names() -> tuple[str, ...]:
     """The names of all registered mixers, in the order in which they were registered.
 
     >>> mixer_names()
-    ('delta', 'linear', 'retnet', 'gla', 'mamba', 'attention', 'window')
+    ('delta', 'linear', 'retnet', 'gla', 'gated_delta', 'mamba', 'mamba2', 'attention', 'window')
     """
     return tuple(_KINDS)
 

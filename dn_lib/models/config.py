@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dn_lib.forms.common import describe
 from dn_lib.layers.common import ACTIVATIONS, QK_NORMS
+from dn_lib.layers.gated_delta_net import value_size
 from dn_lib.layers.registry import mixer_kind, mixer_names
 from dn_lib.ops.backend import BACKENDS
 
@@ -24,20 +25,23 @@ class ModelConfig:
 
     - `vocab_size`, `width`, `layers`, `heads`; `head_dim`, width // heads if None; `attention_heads` for
       attention layers, `heads` if None (their head size is width // attention_heads then).
-    - `mixer`: "delta", "linear", "retnet", "gla", "mamba", "attention" or "window".
+    - `mixer`: "delta", "linear", "retnet", "gla", "gated_delta", "mamba", "mamba2", "attention" or "window".
     - `hybrid`: "none"; "window", sliding-window attention in every other layer, from the second;
       "global", full attention in layers 2 and layers/2 + 1, counted from 1.
     - `pattern`: the mixer of every layer, spelled out; `mixer` and `hybrid` are then not read.
     - `window`: how many tokens, itself included, a token of a window layer attends to.
     - `activation`, `qk_norm` (delta, linear): "silu", "relu", "elu1", "identity"; "l2", "l1", "none".
     - `conv_size` (all but attention): taps of the short convolution, 0 for none.
-    - `beta_range` (delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
-    - `backend` (delta): `dn_lib.delta_rule`'s, "auto" for the fastest that there is; "chunkwise" where second
-      derivatives or `torch.func` are wanted on a GPU.
-    - `output_gate` (delta, linear); RetNet, GLA and Mamba always have one.
+    - `beta_range` (delta, gated_delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
+    - `value_heads`, `heads` if None, and `expand_v`, their channels over those of a key (gated_delta).
+    - `backend` (all but mamba and attention): the operator's, "auto" for the fastest that there is; "chunkwise" where
+      second derivatives or `torch.func` are wanted on a GPU.
+    - `output_gate` (delta, linear, gated_delta): None for what the mixer's paper has, none for delta and linear, one
+      for gated_delta. RetNet, GLA, Mamba and Mamba-2 always have one.
     - `mlp_ratio`: inner size of SwiGLU over width, rounded up to a multiple of 64; 0 for no feed-forward
       part. `hidden` gives that size itself.
-    - `mamba_expand`, `mamba_state` (mamba): channels over width, states a channel.
+    - `mamba_expand`, `mamba_state` (mamba, mamba2): channels over width, states a channel. Mamba-2 is usually built
+      with 128 states and heads of 64 channels.
     - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, retnet). `norm_eps`.
 
         >>> ModelConfig.from_dict(ModelConfig(width=64).to_dict()).width
@@ -59,7 +63,9 @@ class ModelConfig:
     conv_size: int = 4
     beta_range: float = 1.0
     delta_steps: int = 1
-    output_gate: bool = False
+    value_heads: int | None = None
+    expand_v: float = 2.0
+    output_gate: bool | None = None
     mlp_ratio: float = 8 / 3
     hidden: int | None = None
     mamba_expand: int = 2
@@ -80,12 +86,12 @@ class ModelConfig:
         self._check_heads()
 
     def _check_types(self) -> None:
-        optional = ("head_dim", "attention_heads", "hidden")
+        optional = {"head_dim": int, "attention_heads": int, "hidden": int, "value_heads": int, "output_gate": bool}
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
             if field.name == "pattern" or (field.name in optional and value is None):
                 continue
-            kind = int if field.name in optional else type(default)
+            kind = optional.get(field.name, type(default))
             allowed = (int, float) if kind is float else kind
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
@@ -94,7 +100,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "layers", "heads", "window", "delta_steps", "mamba_expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("head_dim", "attention_heads", "hidden", "mamba_state", "rope_base", "norm_eps"):
+        positive = ("head_dim", "attention_heads", "hidden", "mamba_state", "value_heads", "expand_v")
+        for name in (*positive, "rope_base", "norm_eps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -139,6 +146,13 @@ class ModelConfig:
             head_dim = head_dim or self.width // heads
             if kind.even and head_dim % 2:
                 raise ValueError(f"head_dim must be even for {', '.join(sorted(used))}, got {head_dim}")
+            if kind.name == "gated_delta":
+                self._check_values(head_dim)
+
+    def _check_values(self, head_dim: int) -> None:
+        value_size(head_dim, self.expand_v)
+        if self.value_heads is not None and self.value_heads % self.heads:
+            raise ValueError(f"value_heads must be a multiple of heads = {self.heads}, got {self.value_heads}")
 
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer, first to last."""

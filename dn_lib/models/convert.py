@@ -1,4 +1,4 @@
-"""Weights from the authors' library: a fla DeltaNet checkpoint as a `LanguageModel` with the same logits.
+"""Weights from the authors' library: a DeltaNet or Gated DeltaNet of fla as a `LanguageModel` with the same logits.
 
 The flash-linear-attention library (Yang and Zhang 2024) names a block's parts `attn_norm`, `attn`, `mlp_norm`
 and `mlp`; ours are `mixer_norm`, `mixer`, `mlp_norm` and `mlp`. Every matrix has the same orientation in both,
@@ -19,7 +19,8 @@ from dn_lib.models.language_model import LanguageModel
 from dn_lib.stored import FLOATS, as_folder, read_json, read_tensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-LAYERS = 24  # fla's default for config.num_hidden_layers
+DELTA, GATED = "delta_net", "gated_deltanet"  # as fla's config.model_type has them
+LAYERS = {DELTA: 24, GATED: 21}  # fla's default for config.num_hidden_layers
 OUTER = {"embeddings.weight": "embedding.weight", "norm.weight": "norm.weight"}
 MIXER = {
     "q_proj.weight": "query.weight",
@@ -33,6 +34,7 @@ MIXER = {
     "k_conv1d.weight": "key_conv.weight",
     "v_conv1d.weight": "value_conv.weight",
 }
+GATES = {"a_proj.weight": "step.weight", "A_log": "log_rates", "dt_bias": "step_biases"}
 MLP = {"gate_proj.weight": "gate.weight", "up_proj.weight": "up.weight", "down_proj.weight": "output.weight"}
 BLOCK = (
     {"attn_norm.weight": "mixer_norm.weight", "mlp_norm.weight": "mlp_norm.weight"}
@@ -40,11 +42,15 @@ BLOCK = (
     | {f"mlp.{theirs}": f"mlp.{ours}" for theirs, ours in MLP.items()}
 )
 QK_NORM = {"l2": "l2", "sum": "l1"}
+GATED_BLOCK = BLOCK | {f"attn.{theirs}": f"mixer.{ours}" for theirs, ours in GATES.items()}
 ACTIVATION = {"silu": "silu", "relu": "relu", "elu": "elu1", "identity": "identity"}
 
 
 def from_fla_state_dict(state_dict: dict[str, Tensor], config) -> LanguageModel:
-    """A model with the weights of a fla `DeltaNetForCausalLM` and, up to rounding, its logits.
+    """A model with the weights of a fla `DeltaNetForCausalLM` or `GatedDeltaNetForCausalLM` and its logits.
+
+    (Its logits up to rounding.) `config.model_type` says which of the two it is, "delta_net" or "gated_deltanet";
+    where it is missing, the presence of `A_log` does.
 
     `state_dict` is what its `state_dict()` gives, any floating-point dtype (kept); `config` its configuration, as an
     object or as the dict in `config.json`. Sizes are read from the weights and must be those of the configuration,
@@ -57,8 +63,8 @@ def from_fla_state_dict(state_dict: dict[str, Tensor], config) -> LanguageModel:
     compute in float32 and round what they give, as in fla. Matrices must all have one dtype.
 
     Raises ValueError, naming what it met, for options that have no counterpart here (no beta, a bias in
-    attention, residual attention, expansions of keys and values that differ) and for weights that do not fit, or
-    are not all there.
+    attention, residual attention, in DeltaNet expansions of keys and values that differ, in Gated DeltaNet a sigmoid
+    as output gate) and for weights that do not fit, or are not all there.
 
         >>> from_fla_state_dict({}, {"use_beta": False})
         Traceback (most recent call last):
@@ -72,11 +78,12 @@ def from_fla_state_dict(state_dict: dict[str, Tensor], config) -> LanguageModel:
     if not isinstance(config, dict) and not hasattr(config, "to_dict"):
         raise TypeError(f"config must be a configuration or its dict, got {type(config).__name__}")
     options = config if isinstance(config, dict) else config.to_dict()
-    _refuse_unsupported(options)
     weights = {name.removeprefix("model."): t for name, t in state_dict.items() if ".rotary." not in name}
-    _check_layers(weights, options)
-    model_config = _read_config(weights, options)
-    _check_sizes(model_config, options)
+    kind = _kind(weights, options)
+    _refuse_unsupported(options, kind)
+    _check_layers(weights, options, kind)
+    model_config = _read_config(weights, options, kind)
+    _check_sizes(model_config, options, kind)
     ours = _rename(weights, model_config)
     with torch.device("meta"):
         model = LanguageModel(model_config)
@@ -157,9 +164,19 @@ def _single_or_numbered(folder: Path) -> list[str]:
     return names
 
 
-def _check_layers(weights: dict[str, Tensor], options: dict) -> None:
+def _kind(weights: dict[str, Tensor], options: dict) -> str:
+    """DELTA or GATED."""
+    kind = options.get("model_type")
+    if kind in (None, ""):  # as in the dict of a configuration that was written by hand
+        return GATED if any(name.endswith(".attn.A_log") for name in weights) else DELTA
+    if kind not in (DELTA, GATED):
+        raise ValueError(f"config.model_type must be {DELTA} or {GATED} to be converted, got {kind}")
+    return kind
+
+
+def _check_layers(weights: dict[str, Tensor], options: dict, kind: str) -> None:
     """Every layer that the configuration counts must be there, and no other."""
-    wanted = options.get("num_hidden_layers", LAYERS)
+    wanted = options.get("num_hidden_layers", LAYERS[kind])
     found = {int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)}
     if found and found != set(range(len(found))):
         raise ValueError(
@@ -169,9 +186,9 @@ def _check_layers(weights: dict[str, Tensor], options: dict) -> None:
         raise ValueError(f"state_dict must hold config.num_hidden_layers = {wanted} layers, it holds {len(found)}")
 
 
-def _check_sizes(config: ModelConfig, options: dict) -> None:
+def _check_sizes(config: ModelConfig, options: dict, kind: str) -> None:
     """What the weights say must be what the configuration says, where it says it."""
-    defaults = {"use_short_conv": True, "conv_size": 4, "use_gate": False}
+    defaults = {"use_short_conv": True, "conv_size": 4, "use_gate": kind == GATED}
     sizes = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -180,6 +197,11 @@ def _check_sizes(config: ModelConfig, options: dict) -> None:
         "use_short_conv": config.conv_size > 0,
         "use_gate": config.output_gate,
     }
+    if kind == GATED:
+        defaults["expand_v"] = 2.0
+        if options.get("num_v_heads") is None:
+            options = options | {"num_v_heads": options.get("num_heads", config.heads)}
+        sizes |= {"expand_v": config.expand_v, "num_v_heads": config.value_heads}
     if config.conv_size:
         sizes["conv_size"] = config.conv_size
     for name, found in sizes.items():
@@ -204,16 +226,18 @@ def _check_dtypes(model: LanguageModel, weights: dict[str, Tensor]) -> None:
             )
 
 
-def _refuse_unsupported(options: dict) -> None:
-    supported = {
-        "use_beta": (True,),
-        "use_output_norm": (True,),
-        "hidden_act": ("swish", "silu"),
-        "attnres_block_size": (None,),
-        "qk_norm": tuple(QK_NORM),
-        "qk_activation": tuple(ACTIVATION),
-        "expand_k": (options.get("expand_v", 1.0),),
-    }
+def _refuse_unsupported(options: dict, kind: str) -> None:
+    supported = {"hidden_act": ("swish", "silu"), "attnres_block_size": (None,)}
+    if kind == GATED:
+        supported["output_gate_activation"] = ("swish", "silu")
+    else:
+        supported |= {
+            "use_beta": (True,),
+            "use_output_norm": (True,),
+            "qk_norm": tuple(QK_NORM),
+            "qk_activation": tuple(ACTIVATION),
+            "expand_k": (options.get("expand_v", 1.0),),
+        }
     for name, allowed in supported.items():
         value = options.get(name, allowed[0])
         if value not in allowed:
@@ -243,16 +267,19 @@ def _the_one(values: set, name: str):
     return values.pop() if values else None
 
 
-def _read_config(weights: dict[str, Tensor], options: dict) -> ModelConfig:
+def _read_config(weights: dict[str, Tensor], options: dict, kind: str) -> ModelConfig:
     """Sizes from the weights, options from the configuration."""
     layers = len({n.split(".")[1] for n in weights if re.match(r"layers\.\d+\.", n)})
     attention = _attention_layers(options)
     delta = [i for i in range(layers) if i not in attention]
     if not delta or "embeddings.weight" not in weights:
-        raise ValueError("state_dict must be of a fla DeltaNetForCausalLM with a layer of DeltaNet")
+        name = "GatedDeltaNet" if kind == GATED else "DeltaNet"
+        raise ValueError(f"state_dict must be of a fla {name}ForCausalLM with a layer of {name}")
     first = f"layers.{delta[0]}.attn."
     sized = {f"{first}b_proj.weight": 2, f"{first}o_norm.weight": 1, "layers.0.mlp.down_proj.weight": 2}
     sized["embeddings.weight"] = 2
+    if kind == GATED:
+        sized[f"{first}q_proj.weight"] = 2
     if f"{first}q_conv1d.weight" in weights:
         sized[f"{first}q_conv1d.weight"] = 3
     for name, dimensions in sized.items():
@@ -270,10 +297,9 @@ def _read_config(weights: dict[str, Tensor], options: dict) -> ModelConfig:
         vocab_size=weights["embeddings.weight"].shape[0],
         width=weights["embeddings.weight"].shape[1],
         layers=layers,
-        heads=weights[f"{first}b_proj.weight"].shape[0],
-        head_dim=weights[f"{first}o_norm.weight"].shape[0],
+        **_heads(weights, first, options, kind),
         attention_heads=_the_one({spec["num_heads"] for spec in attention.values()}, "num_heads"),
-        pattern=tuple(_mixer(attention.get(i)) for i in range(layers)) if attention else None,
+        pattern=tuple(_mixer(attention.get(i), kind) for i in range(layers)) if attention else None,
         window=window or ModelConfig.window,
         activation=ACTIVATION[options.get("qk_activation", "silu")],
         qk_norm=QK_NORM[options.get("qk_norm", "l2")],
@@ -287,21 +313,39 @@ def _read_config(weights: dict[str, Tensor], options: dict) -> ModelConfig:
     )
 
 
+def _heads(weights: dict[str, Tensor], first: str, options: dict, kind: str) -> dict:
+    """The fields of `ModelConfig` about heads, and the mixer.  `first` is the prefix of the first recurrent layer."""
+    rows, channels = weights[f"{first}b_proj.weight"].shape[0], weights[f"{first}o_norm.weight"].shape[0]
+    if kind == DELTA:
+        return {"heads": rows, "head_dim": channels}
+    # Only the configuration tells how many heads the keys' channels make.
+    head_dim, keys = options.get("head_dim", 256), weights[f"{first}q_proj.weight"].shape[0]
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1 or keys % head_dim or not keys:
+        raise ValueError(f"state_dict must be of config.head_dim = {head_dim!r}, its queries have {keys} channels")
+    heads, said = keys // head_dim, _number("expand_v", options.get("expand_v", 2.0))
+    if rows % heads:
+        raise ValueError(f"state_dict must have a multiple of {heads} value heads to be converted, got {rows}")
+    expand_v = said if round(said * head_dim) == channels else channels / head_dim
+    sizes = {"heads": heads, "head_dim": head_dim, "value_heads": rows, "expand_v": expand_v}
+    return sizes | {"mixer": "gated_delta"}
+
+
 def _number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"config.{name} must be a number, got {value!r}")
     return float(value)
 
 
-def _mixer(attention: dict | None) -> str:
+def _mixer(attention: dict | None, kind: str) -> str:
     if attention is None:
-        return "delta"
+        return "gated_delta" if kind == GATED else "delta"
     return "attention" if attention.get("window_size") is None else "window"
 
 
 def _rename(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our names; matrices that older versions or shared heads store otherwise are brought into our form."""
     ours, mixers = {}, config.mixers()
+    block = GATED_BLOCK if "gated_delta" in mixers else BLOCK
     for name, tensor in weights.items():
         if name in OUTER:
             ours[OUTER[name]] = tensor
@@ -310,17 +354,17 @@ def _rename(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor
                 ours["head.weight"] = tensor
         elif re.match(r"layers\.\d+\.", name):
             _, index, part = name.split(".", 2)
-            if part not in BLOCK:
+            if part not in block:
                 raise ValueError(f"state_dict has model.{name}, which has no counterpart here")
             prefix = f"blocks.{index}."
             if part == "mlp.gate_proj.weight" and tensor.shape[:1] == (2 * config.mlp_width(),):
                 ours[f"{prefix}mlp.gate.weight"], ours[f"{prefix}mlp.up.weight"] = tensor.chunk(2)
                 continue
-            if mixers[int(index)] != "delta" and part in ("attn.k_proj.weight", "attn.v_proj.weight"):
+            if mixers[int(index)] in ("attention", "window") and part in ("attn.k_proj.weight", "attn.v_proj.weight"):
                 tensor = _own_heads(tensor, config)
             if part.endswith("_conv1d.weight") and tensor.dim() == 3:
                 tensor = tensor.permute(2, 1, 0).contiguous()  # [channels, 1, size] as PyTorch's Conv1d has it
-            ours[prefix + BLOCK[part]] = tensor
+            ours[prefix + block[part]] = tensor
         else:
             raise ValueError(f"state_dict has {name}, which has no counterpart here")
     return ours

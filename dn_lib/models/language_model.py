@@ -181,8 +181,9 @@ class LanguageModel(nn.Module):
 
         - attention: 4 d keys a head, with keys the mean number that a query sees, (L + 1) / 2 for full
           attention;
-        - linear attention: 4 d_k d_v a head, a multiply-add for the write and for the read; RetNet and GLA
-          5 (the decay), DeltaNet 6 (the prediction S^T k) times `delta_steps`; Mamba 6 a state.
+        - linear attention: 4 d_k d_v a head, a multiply-add for the write and for the read; RetNet, GLA
+          and Mamba-2 5 (the decay), DeltaNet 6 (the prediction S^T k) times `delta_steps`, Gated DeltaNet 7 (both);
+          Mamba 6 a state.
 
         The backward pass is counted as twice the forward. What an algorithm does beyond this (a chunkwise
         form's products inside a chunk, recomputation) is not counted, nor are norms, activations and softmax.

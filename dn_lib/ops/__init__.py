@@ -22,7 +22,17 @@ from dn_lib.ops.checks import (
     wants_gradient,
 )
 from dn_lib.ops.delta import autocast_dtype, decode_delta_rule, delta_rule
-from dn_lib.ops.fla import chunk_delta_rule, fused_recurrent_delta_rule
+from dn_lib.ops.fla import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_gla,
+    chunk_lightning_attn,
+    chunk_retention,
+    chunk_simple_gla,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
+from dn_lib.ops.gated import gated_delta_rule, linear_attention, retention_gates
 from dn_lib.ops.planning import OperatorPlan, plan
 
 __all__ = [
@@ -40,14 +50,23 @@ __all__ = [
     "checking",
     "choose_backend",
     "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_gla",
+    "chunk_lightning_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
     "decode_delta_rule",
     "delta_rule",
     "for_triton",
     "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule",
     "is_plain",
+    "linear_attention",
     "plan",
     "refuse_gradients",
     "resolve_backend",
+    "retention_gates",
     "through_recurrent",
     "through_triton",
     "triton_problem",

@@ -5,7 +5,7 @@ The plan of a call is made here, once (`dn_lib.kernels.plan`); its backward runs
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from dn_lib.forms.derivatives import differentiable_once, refuse_transforms
 from dn_lib.kernels.plan import Plan, Saved, call_of, lay_out, plan_call, resolve
 from dn_lib.kernels.rules import DTYPES, RECURRENT_MAX_LENGTH, default_chunk
 from dn_lib.ops.checks import check_arguments, check_scale_in_float32, is_plain, wants_gradient
+
+if TYPE_CHECKING:
+    from dn_lib.kernels.delta_rule import launch
 
 Given = TypeVar("Given", bound=Tensor | None)
 
@@ -38,17 +41,17 @@ def check_offsets_on_cpu(cu_seqlens: Tensor | None, L: int) -> None:
 
 
 # --- The eager path: no dispatcher between the caller and the kernels ---------------------------------------------
-_TWICE = "delta_rule with backend 'triton' has no second derivative: use backend='chunkwise'"
+class _Family(torch.autograd.Function):
+    """The delta rule and its relatives.  beta is None without erasure, g without gates."""
 
-
-class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        beta: Tensor,
+        beta: Tensor | None,
+        g: Tensor | None,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: float,
@@ -60,61 +63,85 @@ class _DeltaRule(torch.autograd.Function):
         kept: tuple[Tensor | None, ...]
         if plan.layout.packed:
             o, state, saved = launch.forward(
-                plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
-                final_state=final_state,
+                plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state,
+                cu_seqlens=cu_seqlens, final_state=final_state,
             )  # fmt: skip
             kept = cast(Saved, saved)
         else:
             o, state, kept = eager.forward(
-                plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=final_state
-            )
-        ctx.save_for_backward(q, k, beta, initial_state, *kept)
-        ctx.plan, ctx.scale = plan, scale
+                plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state,
+                final_state=final_state,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v if beta is None else None, beta, initial_state, *kept)
+        ctx.plan, ctx.scale, ctx.gate_dtype = plan, scale, None if g is None else g.dtype
         ctx.set_materialize_grads(False)
         return o, state
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         from dn_lib.kernels.delta_rule import eager
 
-        do, dstate = gradients
-        refuse_transforms("delta_rule with backend 'triton'", "use backend='chunkwise'", do, dstate)
-        q, k, beta, initial_state, *kept = ctx.saved_tensors
+        do, dstate = upstream
+        refuse_transforms(f"{_name(ctx.plan)} with backend 'triton'", "use backend='chunkwise'", do, dstate)
+        q, k, v, beta, initial_state, *kept = ctx.saved_tensors
         plan: Plan = ctx.plan
         with torch.no_grad():
             if plan.layout.packed:
-                grads = _run_backward(plan, q, k, beta, initial_state, Saved(*kept), do, dstate, ctx.scale)
+                given = _run_backward(plan, q, k, v, beta, initial_state, Saved(*kept), do, dstate, ctx.scale)
             else:
-                do_or_zeros = q.new_zeros(*q.shape[:3], plan.call.V) if do is None else do
-                *grads, dfirst = eager.backward(
-                    plan=plan, q=q, k=k, beta=beta, kept=eager.Kept(*kept), do=do_or_zeros, dstate=dstate,
-                    scale=ctx.scale, initial_state=initial_state is not None, precision=dot_precision(),
+                found = eager.backward(
+                    plan=plan, q=q, k=k, v=v, beta=beta, kept=eager.Kept(*kept), do=_or_zeros(do, q, plan),
+                    dstate=dstate, scale=ctx.scale, initial_state=initial_state is not None, precision=dot_precision(),
                 )  # fmt: skip
-                grads.append(None if dfirst is None or initial_state is None else dfirst.to(initial_state.dtype))
-        return *differentiable_once(_TWICE, grads, (q, k, beta, initial_state, do, dstate)), *(None,) * 4
+                given = _in_their_dtypes(found, initial_state)
+            if given[4] is not None:
+                given[4] = given[4].to(ctx.gate_dtype)
+        inputs = q, k, v, beta, initial_state, do, dstate
+        return *differentiable_once(_twice(plan), given, inputs), *(None,) * 4
+
+
+def _name(plan: Plan) -> str:
+    call = plan.call
+    if not call.erase:
+        return "linear_attention"
+    return "gated_delta_rule" if call.gate else "delta_rule"
+
+
+def _twice(plan: Plan) -> str:
+    return f"{_name(plan)} with backend 'triton' has no second derivative: use backend='chunkwise'"
+
+
+def _or_zeros(do: Tensor | None, q: Tensor, plan: Plan) -> Tensor:
+    return q.new_zeros(plan.call.B, plan.call.L, plan.call.H, plan.call.V) if do is None else do
+
+
+def _in_their_dtypes(found: launch.Gradients, initial_state: Tensor | None) -> list[Tensor | None]:
+    first = found.initial_state
+    return [*found[:5], None if first is None or initial_state is None else first.to(initial_state.dtype)]
 
 
 def _run_backward(
     plan: Plan,
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
+    v: Tensor | None,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     saved: Saved,
     do: Tensor | None,
     dstate: Tensor | None,
     scale: float,
 ) -> list[Tensor | None]:
-    """[dq, dk, dv, dbeta, d initial_state], each in the dtype of its tensor."""
+    """[dq, dk, dv, dbeta, dg, d initial_state], each in the dtype of its tensor, but dg in float32."""
     from dn_lib.kernels.delta_rule import launch
 
-    do = torch.zeros_like(saved.pseudo) if do is None else do
-    plan = plan.for_backward(q, k, do, saved.n, saved.pseudo, saved.states, precision=dot_precision())
-    *grads, dfirst = launch.backward(
-        plan=plan, q=q, k=k, beta=beta, saved=saved, do=do, dstate=dstate, scale=scale,
+    do = _or_zeros(do, q, plan)
+    plan = plan.for_backward(q, k, v, do, saved.n, saved.pseudo, saved.states, precision=dot_precision())
+    found = launch.gradients(
+        plan=plan, q=q, k=k, v=v, beta=beta, saved=saved, do=do, dstate=dstate, scale=scale,
         initial_state=initial_state is not None,
     )  # fmt: skip
-    return [*grads, None if dfirst is None or initial_state is None else dfirst.to(initial_state.dtype)]
+    return _in_their_dtypes(found, initial_state)
 
 
 # --- The same as operators, for torch.compile and for tensors that handle operators themselves --------------------
@@ -125,23 +152,24 @@ def _absent(x: Tensor) -> bool:
 
 @torch.library.custom_op("dn_lib::delta_rule", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, norm: bool, chunk: int, save: bool,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, norm: bool, chunk: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[o, final_state, and what `Saved` holds, in its order]; empty where there is nothing.
 
-    Outputs must not share memory.  Small heads keep the state at the end of each segment; where a sequence is one
-    segment, that is final_state.
+    The whole family: beta is None without erasure, g without gates.  Outputs must not share memory.  Small heads keep
+    the state at the end of each segment; where a sequence is one segment, that is final_state.
     """
     from dn_lib.kernels.delta_rule import launch
 
-    check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk, "triton")
+    check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk, "triton", g=g, grouped=True)
     check_offsets_on_cpu(cu_seqlens, q.shape[1])
     plan = plan_call(
-        q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk, precision=dot_precision()
+        q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk, precision=dot_precision(),
+        gate=g is not None, erase=beta is not None,
     )  # fmt: skip
     o, state, saved = launch.forward(
-        plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
         final_state=True,
     )  # fmt: skip
     kept = saved or (None,) * len(Saved._fields)
@@ -153,7 +181,8 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -161,7 +190,12 @@ def _(
     chunk: int,
     save: bool,
 ) -> list[Tensor]:
-    layout = lay_out(call_of(k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk))
+    layout = lay_out(
+        call_of(
+            k, v, cu_seqlens=cu_seqlens, norm=norm, training=save, chunk=chunk, gate=g is not None,
+            erase=beta is not None,
+        )
+    )  # fmt: skip
     o = v.new_empty(v.shape)
     state = q.new_empty(layout.call.sequences, layout.call.H, layout.call.K, layout.call.V, dtype=torch.float32)
     buffers = dict(layout.buffers) if save else {}
@@ -173,28 +207,32 @@ def _(
 
 @torch.library.custom_op("dn_lib::delta_rule_backward", mutates_args=())
 def _backward_op(
-    q: Tensor, k: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, final_state: Tensor,
-    saved: list[Tensor], do: Tensor, dstate: Tensor | None, scale: float, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor | None, beta: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, final_state: Tensor, saved: list[Tensor], do: Tensor, dstate: Tensor | None,
+    scale: float, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
-    """[dq, dk, dv, dbeta, d initial_state (empty if there is none)]."""
+    """[dq, dk, dv, dbeta, dg, d initial_state]; empty where there is none.  v is given where nothing is erased."""
     kept = Saved(*(cast(Any, None if _absent(x) else x) for x in saved))
     # What the forward saved tells by which layout, also where the overrides of its thread are not known.
-    call = call_of(k, do, cu_seqlens=cu_seqlens, norm=kept.q_norm is not None, training=True, chunk=chunk)
+    call = call_of(
+        k, do, cu_seqlens=cu_seqlens, norm=kept.q_norm is not None, training=True, chunk=chunk,
+        gate=kept.sums is not None, erase=beta is not None,
+    )  # fmt: skip
     segments = 1 if kept.transition is None else kept.transition.shape[0] // max(1, call.sequences)
     overrides = call.overrides._replace(segments=max(1, segments), fused=kept.states is None)
     plan = resolve(call._replace(overrides=overrides))
     if kept.states is None and kept.state_end is None:
         kept = kept._replace(state_end=final_state)
-    *grads, dfirst = _run_backward(plan, q, k, beta, initial_state, kept, do, dstate, scale)
-    given = [cast(Tensor, x) for x in grads]
-    return [*given, q.new_empty(0) if dfirst is None else dfirst]
+    given = _run_backward(plan, q, k, v, beta, initial_state, kept, do, dstate, scale)
+    return [q.new_empty(0) if x is None else x for x in given]
 
 
 @_backward_op.register_fake
 def _(
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
+    v: Tensor | None,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     final_state: Tensor,
@@ -204,30 +242,39 @@ def _(
     scale: float,
     chunk: int,
 ) -> list[Tensor]:
-    dfirst = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    # Contiguous, whatever the strides of q or do.
-    return [*(x.new_empty(x.shape) for x in (q, k, do, beta)), dfirst]
+    # Contiguous, whatever the strides of q or do; what is not there is empty, and no two outputs are one tensor.
+    dbeta, dfirst = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, initial_state))
+    sums = cast(Tensor, Saved(*saved).sums)
+    dg = q.new_empty(0) if _absent(sums) else q.new_empty(do.shape[:3], dtype=torch.float32)
+    return [*(x.new_empty(x.shape) for x in (q, k, do)), dbeta, dg, dfirst]
 
 
 def _op_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, _v, beta, initial_state, cu_seqlens, scale, _norm, chunk, save = inputs
+    q, k, v, beta, g, initial_state, cu_seqlens, scale, _norm, chunk, save = inputs
     if not save:
         raise RuntimeError("dn_lib::delta_rule needs save=True where a gradient is wanted")
-    ctx.save_for_backward(q, k, beta, initial_state, cu_seqlens, *output[1:])
+    ctx.save_for_backward(q, k, v if beta is None else None, beta, initial_state, cu_seqlens, *output[1:])
     ctx.options = scale, chunk
+    ctx.gate_dtype = None if g is None else g.dtype
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx: Any, gradients: Any) -> tuple[Tensor | None, ...]:
-    do, dstate = gradients[:2]
-    q, k, beta, initial_state, cu_seqlens, final_state, *saved = ctx.saved_tensors
-    do = torch.zeros_like(Saved(*saved).pseudo) if do is None else do
-    *grads, dfirst = _backward_op(q, k, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, *ctx.options)
-    return *grads, None if initial_state is None else dfirst, *(None,) * 5
+def _op_backward(ctx: Any, upstream: Any) -> tuple[Tensor | None, ...]:
+    do, dstate = upstream[:2]
+    q, k, v, beta, initial_state, cu_seqlens, final_state, *saved = ctx.saved_tensors
+    if do is None:
+        kept = Saved(*saved)
+        do = torch.zeros_like(kept.pseudo if v is None else v)
+    dq, dk, dv, dbeta, dg, dfirst = _backward_op(
+        q, k, v, beta, initial_state, cu_seqlens, final_state, saved, do, dstate, *ctx.options
+    )
+    dg = None if ctx.gate_dtype is None else dg.to(ctx.gate_dtype)
+    given = dq, dk, dv, None if beta is None else dbeta, dg, None if initial_state is None else dfirst
+    return *given, *(None,) * 5
 
 
 def _second_derivative(ctx: Any, _: Any) -> None:
-    raise RuntimeError(_TWICE)
+    raise RuntimeError("delta_rule with backend 'triton' has no second derivative: use backend='chunkwise'")
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_op_setup)
@@ -244,45 +291,48 @@ def through_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     final_state: bool,
     cu_seqlens: Tensor | None,
     norm: bool,
     chunk_size: int | None,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """beta None: without erasure.  g None: without gates."""
     check_scale_in_float32(scale)
-    beta, initial_state = for_triton(beta), for_triton(initial_state)
-    training = wants_gradient(q, k, v, beta, initial_state)
+    beta, g, initial_state = for_triton(beta), for_triton(g), for_triton(initial_state)
+    training = wants_gradient(q, k, v, beta, g, initial_state)
     # A launch would do this too; here a copy that has to be made is kept for the backward.
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    tensors = q, k, v, beta, initial_state
-    if torch.compiler.is_compiling() or not all(map(is_plain, (*tensors, cu_seqlens))):
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    beta, g, initial_state = (None if x is None else x.contiguous() for x in (beta, g, initial_state))
+    if torch.compiler.is_compiling() or not all(map(is_plain, (q, k, v, beta, g, initial_state, cu_seqlens))):
         chunk = chunk_size or default_chunk(q.dtype)
-        o, state, *_ = _forward_op(q, k, v, beta, initial_state, cu_seqlens, scale, norm, chunk, training)
+        o, state, *_ = _forward_op(q, k, v, beta, g, initial_state, cu_seqlens, scale, norm, chunk, training)
         return o, state if final_state else None
     chunk = chunk_of(q.shape[1], q.dtype, chunk_size, training)
     if chunk is None:
-        return through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm)
+        return through_recurrent(q, k, v, beta, scale, initial_state, final_state, cu_seqlens, norm, g)
     check_offsets_on_cpu(cu_seqlens, q.shape[1])
     plan = plan_call(
-        q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=dot_precision()
+        q, k, v, cu_seqlens=cu_seqlens, norm=norm, training=training, chunk=chunk, precision=dot_precision(),
+        gate=g is not None, erase=beta is not None,
     )  # fmt: skip
     if training:
-        return _DeltaRule.apply(q, k, v, beta, initial_state, cu_seqlens, scale, final_state, plan)
+        return _Family.apply(q, k, v, beta, g, initial_state, cu_seqlens, scale, final_state, plan)
     from dn_lib.kernels.delta_rule import eager, launch
 
     if plan.layout.packed:
         o, state, _ = launch.forward(
-            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+            plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
             final_state=final_state,
         )  # fmt: skip
     else:
         o, state, _ = eager.forward(
-            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=final_state
-        )
+            plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state,
+            final_state=final_state,
+        )  # fmt: skip
     return o, state
 
 
@@ -290,22 +340,25 @@ def through_recurrent(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     final_state: bool,
     cu_seqlens: Tensor | None,
     norm: bool,
+    g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     from dn_lib.kernels.delta_rule import launch
 
     check_offsets_on_cpu(cu_seqlens, q.shape[1])
-    plan = plan_call(q, k, v, cu_seqlens=cu_seqlens, norm=norm, chunk=None)
+    plan = plan_call(
+        q, k, v, cu_seqlens=cu_seqlens, norm=norm, chunk=None, gate=g is not None, erase=beta is not None
+    )  # fmt: skip
     c, state = plan.call, None
     if final_state:
         state = q.new_empty(c.sequences, c.H, c.K, c.V, dtype=torch.float32)
     o = launch.recurrent(
-        plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=state,
+        plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state, final_state=state,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
     return o, state

@@ -118,13 +118,20 @@ def check_for_triton(dtype: torch.dtype, dim: int, chunk_size: int | None) -> No
 
 
 def resolve_backend(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, initial_state: Tensor | None, chunk_size: int | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+    g: Tensor | None = None,
 ) -> str:
     """`choose_backend`, with chunkwise in place of Triton where PyTorch has to see every operation."""
     chosen = choose_backend(q, v, chunk_size, backend)
     if chosen == "triton":
         if backend == "triton":
-            refuse_transforms("backend 'triton'", "use backend='chunkwise'", q, k, v, beta, initial_state)
-        elif active_transform(q, k, v, beta, initial_state):
+            refuse_transforms("backend 'triton'", "use backend='chunkwise'", q, k, v, beta, initial_state, g)
+        elif active_transform(q, k, v, beta, initial_state, g):
             return "chunkwise"
     return chosen

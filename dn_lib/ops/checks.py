@@ -71,20 +71,35 @@ def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
     backend: str,
+    g: Tensor | None = None,
+    grouped: bool = False,
 ) -> None:
-    """Shapes, dtypes and devices; raises ValueError or TypeError naming the argument."""
+    """Shapes, dtypes and devices; raises ValueError or TypeError naming the argument.
+
+    beta: None where the operator has none.  g: the log gates, None without.  grouped: whether v may have a multiple of
+    the heads of k; beta, g and states go with those of v.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 4, "four dimensions [B, L, H, d]")
     B, L, H, K = q.shape
     check_tensor("q", q, (B, L, H, K), "[B, L, H, d_k]", q)
     check_tensor("k", k, (B, L, H, K), "[B, L, H, d_k], as q,", q, over_time=True)
-    check_tensor("v", v, (B, L, H, v.shape[-1]), "[B, L, H, d_v]", q, over_time=True)
-    check_tensor("beta", beta, (B, L, H), "[B, L, H]", q, over_time=True)
+    heads = "H"
+    if grouped and v.shape[2] != H and H:
+        if v.shape[2] % H:
+            swapped = " (heads before time?)" if v.shape[1] == H and v.shape[2] == L else ""
+            raise ValueError(f"v must have a multiple of the H = {H} heads of k, got {size_of(v)}{swapped}")
+        H, heads = v.shape[2], "H_v"
+    check_tensor("v", v, (B, L, H, v.shape[-1]), f"[B, L, {heads}, d_v]", q, over_time=True)
+    if beta is not None:
+        check_tensor("beta", beta, (B, L, H), f"[B, L, {heads}]", q, over_time=True)
+    if g is not None:
+        check_tensor("g", g, (B, L, H), f"[B, L, {heads}]", q, over_time=True)
     if K == 0 or v.shape[-1] == 0:
         raise ValueError(f"q and v must have at least one channel, got d_k = {K} and d_v = {v.shape[-1]}")
     for name, x in (("k", k), ("v", v)):
@@ -100,7 +115,7 @@ def check_arguments(
         sequences = cu_seqlens.numel() - 1
     if initial_state is not None:
         shape = (sequences, H, K, v.shape[-1])
-        check_tensor("initial_state", initial_state, shape, "[N, H, d_k, d_v]", q)
+        check_tensor("initial_state", initial_state, shape, f"[N, {heads}, d_k, d_v]", q)
     if chunk_size is not None and (not is_integer(chunk_size) or chunk_size < 1):
         raise ValueError(f"chunk_size must be a positive integer or None, got {describe(chunk_size)}")
     if not isinstance(backend, str) or backend not in BACKENDS:
@@ -115,19 +130,42 @@ def check_values(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     qk_l2norm: bool,
+    g: Tensor | None = None,
 ) -> None:
     """What `checked` promises; raises ValueError naming the argument and the first offending [b, l, h]."""
     for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
+        if x is None:
+            continue
         bad = ~x.isfinite() if x.ndim == 3 else ~x.isfinite().all(-1)
         if bad.any():
             raise ValueError(f"{name} must be finite: NaN or infinity at [b, l, h] = {_first(bad)}")
+    if g is not None:
+        check_log_gates(g)
     if initial_state is not None and not initial_state.isfinite().all():
         bad = ~initial_state.isfinite().flatten(2).all(-1)
         raise ValueError(f"initial_state must be finite: NaN or infinity at [n, h] = {_first(bad)}")
+    if beta is not None:
+        _check_strength(k, beta, qk_l2norm)
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens.tolist(), q.shape[1])
+
+
+def check_log_gates(g: Tensor) -> None:
+    """Raise ValueError unless all are at most 0; -inf is a gate of zero."""
+    bad = ~(g <= 0)
+    if bad.any():
+        at = _first(bad)
+        axes = "[b, l, h]" if g.ndim == 3 else "[h]" if g.ndim == 1 else "[b, l, h, channel]"
+        raise ValueError(f"g must be at most 0, the logarithm of a gate in [0, 1]: {g[tuple(at)]:.4g} at {axes} = {at}")
+
+
+def _check_strength(k: Tensor, beta: Tensor, qk_l2norm: bool) -> None:
+    if beta.shape[2] != k.shape[2]:
+        k = k.repeat_interleave(beta.shape[2] // k.shape[2], 2)
     strength = beta.double() if qk_l2norm else beta.double() * k.double().square().sum(-1)
     # A key that is normalised and then rounded to its dtype may be off by that much.
     slack = 1 + 2 * torch.finfo(k.dtype).eps
@@ -140,8 +178,6 @@ def check_values(
         )
     if (bad := beta < 0).any():
         raise ValueError(f"beta must be at least 0: {beta[tuple(_first(bad))]:.4g} at [b, l, h] = {_first(bad)}")
-    if cu_seqlens is not None:
-        check_offsets(cu_seqlens.tolist(), q.shape[1])
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

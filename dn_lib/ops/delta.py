@@ -38,7 +38,7 @@ def autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def _no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
     """What follows computes in the dtypes that it was given: states and the triangular solve stay float32."""
     if _under_autocast(q):
         return torch.autocast(q.device.type, enabled=False)
@@ -125,7 +125,7 @@ def delta_rule(
         "chunkwise": chunkwise_delta_rule,
     }
     options = {"chunk_size": chunk_size or 64} if backend == "chunkwise" else {}
-    with _no_autocast(q):
+    with no_autocast(q):
         o, state = on_heads(
             form[backend], q, k, v, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
             qk_l2norm=qk_l2norm, **options,
@@ -179,7 +179,7 @@ def decode_delta_rule(
     if not compiling and state.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("state must not be made in inference mode to be updated outside of it: pass a clone")
     refuse_gradients(q=q, k=k, v=v, beta=beta)
-    with torch.no_grad(), _no_autocast(q):
+    with torch.no_grad(), no_autocast(q):
         if choose_backend(q1, v1, None, "auto") == "triton":
             return decode_through_triton(q1, k1, v1, beta1, state, scale, qk_l2norm)[:, 0]
         if qk_l2norm:

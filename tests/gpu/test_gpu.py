@@ -553,12 +553,12 @@ def test_cuda_graph(backward, L, packed):
 @pytest.mark.parametrize("norm, state", [(False, False), (True, True)])
 def test_opcheck(norm, state):
     *x, S = leaves(*cuda_inputs(1, 100, 2, 64, 64, dtype=BF16, state=1 if state else None))
-    arguments = (*x, S, None, 0.3, norm, 64, True)
+    arguments = (*x, None, S, None, 0.3, norm, 64, True)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule, arguments)
     o, last, *saved = (y.detach() for y in torch.ops.dn_lib.delta_rule(*arguments))
     q, k, _, beta, S = (None if y is None else y.detach() for y in (*x, S))
     do = torch.randn_like(o).transpose(1, 2).contiguous().transpose(1, 2)
-    arguments = (q, k, beta, S, None, last, saved, do, torch.randn_like(last), 0.3, 64)
+    arguments = (q, k, None, beta, S, None, last, saved, do, torch.randn_like(last), 0.3, 64)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule_backward, arguments)
 
 

@@ -113,7 +113,7 @@ def test_offsets_are_checked_on_a_cpu(backend, offsets):
         fused_recurrent_delta_rule(*x, cu_seqlens=cu)
     if backend == "triton":
         with torch.no_grad(), pytest.raises(ValueError, match=r"^cu_seqlens must rise"):
-            torch.ops.dn_lib.delta_rule(*x, None, cu, 0.5, False, 16, False)
+            torch.ops.dn_lib.delta_rule(*x, None, None, cu, 0.5, False, 16, False)
 
 
 @needs_triton
@@ -175,7 +175,7 @@ def test_the_operator_of_the_dispatcher_checks_shapes():
     x = list(delta_rule_inputs(1, 20, 1, 4, 5)[:4])
     x[1] = x[1][:, :7]
     with pytest.raises(ValueError, match=r"^k must be \[B, L, H, d_k\]"):
-        torch.ops.dn_lib.delta_rule(*x, None, None, 0.5, False, 16, False)
+        torch.ops.dn_lib.delta_rule(*x, None, None, None, 0.5, False, 16, False)
 
 
 @needs_triton

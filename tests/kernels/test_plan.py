@@ -25,10 +25,10 @@ H100, A100 = Target(90, 132), Target(80, 108)
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def planned(B, L, H, d, *, dtype=BF16, target=H100, training=True, norm=False, d_v=None, **overrides):
+def planned(B, L, H, d, *, dtype=BF16, target=H100, training=True, norm=False, d_v=None, call=None, **overrides):
     q, v = (torch.empty(B, L, H, width, dtype=dtype, device="meta") for width in (d, d_v or d))
     with using(target=target, **overrides):
-        return plan_call(q, q, v, norm=norm, training=training, chunk=rules.default_chunk(dtype))
+        return plan_call(q, q, v, norm=norm, training=training, chunk=rules.default_chunk(dtype), **(call or {}))
 
 
 # --- The rules ----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_a_backward_follows_the_plan_of_its_forward():
     expected = forward_and_gradients(rule, leaves(*x, S), do, dS)
 
     def operator(*y, initial_state):
-        return torch.ops.dn_lib.delta_rule(*y, initial_state, None, 0.25, False, 16, True)[:2]
+        return torch.ops.dn_lib.delta_rule(*y, None, initial_state, None, 0.25, False, 16, True)[:2]
 
     for function, fused in itertools.product((rule, operator), (None, True)):
         y = leaves(*x, S)
@@ -263,8 +263,10 @@ def test_short_sequences_without_a_gradient_run_the_recurrence(L, training, kern
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_every_launch_has_a_name_and_every_name_a_kernel():
-    from dn_lib.kernels.delta_rule import backward, forward, recurrent
+    from dn_lib.kernels.delta_rule import backward, forward, gates, recurrent
 
     for name in rules.KERNELS.values():
-        assert any(hasattr(module, name) for module in (forward, backward, recurrent)), name
-    assert {*planned(1, 8192, 2, 128, norm=True).launches, "recurrent"} == {*rules.KERNELS}
+        assert any(hasattr(module, name) for module in (forward, gates, backward, recurrent)), name
+    gated = {"gate": True}
+    names = {*planned(1, 8192, 2, 128, norm=True).launches, *planned(1, 8192, 2, 128, call=gated).launches, "recurrent"}
+    assert names == {*rules.KERNELS}

@@ -307,13 +307,13 @@ def zeros(*shape):
             lambda q: retention(q, q[:, :3], q, q[..., 0]),
             "k must be [..., L, d_k] = [2, 5, 4] to match q, got [2, 3, 4]",
         ),
-        (lambda q: retention(q, q, q, q), "log_decay must be [..., L] = [2, 5] to match q, got [2, 5, 4]"),
-        (lambda q: retention(q, q, q, None), "log_decay must be a tensor, got NoneType"),
+        (lambda q: retention(q, q, q, q), "g must be [..., L] = [2, 5] to match q, got [2, 5, 4]"),
+        (lambda q: retention(q, q, q, None), "g must be a tensor, got NoneType"),
         (lambda q: retention(None, q, q, q[..., 0]), "q must be a tensor, got NoneType"),
         (lambda q: retention(q, q, q, q[..., 0], chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda q: retention(q, q, q, q[..., 0], scale="x"), "scale must be a number or None, got 'x'"),
         (lambda q: retention(q, q, q, q[..., 0], initial_state=q), "initial_state must be [..., d_k, d_v] = [2, 4, 4]"),
-        (lambda q: gated_linear_attention(q, q, q, q[..., 0]), "log_decay must be [..., L, d_k] = [2, 5, 4]"),
+        (lambda q: gated_linear_attention(q, q, q, q[..., 0]), "g must be [..., L, d_k] = [2, 5, 4]"),
         (lambda q: selective_scan(q[0], q, zeros(4, 3), q, q), "x must be [B, L, D], got [5, 4]"),
         (lambda q: selective_scan(q, q[:1], zeros(4, 3), q, q), "delta must be [B, L, D] = [2, 5, 4] to match x"),
         (lambda q: selective_scan(q, q, zeros(3, 4), q, q), "A must be [D, N] with D = 4 to match x, got [3, 4]"),
@@ -365,8 +365,8 @@ def convolve_twice(first, second):
 def test_functions_take_their_arguments_by_name():
     q, x = torch.randn(2, 5, 4), torch.rand(2, 5, 3)
     for function, arguments in (
-        (retention, {"q": q, "k": q, "v": q, "log_decay": -x[..., 0]}),
-        (gated_linear_attention, {"q": q, "k": q, "v": q, "log_decay": -q.abs()}),
+        (retention, {"q": q, "k": q, "v": q, "g": -x[..., 0]}),
+        (gated_linear_attention, {"q": q, "k": q, "v": q, "g": -q.abs()}),
         (selective_scan, {"x": x, "delta": x, "A": -x[0, :3], "B": x, "C": x}),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):

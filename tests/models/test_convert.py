@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dn_lib.forms.delta_rule import recurrent_delta_rule
+from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
 from dn_lib.models.convert import INDEX, from_fla_state_dict, load_fla_checkpoint
 from dn_lib.testing import relative_error
 
@@ -83,6 +84,63 @@ def delta_mixer(w, x, options):
     return F.linear(o.flatten(-2), w["o_proj.weight"])
 
 
+GATED = {
+    "model_type": "gated_deltanet",
+    "head_dim": 6,
+    "expand_v": 2.0,
+    **{name: value for name, value in CONFIG.items() if name != "model_type"},
+}
+
+
+def gated_weights(*, v_heads=HEADS, expand_v=2.0, gate=True, conv=4, attention=()):
+    """Random weights under the names and in the shapes of fla 0.6.0's GatedDeltaNetForCausalLM.state_dict()."""
+    keys, values = HEADS * GATED["head_dim"], int(v_heads * GATED["head_dim"] * expand_v)
+    shapes = {name: tuple(t.shape) for name, t in fla_weights(attention=attention).items()}
+    for i in range(LAYERS):
+        if i in attention:
+            continue
+        layer = {f"{n}_proj.weight": (size, WIDTH) for n, size in zip("qkv", (keys, keys, values), strict=True)}
+        layer |= {f"{n}_proj.weight": (v_heads, WIDTH) for n in "ab"} | {"A_log": (v_heads,), "dt_bias": (v_heads,)}
+        layer |= {"o_proj.weight": (WIDTH, values), "o_norm.weight": (values // v_heads,)}
+        if gate:
+            layer["g_proj.weight"] = (values, WIDTH)
+        if conv:
+            layer |= {f"{n}_conv1d.weight": (layer[f"{n}_proj.weight"][0], 1, conv) for n in "qkv"}
+        prefix = f"model.layers.{i}.attn."
+        shapes = {n: shape for n, shape in shapes.items() if not n.startswith(prefix)}
+        shapes |= {prefix + n: shape for n, shape in layer.items()}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) / (2 if len(shape) == 3 else 4)
+        + (1.0 if "norm" in name else 0.0)
+        for name, shape in shapes.items()
+    }
+
+
+def gated_mixer(w, x, options):
+    """fla's GatedDeltaNet layer; what its kernels do with a, b, A_log and dt_bias included."""
+    d = options.get("head_dim", 256)
+
+    def part(name):
+        y = F.linear(x, w[f"{name}_proj.weight"])
+        filters = w.get(f"{name}_conv1d.weight")
+        if filters is not None:
+            y = F.conv1d(F.pad(y.mT, (filters.shape[-1] - 1, 0)), filters, groups=y.shape[-1]).mT
+        heads = w["A_log"].shape[0] if name == "v" else y.shape[-1] // d
+        return F.silu(y).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = (part(n) for n in "qkv")
+    q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
+    beta = F.linear(x, w["b_proj.weight"]).sigmoid().mT * (2 if options.get("allow_neg_eigval") else 1)
+    alpha = (-w["A_log"].exp() * F.softplus(F.linear(x, w["a_proj.weight"]) + w["dt_bias"])).exp().mT
+    o, _ = recurrent_gated_delta_rule(q, k, v, alpha, beta)
+    o = rms(o.transpose(1, 2), w["o_norm.weight"])
+    if "g_proj.weight" in w:
+        o = o * F.silu(F.linear(x, w["g_proj.weight"]).unflatten(-1, (v.shape[1], -1)))
+    return F.linear(o.flatten(-2), w["o_proj.weight"])
+
+
 def attention_mixer(w, x, spec):
     heads, length = spec["num_heads"], x.shape[1]
     d = WIDTH // heads
@@ -110,7 +168,8 @@ def fla_logits(weights, options, tokens):
         w = {n.removeprefix(f"model.layers.{i}."): t for n, t in weights.items() if f"layers.{i}." in n}
         mixer = {n.removeprefix("attn."): t for n, t in w.items() if n.startswith("attn.")}
         y = rms(x, w["attn_norm.weight"])
-        x = x + (attention_mixer(mixer, y, spec) if i in spec["layers"] else delta_mixer(mixer, y, options))
+        recurrent = gated_mixer if "A_log" in mixer else delta_mixer
+        x = x + (attention_mixer(mixer, y, spec) if i in spec["layers"] else recurrent(mixer, y, options))
         y = rms(x, w["mlp_norm.weight"])
         if "mlp.up_proj.weight" in w:
             gate, up = (F.linear(y, w[f"mlp.{n}_proj.weight"]) for n in ("gate", "up"))
@@ -155,6 +214,89 @@ def test_same_weights_same_logits(name):
     # float64 throughout; the guard of the L2 norm against zero may be placed differently, relative 1e-6.
     assert error < 1e-5
     assert model.num_parameters() >= sum(t.numel() for n, t in weights.items() if n != "lm_head.weight")
+
+
+GATED_CASES = {
+    "plain": ({}, {}),
+    "more value heads": ({"v_heads": 6}, {"num_v_heads": 6}),
+    "narrow values": ({"expand_v": 0.5}, {"expand_v": 0.5}),
+    "no gate": ({"gate": False}, {"use_gate": False}),
+    "no convolution": ({"conv": 0}, {"use_short_conv": False}),
+    "beta to 2": ({}, {"allow_neg_eigval": True}),
+    "no model type": ({}, {"model_type": None}),
+    "window": ({"attention": [1]}, {"attn": ATTENTION | {"window_size": 5}}),
+}
+
+
+@pytest.mark.parametrize("name", GATED_CASES)
+def test_same_weights_same_logits_with_gates(name):
+    shape_options, options = GATED_CASES[name]
+    weights, config = gated_weights(**shape_options), GATED | options
+    tokens = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
+    model = from_fla_state_dict(weights, config)
+    assert "gated_delta" in model.config.mixers()
+    with torch.no_grad():
+        error = relative_error(model(tokens), fla_logits(weights, config, tokens))
+    # float64 throughout; the guard of the L2 norm against zero may be placed differently, relative 1e-6.
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("part", ["A_log", "dt_bias", "a_proj.weight", "b_proj.weight"])
+def test_the_gates_are_read(part):
+    """The comparison above is sharp: another decay, or another writing strength, changes the logits."""
+    weights, tokens = gated_weights(), torch.arange(17)[None]
+    reference = fla_logits(weights, GATED, tokens)
+    weights[f"model.layers.1.attn.{part}"] = weights[f"model.layers.1.attn.{part}"] + 0.5
+    with torch.no_grad():
+        assert relative_error(from_fla_state_dict(weights, GATED)(tokens), reference) > 1e-3
+
+
+def test_a_gated_checkpoint_goes_on_token_by_token():
+    model, tokens = from_fla_state_dict(gated_weights(v_heads=4), GATED | {"num_v_heads": 4}), torch.arange(17)[None]
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        pieces = [model(tokens[:, :9], cache), *(model(tokens[:, t : t + 1], cache) for t in range(9, 17))]
+        assert relative_error(torch.cat(pieces, 1), model(tokens)) < 1e-11  # float64, four layers that amplify
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"output_gate_activation": "sigmoid"}, "config.output_gate_activation must be swish or silu to be converted"),
+        ({"head_dim": 5}, "state_dict must be of config.head_dim = 5, its queries have 12 channels"),
+        ({"head_dim": "6"}, "state_dict must be of config.head_dim = '6', its queries have 12 channels"),
+        ({"head_dim": 2}, "state_dict must have a multiple of 6 value heads to be converted, got 2"),
+        ({"head_dim": 12, "num_heads": 1}, "config.expand_v = 2.0, its weights are of 1.0"),
+        ({"num_heads": 3}, "config.num_heads = 3, its weights are of 2"),
+        ({"num_v_heads": 4}, "config.num_v_heads = 4, its weights are of 2"),
+        ({"expand_v": 1.0}, "config.expand_v = 1.0, its weights are of 2.0"),
+        ({"expand_v": "2"}, "config.expand_v must be a number, got '2'"),
+        ({"use_gate": False}, "config.use_gate = False, its weights are of True"),
+        ({"model_type": "delta_net", "use_gate": True}, r"attn\.\S+, which has no counterpart here"),
+        ({"model_type": "kda"}, "config.model_type must be delta_net or gated_deltanet to be converted, got kda"),
+    ],
+)
+def test_a_gated_configuration_of_other_weights_is_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_fla_state_dict(gated_weights(), GATED | options)
+
+
+def test_every_gated_tensor_must_be_there_in_its_shape():
+    weights = gated_weights()
+    for name in weights:
+        if not name.startswith("model.layers.1.attn."):
+            continue
+        with pytest.raises(ValueError, match="state_dict must"):
+            from_fla_state_dict({n: t for n, t in weights.items() if n != name}, GATED)
+        for wrong in (weights[name][:-1], weights[name].unsqueeze(0), weights[name].sum()):
+            with pytest.raises(ValueError, match="state_dict must"):
+                from_fla_state_dict(weights | {name: wrong}, GATED)
+
+
+def test_fla_counts_21_layers_of_gated_deltanet():
+    config = {name: value for name, value in GATED.items() if name != "num_hidden_layers"}
+    with pytest.raises(ValueError, match=r"config\.num_hidden_layers = 21 layers, it holds 3"):
+        from_fla_state_dict(gated_weights(), config)
 
 
 def test_wrong_renaming_would_be_seen():

@@ -596,7 +596,7 @@ def triton_rule(q, k, v, beta, initial_state=None, **options):
 
 
 def saved_by_forward(x, S, norm, chunk=16, cu=None):
-    o, state, *saved = torch.ops.dn_lib.delta_rule(*x, S, cu, 0.3, norm, chunk, True)
+    o, state, *saved = torch.ops.dn_lib.delta_rule(*x, None, S, cu, 0.3, norm, chunk, True)
     return o, state, saved
 
 
@@ -608,7 +608,7 @@ def test_opcheck_forward(norm, state, save):
     *x, S = delta_rule_inputs(1, 20, 2, 5, 16, state=1 if state else None)
     if save:
         *x, S = leaves(*x, S)
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, norm, 16, save))
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, S, None, 0.3, norm, 16, save))
 
 
 @needs_triton
@@ -618,7 +618,7 @@ def test_opcheck_backward(norm, state):
     o, last, saved = saved_by_forward(x, S, norm)
     do = torch.randn_like(o).transpose(1, 2).contiguous().transpose(1, 2)  # strides of a gradient may be any
     dstate = torch.randn_like(last) if state else None
-    arguments = (x[0], x[1], x[3], S, None, last, saved, do, dstate, 0.3, 16)
+    arguments = (x[0], x[1], None, x[3], S, None, last, saved, do, dstate, 0.3, 16)
     torch.library.opcheck(torch.ops.dn_lib.delta_rule_backward, arguments)
 
 
@@ -649,11 +649,11 @@ def test_opcheck_where_sequences_are_split_or_packed_or_empty():
     # A batch of one: the last of its segments is a view of all of them.
     *x, S = delta_rule_inputs(1, 40, 1, 5, 16, state=1)
     with using(segments=2):
-        torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
+        torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, S, None, 0.3, True, 16, True), test_utils=tests)
     cu = torch.tensor([0, 20, 20, 40])
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, cu, 0.3, False, 16, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, None, cu, 0.3, False, 16, True), test_utils=tests)
     *x, S = leaves(*delta_rule_inputs(1, 0, 1, 5, 16, state=1))
-    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, S, None, 0.3, True, 16, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.dn_lib.delta_rule, (*x, None, S, None, 0.3, True, 16, True), test_utils=tests)
 
 
 def both_ways(fn, tensors, compiled):

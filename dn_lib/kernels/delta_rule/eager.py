@@ -40,14 +40,14 @@ def block_of(plan: Plan, final_state: bool) -> Block:
 
 
 def forward(
-    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None,
-    final_state: bool,
+    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None = None, scale: float,
+    initial_state: Tensor | None, final_state: bool,
 ) -> tuple[Tensor, Tensor | None, Kept]:  # fmt: skip
     """As `launch.forward`, for sequences of equal lengths.  The inputs are contiguous."""
     block = block_of(plan, final_state)
     memory = block.allocate(q.device) if plan.call.training else None
-    inputs = (q, k, v, beta) if initial_state is None else (q, k, v, beta, initial_state)
-    kind = "forward", q.get_device(), beta.dtype, None if initial_state is None else initial_state.dtype, final_state
+    inputs = [x for x in (q, k, v, beta, g, initial_state) if x is not None]
+    kind = "forward", q.get_device(), _dtype(beta), _dtype(g), _dtype(initial_state), final_state
     recording = plan.recorded.get(kind)
     if recording is not None and (addresses := _addresses(inputs, memory, block)) is not None:
         o, state = torch.empty_like(v), None
@@ -59,11 +59,11 @@ def forward(
         last = launch.last_of(plan, state) if final_state and state is not None else None
         return o, last, Kept(memory, state if "state_end" in plan.layout.buffers else None)
     views = {} if memory is None else block.views(memory)
-    recorder = Recorder(q=q, k=k, v=v, beta=beta, initial_state=initial_state, **views)
+    recorder = Recorder(q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, **views)
     with recorder:
         o, last, saved = launch.forward(
-            plan=plan, q=q, k=k, v=v, beta=beta, scale=scale, initial_state=initial_state, final_state=final_state,
-            kept=views,
+            plan=plan, q=q, k=k, v=v, beta=beta, g=g, scale=scale, initial_state=initial_state,
+            final_state=final_state, kept=views,
         )  # fmt: skip
     if _addresses(inputs, memory, block) is not None:
         plan.recorded[kind] = recorder.recording(("o", "state"), (scale,))
@@ -71,41 +71,46 @@ def forward(
 
 
 def backward(
-    *, plan: Plan, q: Tensor, k: Tensor, beta: Tensor, kept: Kept, do: Tensor, dstate: Tensor | None, scale: float,
-    initial_state: bool, precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """As `launch.backward`.  precision: of float32 dots, now."""
+    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor | None = None, beta: Tensor | None, kept: Kept, do: Tensor,
+    dstate: Tensor | None, scale: float, initial_state: bool, precision: str,
+) -> launch.Gradients:  # fmt: skip
+    """As `launch.gradients`.  precision: of float32 dots, now."""
     memory = cast(Tensor, kept.memory)
     block = block_of(plan, kept.state_end is not None)
     if do.dtype != k.dtype or not do.is_contiguous():
         do = do.to(k.dtype).contiguous()
-    inputs = tuple(x for x in (q, k, beta, do, dstate, kept.state_end) if x is not None)
-    kind = "backward", q.get_device(), beta.dtype, dstate is not None, kept.state_end is not None, initial_state
-    recording = plan.recorded.get((*kind, precision))
+    inputs = [x for x in (q, k, v, beta, do, dstate, kept.state_end) if x is not None]
+    kind = (
+        "backward", q.get_device(), _dtype(beta), dstate is not None, kept.state_end is not None, initial_state,
+        precision,
+    )  # fmt: skip
+    recording = plan.recorded.get(kind)
     if recording is not None and (addresses := _addresses(inputs, memory, block)) is not None:
-        dq, dk, dv, dbeta = (torch.empty_like(x) for x in (q, k, do, beta))
-        addresses += (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dbeta.data_ptr())
-        d_in = None
-        if initial_state:
-            d_in = k.new_empty(launch.per_segment(plan), dtype=torch.float32)
-            addresses.append(d_in.data_ptr())
+        written = launch.to_write(plan, q=q, k=k, do=do, beta=beta, initial_state=initial_state)
+        addresses += [x.data_ptr() for x in written.values()]
         recording.play(addresses, (scale,), q.device, current_stream(q.device))
-        return dq, dk, dv, dbeta, launch.first_of(plan, d_in)
+        return launch.finished(plan, k.dtype, **written)
     # Hooks of autograd may have kept tensors elsewhere, and in another layout.
-    q, k, beta, do, dstate, memory = readable(q=q, k=k, beta=beta, do=do, dstate=dstate, memory=memory.to(q.device))
+    q, k, v, beta, do, dstate, memory = readable(
+        q=q, k=k, v=v, beta=beta, do=do, dstate=dstate, memory=memory.to(q.device)
+    )
     views = block.views(memory)
     saved = Saved(**{name: cast(Tensor, views.get(name)) for name in Saved._fields})
     if kept.state_end is not None:
         saved = saved._replace(state_end=kept.state_end)
-    recorder = Recorder(q=q, k=k, beta=beta, do=do, dstate=dstate, own_end=kept.state_end, **views)
+    recorder = Recorder(q=q, k=k, v=v, beta=beta, do=do, dstate=dstate, own_end=kept.state_end, **views)
     with recorder:
-        grads = launch.backward(
-            plan=plan.for_backward(q, k, do, memory, precision=precision), q=q, k=k, beta=beta, saved=saved, do=do,
+        gradients = launch.gradients(
+            plan=plan.for_backward(q, k, do, memory, precision=precision), q=q, k=k, v=v, beta=beta, saved=saved, do=do,
             dstate=dstate, scale=scale, initial_state=initial_state,
         )  # fmt: skip
     if _addresses(inputs, memory, block) is not None:
-        plan.recorded[*kind, precision] = recorder.recording(("dq", "dk", "dv", "dbeta", "d_in"), (scale,))
-    return grads
+        plan.recorded[kind] = recorder.recording(launch.WRITTEN, (scale,))
+    return gradients
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
 
 
 def _addresses(inputs: Sequence[Tensor], memory: Tensor | None, block: Block) -> list[int] | None:

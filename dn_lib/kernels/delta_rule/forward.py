@@ -7,6 +7,18 @@ In our notation, for one chunk with input state S (the row index is time, D = di
     O = scale (Q S + tril(Q K^T) D E)
     S' = S + K^T D E              D E is U - W S of the chunkwise form
 
+With GATE, a log gate g per token, gamma_i is the product of the gates since the chunk began, and what token j wrote
+counts gamma_i / gamma_j at token i (`ratios` in `gates.py`; * is entry by entry).  The same quantities are then:
+
+    of B: tril(K K^T * ratios, -1)      of R: V - gamma (K S)
+    of O: scale (gamma (Q S) + tril(Q K^T * ratios) D E)
+    of S': gamma_C S + K^T (gamma_C / gamma) D E
+
+Without ERASE, linear attention, D E is V: no N, no beta, and no step waits for K S.
+
+q and k may have fewer heads than v: value head h reads key head h // GROUP, by index.  beta, the gates, N and the
+states belong to value heads, of which there are H.
+
 Keys and queries that are to be normalised are never written: with k_i = r_i x_i, the scalar r_i moves to the
 rows of what K is multiplied by or with (K S, D E, O), so that the tiles go to the tensor cores as they were read.
 """
@@ -28,6 +40,7 @@ from dn_lib.kernels.common import (
     state_offsets,
     store_tile,
 )
+from dn_lib.kernels.delta_rule.gates import decays, key_head, load_sums, ratios
 from dn_lib.kernels.inverse import scaled_inverse
 
 
@@ -46,11 +59,11 @@ def inverse_norms(
     tl.store(k_norm + rows, 1.0 / tl.sqrt(tl.sum(k_tile * k_tile, axis=1) + EPS), mask=rows < total)
 
 
-@triton.jit(do_not_specialize=["n_sequences", "L", "H"])
+@triton.jit(do_not_specialize=["n_sequences", "L", "H", "tokens"])
 def chunk_inverse(
-    k, beta, n, k_norm, cu_seqlens, chunk_offsets, n_sequences, L, H,
+    k, beta, n, k_norm, sums, cu_seqlens, chunk_offsets, n_sequences, L, H, tokens,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
-    NORM: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, GATE: tl.constexpr, GROUP: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes N `[tokens, H, C]`: row i of a chunk's matrix at its token i.
 
@@ -62,26 +75,30 @@ def chunk_inverse(
     token, rows_left = chunk_bounds(pid // H, cu_seqlens, chunk_offsets, n_sequences, L, C, VARLEN)
     if rows_left <= 0:
         return
+    key, KEY_HEADS = key_head(head, H, GROUP)
     rows = tl.arange(0, C)
     b = load_scalars(beta, token, head, H, rows, rows_left)
     gram = tl.zeros([C, C], dtype=tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
-        k_tile = load_tile(k, token, head, H, rows, rows_left, start + tl.arange(0, BK), K, BK)
+        k_tile = load_tile(k, token, key, KEY_HEADS, rows, rows_left, start + tl.arange(0, BK), K, BK)
         gram += dot(k_tile, tl.trans(k_tile), PRECISION)
     if NORM:
-        k_scale = load_scalars(k_norm, token, head, H, rows, rows_left)
+        k_scale = load_scalars(k_norm, token, key, KEY_HEADS, rows, rows_left)
         gram = gram * k_scale[:, None] * k_scale[None, :]
+    if GATE:
+        high, low, _, _ = load_sums(sums, token, head, tokens, rows, rows_left)
+        gram = gram * ratios(high, low, rows, k.dtype.element_ty, False)
     # B = tril(K K^T, -1);  N = -(I + B D)^{-1} B
     N = scaled_inverse(tl.where(rows[:, None] > rows[None, :], gram, 0.0), b, C, INVERSE)
     store_tile(n, N, token, head, H, rows, rows_left, rows, C, C)
 
 
-@triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS"])
+@triton.jit(do_not_specialize=["L", "H", "SEGMENT", "SEGMENTS", "tokens"])
 def chunk_scan_fwd(
-    q, k, v, beta, n, q_norm, k_norm, o, pseudo, states, state_in, state_out, transition, cu_seqlens, chunk_offsets,
-    scale, L, H, SEGMENT, SEGMENTS,
+    q, k, v, beta, n, q_norm, k_norm, sums, o, pseudo, states, state_in, state_out, transition,
+    cu_seqlens, chunk_offsets, scale, L, H, SEGMENT, SEGMENTS, tokens,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr, GROUP: tl.constexpr,
     OUTPUT: tl.constexpr, SAVE: tl.constexpr, STATES: tl.constexpr, TRANSITION: tl.constexpr,
     STATE_IN: tl.constexpr, STATE_OUT: tl.constexpr, VARLEN: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
@@ -93,7 +110,8 @@ def chunk_scan_fwd(
     STATES: writes the state that enters each chunk.
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
     the true state.  For each of the others further programs carry the identity in place of a state, with values of
-    zero.  They end with M = prod (I - K^T W), the matrix by which the segment multiplies its input state.
+    zero.  They end with M = prod (I - K^T W), the matrix by which the segment multiplies its input state (with gates,
+    prod (gamma_C I - K^T (gamma_C / gamma) W); without erasure it is the number in front of I).
     In half precision 2 (2 K + 2 V + C) bytes move per token and head; q, k and N are read once per block of values.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -105,6 +123,7 @@ def chunk_scan_fwd(
     pid = tl.program_id(0)
     block = pid % COLUMN_BLOCKS
     head = (pid // COLUMN_BLOCKS) % H
+    key, KEY_HEADS = key_head(head, H, GROUP)
     s = pid // (COLUMN_BLOCKS * H)
     from_state = s
     is_transition = block >= VALUE_BLOCKS
@@ -137,49 +156,76 @@ def chunk_scan_fwd(
     if STATES:
         at_chunk = states + state_offsets(first_chunk, head, H, keys, values, K, V)
         tl.store(at_chunk, S.to(states.dtype.element_ty), mask=only_if(chunks > 0, inside))
+    if GATE:  # fetched one chunk ahead
+        ahead = tl.minimum(tl.maximum(end - begin, 0), C).to(tl.int32)
+        high, low, last_high, last_low = load_sums(sums, begin, head, tokens, rows, ahead)
     for i in tl.range(0, chunks, num_stages=STAGES):
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
-        k_tile = load_tile(k, token, head, H, rows, left, keys, K, BK, TMA)
+        k_tile = load_tile(k, token, key, KEY_HEADS, rows, left, keys, K, BK, TMA)
         if TRANSITION:
             there, first_value = tl.where(is_transition, 0, left), tl.where(is_transition, 0, block * BV)
             v_tile = load_tile(v, token, head, H, rows, there, values, V, BV, TMA, first_value)
             v_tile = tl.where(is_transition, 0.0, v_tile).to(k_tile.dtype)
         else:
             v_tile = load_tile(v, token, head, H, rows, left, values, V, BV, TMA, block * BV)
-        b = load_scalars(beta, token, head, H, rows, left)
-        N = load_tile(n, token, head, H, rows, left, rows, C, C, TMA)
+        if ERASE:
+            b = load_scalars(beta, token, head, H, rows, left)
+            N = load_tile(n, token, head, H, rows, left, rows, C, C, TMA)
         if NORM:
-            k_scale = load_scalars(k_norm, token, head, H, rows, left)
+            k_scale = load_scalars(k_norm, token, key, KEY_HEADS, rows, left)
+        if GATE:
+            gamma, to_end, whole = decays(high, low, last_high, last_low)
         S_low = S.to(k_tile.dtype)
-        read = dot(k_tile, S_low, PRECISION)
+        if ERASE:
+            read = dot(k_tile, S_low, PRECISION)
         if EARLY:
-            q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA)
+            q_tile = load_tile(q, token, key, KEY_HEADS, rows, left, keys, K, BK, TMA)
             O = dot(q_tile, S_low, PRECISION)
-        # R = V - K S;  E = R + N D R
-        if NORM:
-            read = read * k_scale[:, None]
-        R = v_tile.to(tl.float32) - read
-        E = R + dot(N, (b[:, None] * R).to(k_tile.dtype), PRECISION)
-        strength = b * k_scale if NORM else b
-        Vn = (strength[:, None] * E).to(k_tile.dtype)
-        if SAVE:
-            kept = kept_strength(strength, k_tile.dtype)[:, None] * E
-            store_tile(pseudo, kept.to(k_tile.dtype), token, head, H, rows, left, values, V, BV)
+            if GATE:
+                O = O * gamma[:, None]
+        if ERASE:
+            # R = V - K S, with a gate V - gamma (K S);  E = R + N D R
+            if NORM:
+                read = read * k_scale[:, None]
+            if GATE:
+                read = read * gamma[:, None]
+            R = v_tile.to(tl.float32) - read
+            E = R + dot(N, (b[:, None] * R).to(k_tile.dtype), PRECISION)
+            strength = b * k_scale if NORM else b
+            written = strength[:, None] * E
+            Vn = written.to(k_tile.dtype)
+            if SAVE:
+                kept = kept_strength(strength, k_tile.dtype)[:, None] * E
+                store_tile(pseudo, kept.to(k_tile.dtype), token, head, H, rows, left, values, V, BV)
+        else:
+            written = k_scale[:, None] * v_tile.to(tl.float32) if NORM else v_tile.to(tl.float32)
+            Vn = written.to(k_tile.dtype)
         if OUTPUT:
-            # O = scale (Q S + tril(Q K^T) D E)
+            # O = scale (Q S + tril(Q K^T) D E), each with its gates
             if not EARLY:
-                q_tile = load_tile(q, token, head, H, rows, left, keys, K, BK, TMA)
+                q_tile = load_tile(q, token, key, KEY_HEADS, rows, left, keys, K, BK, TMA)
             P = dot(q_tile, tl.trans(k_tile), PRECISION)
-            P = tl.where(causal, P, 0.0).to(k_tile.dtype)
-            if EARLY:
+            if GATE:
+                P = (P * ratios(high, low, rows, k_tile.dtype, False)).to(k_tile.dtype)
+                if not EARLY:
+                    O = dot(q_tile, S_low, PRECISION) * gamma[:, None]
                 O += dot(P, Vn, PRECISION)
             else:
-                O = dot(q_tile, S_low, PRECISION) + dot(P, Vn, PRECISION)
+                P = tl.where(causal, P, 0.0).to(k_tile.dtype)
+                if EARLY:
+                    O += dot(P, Vn, PRECISION)
+                else:
+                    O = dot(q_tile, S_low, PRECISION) + dot(P, Vn, PRECISION)
             if NORM:
-                O = O * load_scalars(q_norm, token, head, H, rows, left)[:, None]
+                O = O * load_scalars(q_norm, token, key, KEY_HEADS, rows, left)[:, None]
             store_tile(o, O * scale, token, head, H, rows, left, values, V, BV)
-        # S' = S + K^T D E
+        # S' = S + K^T D E, each with its gates
+        if GATE:
+            Vn = (to_end[:, None] * written).to(k_tile.dtype)
+            S = S * whole
+            after = tl.minimum(tl.maximum(end - token - C, 0), C).to(tl.int32)
+            high, low, last_high, last_low = load_sums(sums, token + C, head, tokens, rows, after)
         S += dot(tl.trans(k_tile), Vn, PRECISION)
 
         if STATES:  # the state that enters the next chunk

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +23,7 @@ from dn_lib.forms.common import NORM_EPS
 from dn_lib.kernels.arguments import chunk_offsets, readable, token_offsets, writable
 from dn_lib.kernels.delta_rule import backward as bwd
 from dn_lib.kernels.delta_rule import forward as fwd
+from dn_lib.kernels.delta_rule import gates
 from dn_lib.kernels.delta_rule import recurrent as rec
 from dn_lib.kernels.hopper import launch as hopper
 from dn_lib.kernels.launcher import launch_kernel
@@ -30,6 +32,7 @@ from dn_lib.kernels.playback import bind_context, made
 
 # How the recursion on N rounds its operands (see `inverse.py`); float32 inputs: as all their dots.
 _INVERSE = {torch.bfloat16: "half", torch.float16: "halves"}
+_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _on_its_device(run: Callable) -> Callable:
@@ -47,19 +50,22 @@ def _on_its_device(run: Callable) -> Callable:
 
 @_on_its_device
 def forward(
-    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, final_state: bool = False, kept: Mapping[str, Tensor] | None = None,
+    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, final_state: bool = False,
+    kept: Mapping[str, Tensor] | None = None, g: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved | None]:  # fmt: skip
     """Output `[B, L, H, V]`, final state `[N, H, K, V]` float32 or None, and in training what the backward needs.
 
+    beta: None without erasure.  g: the log gates `[B, L, H]`, if the plan has a gate.  The heads H are those of v;
+    q and k may have fewer.
     kept: tensors to write what the backward needs into, by their names in `Saved`; what is missing is allocated.
     """
-    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
+    q, k, v, beta, g, initial_state = readable(q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state)
     layout, buffers, call = plan.layout, plan.layout.buffers, plan.call
     cu = token_offsets(cu_seqlens, q)
     found: dict[str, Any] = {"token_offsets": cu, "chunk_offsets": chunk_offsets(cu, call.C)}
     kept = kept or {}
-    for name in ("n", "pseudo", "q_norm", "k_norm", "states", "transition"):
+    for name in ("n", "pseudo", "q_norm", "k_norm", "states", "transition", "sums"):
         found[name] = None
         if name in buffers:
             found[name] = kept[name] if name in kept else made(name, _empty(buffers[name], k))
@@ -71,7 +77,10 @@ def forward(
 
     if call.norm:
         _inverse_norms(plan=plan, q=q, k=k, saved=saved)
-    _chunk_inverse(plan=plan, k=k, beta=beta, saved=saved)
+    if call.gate:
+        _gate_sums(plan=plan, g=g, saved=saved)
+    if call.erase:
+        _chunk_inverse(plan=plan, k=k, beta=beta, saved=saved)
     state_in = initial_state
     inputs = {"plan": plan, "q": q, "k": k, "v": v, "beta": beta, "scale": scale, "saved": saved}
     if layout.segments > 1:
@@ -90,23 +99,46 @@ def forward(
     return o, last, saved if call.training else None
 
 
-@_on_its_device
+class Gradients(NamedTuple):
+    """Of a call: each in its input's dtype, but g's and the initial state's in float32; None for what was not given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    g: Tensor | None
+    initial_state: Tensor | None
+
+
 def backward(
     *, plan: Plan, q: Tensor, k: Tensor, beta: Tensor, saved: Saved, do: Tensor, dstate: Tensor | None, scale: float,
     initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dbeta, each in its input's dtype, and, if there was an `initial_state`, its gradient in float32."""
-    q, k, beta, do, dstate = readable(q=q, k=k, beta=beta, do=do.to(k.dtype), dstate=dstate)
+    found = gradients(
+        plan=plan, q=q, k=k, v=None, beta=beta, saved=saved, do=do, dstate=dstate, scale=scale,
+        initial_state=initial_state,
+    )  # fmt: skip
+    return found.q, found.k, found.v, cast(Tensor, found.beta), found.initial_state
+
+
+@_on_its_device
+def gradients(
+    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor | None, beta: Tensor | None, saved: Saved, do: Tensor,
+    dstate: Tensor | None, scale: float, initial_state: bool,
+) -> Gradients:  # fmt: skip
+    """Of every input, for any plan.  v is read where nothing is erased, and beta where something is."""
+    q, k, v, beta, do, dstate = readable(q=q, k=k, v=v, beta=beta, do=do.to(k.dtype), dstate=dstate)
     saved = Saved(*readable(q=q, **saved._asdict())[1:])  # hooks may have kept them elsewhere, and in another layout
     layout, call, scan = plan.layout, plan.call, plan.launches["chunk_scan_bwd"]
-    dq, dk, dv, dbeta = (
-        made(name, _empty_tokens(layout, x)) for name, x in (("dq", q), ("dk", k), ("dv", do), ("dbeta", beta))
-    )
+    if not call.erase:
+        saved = saved._replace(pseudo=v)
+    written = to_write(plan, q=q, k=k, do=do, beta=beta, initial_state=initial_state)
+    dq, dk, dv, dbeta, dg, d_in = (written.get(name) for name in WRITTEN)
     # With one block of values its sum is dbeta.  With several, each leaves a partial sum.
     partials = dbeta
-    if scan.blocks > 1:
+    if dbeta is not None and scan.blocks > 1:
         partials = made("partials", k.new_empty(scan.blocks, call.B, call.L, call.H, dtype=torch.float32))
-    d_in = made("d_in", k.new_empty(per_segment(plan), dtype=torch.float32)) if initial_state else None
 
     d_out = dstate
     inputs = {"plan": plan, "q": q, "k": k, "beta": beta, "do": do, "saved": saved, "scale": scale}
@@ -117,36 +149,45 @@ def backward(
         _merge_segments("merge_segments_bwd", plan=plan, saved=saved, local=local, first=dstate, states=d_out)
     ends = {"d_out": d_out, "d_in": d_in}
     if scan.gluon:
-        _hopper_scan_bwd(**inputs, **ends, dv=dv, dbeta=dbeta, dq=dq, dk=dk)
+        _hopper_scan_bwd(**inputs, **ends, dv=dv, dbeta=dbeta, dq=dq, dk=dk, dg=dg)
     elif layout.fused:
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dq=dq, dk=dk)
     else:
         assert saved.states is not None  # where the backward is two kernels
         dstates = made("dstates", torch.empty_like(saved.states))
         _chunk_scan_bwd("chunk_scan_bwd", **inputs, **ends, dv=dv, dbeta=partials, dstates=dstates)
-        _chunk_bwd_dqk(**inputs, dv=dv, dstates=dstates, partials=partials, dbeta=dbeta, dq=dq, dk=dk)
-    return dq, dk, dv, dbeta, first_of(plan, d_in)
+        _chunk_bwd_dqk(**inputs, dv=dv, dstates=dstates, partials=partials, dbeta=dbeta, dq=dq, dk=dk, dg=dg)
+    return finished(plan, k.dtype, **written)
 
 
 @_on_its_device
 def recurrent(
-    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None = None,
-    final_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float,
+    initial_state: Tensor | None = None, final_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    g: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Output of the recurrence; writes into `final_state`, which may be `initial_state` itself."""
-    q, k, v, beta, initial_state = readable(q=q, k=k, v=v, beta=beta, initial_state=initial_state)
+    """Output of the recurrence; writes into `final_state`, which may be `initial_state` itself.
+
+    beta, g and heads as in `forward`.
+    """
+    q, k, v, beta, g, initial_state = readable(q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state)
     if final_state is not None:
         final_state = writable("final_state", final_state, q)
     c, step = plan.call, plan.launches["recurrent"]
     cu, o = token_offsets(cu_seqlens, q), _empty_tokens(plan.layout, v)
     launch_kernel(
         plan, "recurrent", rec.recurrent,
-        q, k, v, beta, o, initial_state, final_state, cu, scale, c.L, c.H,
-        K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, NORM=c.norm, EPS=NORM_EPS,
+        q, k, v, beta, g, o, initial_state, final_state, cu, scale, c.L, c.H,
+        K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, **_switches(c), NORM=c.norm, EPS=NORM_EPS,
         STATE_IN=initial_state is not None, STATE_OUT=final_state is not None, VARLEN=cu is not None,
         num_warps=step.tiles.warps,
     )  # fmt: skip
     return o
+
+
+def _switches(call) -> dict[str, Any]:
+    """Of the kernels of a family: is there a gate, is there an erasure, how many value heads share a key head."""
+    return {"GATE": call.gate, "ERASE": call.erase, "GROUP": call.group}
 
 
 # --- One function for each kernel, in the order in which they run ---------------------------------------------------
@@ -154,8 +195,17 @@ def _inverse_norms(*, plan, q, k, saved):
     c, step = plan.call, plan.launches["inverse_norms"]
     launch_kernel(
         plan, "inverse_norms", fwd.inverse_norms,
-        q, k, saved.q_norm, saved.k_norm, plan.layout.tokens * c.H,
+        q, k, saved.q_norm, saved.k_norm, plan.layout.tokens * c.key_heads,
         K=c.K, BK=step.tiles.BK, ROWS=step.tiles.rows, EPS=NORM_EPS, num_warps=step.tiles.warps,
+    )  # fmt: skip
+
+
+def _gate_sums(*, plan, g, saved):
+    c, step = plan.call, plan.launches["gate_sums"]
+    launch_kernel(
+        plan, "gate_sums", gates.gate_sums,
+        g, saved.sums, saved.token_offsets, saved.chunk_offsets, c.sequences, c.L, c.H, plan.layout.tokens,
+        C=c.chunk, HEADS=step.tiles.rows, VARLEN=plan.layout.packed, num_warps=step.tiles.warps,
     )  # fmt: skip
 
 
@@ -163,9 +213,11 @@ def _chunk_inverse(*, plan, k, beta, saved):
     c, step = plan.call, plan.launches["chunk_inverse"]
     launch_kernel(
         plan, "chunk_inverse", fwd.chunk_inverse,
-        k, beta, saved.n, saved.k_norm, saved.token_offsets, saved.chunk_offsets, c.sequences, c.L, c.H,
+        k, beta, saved.n, saved.k_norm, saved.sums, saved.token_offsets, saved.chunk_offsets, c.sequences, c.L, c.H,
+        plan.layout.tokens if c.gate else None,
         K=c.K, BK=step.tiles.BK, C=c.chunk, PRECISION=c.precision, INVERSE=_INVERSE.get(c.dtype, c.precision),
-        NORM=c.norm, VARLEN=plan.layout.packed, STAGES=step.tiles.stages, num_warps=step.tiles.warps,
+        NORM=c.norm, GATE=c.gate, GROUP=c.group, VARLEN=plan.layout.packed, STAGES=step.tiles.stages,
+        num_warps=step.tiles.warps,
     )  # fmt: skip
 
 
@@ -177,10 +229,10 @@ def _chunk_scan_fwd(name, *, plan, q, k, v, beta, scale, saved, state_in, state_
     q, k, v, n = _tiles_of(plan, step, (None if first_pass else q, t.BK), (k, t.BK), (v, t.BV), (saved.n, c.chunk))
     launch_kernel(
         plan, name, fwd.chunk_scan_fwd,
-        q, k, v, beta, n, saved.q_norm, saved.k_norm, o, pseudo, states, state_in, state_out,
+        q, k, v, beta, n, saved.q_norm, saved.k_norm, saved.sums, o, pseudo, states, state_in, state_out,
         saved.transition if first_pass else None, saved.token_offsets, saved.chunk_offsets,
-        scale, c.L, c.H, layout.segment_length, layout.segments,
-        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
+        scale, c.L, c.H, layout.segment_length, layout.segments, layout.tokens if c.gate else None,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm, **_switches(c),
         OUTPUT=o is not None, SAVE=pseudo is not None, STATES=states is not None, TRANSITION=first_pass,
         STATE_IN=state_in is not None, STATE_OUT=state_out is not None, VARLEN=layout.packed, STAGES=t.stages,
         TMA=step.tma, num_warps=t.warps,
@@ -211,16 +263,16 @@ def _chunk_scan_bwd(
         (pseudo,) = _tiles_of(plan, step, (pseudo, t.BV))
     launch_kernel(
         plan, name, bwd.chunk_scan_bwd,
-        q, k, beta, n, pseudo, saved.q_norm, saved.k_norm, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
+        q, k, beta, n, pseudo, saved.q_norm, saved.k_norm, saved.sums, do, dv, dbeta, dq, dk, d_out, d_in, dstates,
         saved.state_end, saved.token_offsets, saved.chunk_offsets,
         scale, c.L, c.H, layout.segment_length, layout.segments, layout.tokens,
-        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PRECISION=c.precision, NORM=c.norm, **_switches(c),
         FUSED=fused, LOCAL=first_pass, DSTATE_OUT=d_out is not None, DSTATE_IN=d_in is not None,
         VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma, num_warps=t.warps,
     )  # fmt: skip
 
 
-def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials, dbeta, dq, dk):
+def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials, dbeta, dq, dk, dg=None):
     c, layout, step = plan.call, plan.layout, plan.launches["chunk_bwd_dqk"]
     t, rows = step.tiles, layout.chunks * c.H * c.K
     q, k, pseudo, do, dv = _tiles_of(plan, step, (q, t.BK), (k, t.BK), (saved.pseudo, t.BV), (do, t.BV), (dv, t.BV))
@@ -229,10 +281,12 @@ def _chunk_bwd_dqk(*, plan, q, k, beta, do, saved, scale, dv, dstates, partials,
         states, dstates = (TensorDescriptor(x, [rows, c.V], [c.V, 1], [t.BK, t.BV]) for x in (states, dstates))
     launch_kernel(
         plan, "chunk_bwd_dqk", bwd.chunk_bwd_dqk,
-        q, k, beta, pseudo, saved.q_norm, saved.k_norm, do, dv, states, dstates, partials, dbeta, dq, dk,
+        q, k, beta, pseudo, saved.q_norm, saved.k_norm, saved.sums, do, dv, states, dstates, partials, dbeta, dg,
+        dq, dk,
         saved.token_offsets, saved.chunk_offsets, scale, c.sequences, c.L, c.H, layout.tokens,
-        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk, PARTIALS=plan.launches["chunk_scan_bwd"].blocks,
-        PRECISION=c.precision, NORM=c.norm, VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma,
+        K=c.K, V=c.V, BK=t.BK, BV=t.BV, C=c.chunk,
+        PARTIALS=plan.launches["chunk_scan_bwd"].blocks if c.erase else 1, DTYPE=_TRITON[c.dtype],
+        PRECISION=c.precision, NORM=c.norm, **_switches(c), VARLEN=layout.packed, STAGES=t.stages, TMA=step.tma,
         num_warps=t.warps,
     )  # fmt: skip
 
@@ -246,12 +300,12 @@ def _hopper_scan_fwd(*, plan, q, k, v, beta, scale, saved, o, state_in, state_ou
         hopper.chunk_scan_fwd(
             run=functools.partial(launch_kernel, plan, "chunk_scan_fwd"),
             q=q, k=k, v=v, beta=beta, n=saved.n, o=o, pseudo=saved.pseudo, states=saved.states, q_norm=saved.q_norm,
-            k_norm=saved.k_norm, state_in=state_in, state_out=state_out, scale=scale, segment=layout.segment_length,
-            segments=layout.segments, values=step.tiles.BV,
+            k_norm=saved.k_norm, sums=saved.sums, state_in=state_in, state_out=state_out, scale=scale,
+            segment=layout.segment_length, segments=layout.segments, values=step.tiles.BV,
         )  # fmt: skip
 
 
-def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbeta, dq, dk):
+def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbeta, dq, dk, dg):
     layout = plan.layout
     q, k, do, n, pseudo, states = map(_aligned, (q, k, do, saved.n, saved.pseudo, saved.states))
     if plan.launches["chunk_scan_bwd"].programs:
@@ -259,7 +313,8 @@ def _hopper_scan_bwd(*, plan, q, k, beta, do, saved, scale, d_out, d_in, dv, dbe
         hopper.chunk_scan_bwd(
             run=functools.partial(launch_kernel, plan, "chunk_scan_bwd"),
             q=q, k=k, beta=beta, n=n, pseudo=pseudo, states=states, do=do, dq=dq, dk=dk, dv=dv, dbeta=dbeta,
-            q_norm=saved.q_norm, k_norm=saved.k_norm, dstate_out=d_out, dstate_in=d_in, scale=scale,
+            dg=None if dg is None else dg[0], q_norm=saved.q_norm, k_norm=saved.k_norm, sums=saved.sums,
+            dstate_out=d_out, dstate_in=d_in, scale=scale,
             segment=layout.segment_length, segments=layout.segments,
         )  # fmt: skip
 
@@ -296,6 +351,54 @@ def _empty(buffer, like: Tensor) -> Tensor:
 def _empty_tokens(layout, like: Tensor) -> Tensor:
     """For a kernel to write, token by token; a packed row may have tokens of no sequence, which get zeros."""
     return torch.zeros_like(like) if layout.packed else torch.empty_like(like)
+
+
+# What the backward's kernels write for the caller, in order; not all of it in every call.
+WRITTEN = ("dq", "dk", "dv", "dbeta", "dg", "d_in")
+
+
+def to_write(
+    plan: Plan, *, q: Tensor, k: Tensor, do: Tensor, beta: Tensor | None, initial_state: bool
+) -> dict[str, Tensor]:
+    """Tensors for the kernels to write, by the names of `WRITTEN` in its order; `finished` makes gradients of them."""
+    layout, call = plan.layout, plan.call
+    new = {"dq": _for_value_heads(plan, q), "dk": _for_value_heads(plan, k), "dv": _empty_tokens(layout, do)}
+    if beta is not None:
+        new["dbeta"] = _empty_tokens(layout, beta)
+    if call.gate:
+        by_dqk = plan.launches.get("chunk_bwd_dqk")  # each of its programs takes BK of the keys
+        new["dg"] = _new_tokens(plan, k, call.H, blocks=1 if by_dqk is None else -(-call.K // by_dqk.tiles.BK))
+    if initial_state:
+        new["d_in"] = k.new_empty(per_segment(plan), dtype=torch.float32)
+    return {name: made(name, x) for name, x in new.items()}
+
+
+def finished(
+    plan: Plan, dtype: torch.dtype, *, dq: Tensor, dk: Tensor, dv: Tensor, dbeta: Tensor | None = None,
+    dg: Tensor | None = None, d_in: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients, of what the kernels wrote: partial sums added up, in the dtype of q."""
+    group = plan.call.group
+    if group > 1:
+        dq, dk = (x.unflatten(2, (-1, group)).sum(3, dtype=torch.float32).to(dtype) for x in (dq, dk))
+    if dg is not None:
+        dg = dg[0] if dg.shape[0] == 1 else dg.sum(0)
+    return Gradients(dq, dk, dv, dbeta, dg, first_of(plan, d_in))
+
+
+def _for_value_heads(plan: Plan, like: Tensor) -> Tensor:
+    """For the gradient of q or k; where several value heads share one of its heads, each has a partial sum."""
+    if plan.call.group == 1:
+        return _empty_tokens(plan.layout, like)
+    if plan.launches["chunk_scan_bwd"].gluon:  # whose copy engine writes them in bfloat16
+        return like.new_empty((plan.call.B, plan.call.L, plan.call.H, like.shape[3]))
+    return _new_tokens(plan, like, plan.call.H, like.shape[3])[0]
+
+
+def _new_tokens(plan: Plan, like: Tensor, *sizes: int, blocks: int = 1) -> Tensor:
+    """A float32 tensor `[blocks, B, L, *sizes]` for a kernel to write, see `_empty_tokens`."""
+    new = like.new_zeros if plan.layout.packed else like.new_empty
+    return new((blocks, plan.call.B, plan.call.L, *sizes), dtype=torch.float32)
 
 
 def _tiles_of(plan: Plan, step, *tensors: tuple[Tensor | None, int]) -> list:

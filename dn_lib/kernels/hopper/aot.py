@@ -74,7 +74,7 @@ def _launch(save: bool, everything: bool, gates: bool) -> None:
     common = {
         "q": tile(), "k": tile(), "beta": torch.zeros(B, L, H, **low), "n": torch.zeros(B, L, H, C, **low),
         "q_norm": optional(B, L, H), "k_norm": optional(B, L, H), "scale": 1.0, "segment": L, "segments": 1,
-        "sums": torch.zeros(B, L, H, 2) if gates else None,
+        "sums": torch.zeros(H, B, L, 2) if gates else None,
     }  # fmt: skip
     ends = {f"state_{end}": optional(B, H, d, d) for end in ("in", "out")}
     kept = {"pseudo": tile(), "states": torch.zeros(B * L // C, H, d, d, **low)}

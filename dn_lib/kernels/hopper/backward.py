@@ -97,6 +97,7 @@ def chunk_scan_bwd(
     head = pid % H
     s = pid // H
     begin, first_chunk, chunks = segment_bounds(s, L, SEGMENT, SEGMENTS)
+    tokens = gl.num_programs(0) // (H * SEGMENTS) * L  # of the batch
     column = head * D
     key_column = (head // GROUP) * D
 
@@ -140,7 +141,7 @@ def chunk_scan_bwd(
     next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, token, rows, head, H, NORM, GROUP)
     next_high = next_b
     if GATE:
-        next_high = log_gates(sums, token, rows, head, H)
+        next_high = log_gates(sums, token, rows, head, tokens)
 
     for step in range(chunks):
         i = last - step
@@ -168,8 +169,8 @@ def chunk_scan_bwd(
         strength = b * r_k if NORM else b
         if GATE:
             high = next_high
-            next_high = log_gates(sums, before, rows, head, H)
-            last_high = log_gates(sums, token, C - 1, head, H)
+            next_high = log_gates(sums, before, rows, head, tokens)
+            last_high = log_gates(sums, token, C - 1, head, tokens)
             whole = gl.exp(last_high)
             from_start = gl.exp(high)
             to_end = decay(last_high - high)

@@ -113,9 +113,9 @@ def row_scalars(beta, q_norm, k_norm, token, rows, head, H, NORM: gl.constexpr, 
 
 
 @gluon.jit
-def log_gates(sums, token, rows, head, H):
+def log_gates(sums, token, rows, head, tokens):
     """Sums of the log gates since the chunk began, of these rows; their high parts, see `gate_sums`."""
-    return gl.load(sums + 2 * ((token.to(gl.int64) + rows) * H + head))
+    return gl.load(sums + 2 * (head.to(gl.int64) * tokens + token + rows))
 
 
 @gluon.jit

@@ -58,7 +58,8 @@ def why_not(
 def values_per_program(programs: int, save: bool) -> int:
     """Value channels that a program of `chunk_scan_fwd` takes, where `programs` (segments x heads) would take all 128.
 
-    From times on an H100: all where that fills most of the 132 streaming multiprocessors and nothing is saved.
+    From times on an H100: all where that fills most of the 132 streaming multiprocessors and nothing is saved.  (With
+    gates all in training too, 0.28 against 0.31 ms on an H200, so the plan passes False there.)
     """
     return HEAD if programs > 100 and not save else HEAD // 2
 
@@ -66,18 +67,19 @@ def values_per_program(programs: int, save: bool) -> int:
 def chunk_scan_fwd(
     *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, n: Tensor, o: Tensor, pseudo: Tensor | None = None,
     states: Tensor | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    sums: Tensor | None = None, state_in: Tensor | None = None, state_out: Tensor | None = None, scale: float, segment: int, segments: int,
+    sums: Tensor | None = None, state_in: Tensor | None = None, state_out: Tensor | None = None, scale: float,
+    segment: int, segments: int,
     values: int, run: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes o `[B, L, H, 128]`, and pseudo, states and state_out where they are given.
 
     q, k, v, n `[B, L, H, 64]` and beta `[B, L, H]` are inputs, as are q_norm and k_norm (1/|x|, `[B, L, H]` float32)
-    of queries and keys that are to be normalised, and with gates their `sums` (`gate_sums`, `[B, L, H, 2]` float32).
-    q, k and their norms may have fewer heads, of which H is a multiple.  A sequence is cut in `segments` parts of `segment` tokens, the last
-    perhaps shorter; state_in and state_out, `[B segments, H, 128, 128]` float32, are where each begins and ends.
-    For the backward, together: pseudo (like v), and states `[B L / 64, H, 128, 128]` in bfloat16, what enters each
-    chunk.  A program takes `values` of the value channels, 64 or 128.  run: launches a kernel, given it and its
-    arguments, in place of Triton.
+    of queries and keys that are to be normalised, and with gates their `sums` (`gate_sums`, `[H, B, L, 2]` float32).
+    q, k and their norms may have fewer heads, of which H is a multiple.  A sequence is cut in `segments` parts of
+    `segment` tokens, the last perhaps shorter; state_in and state_out, `[B segments, H, 128, 128]` float32, are where
+    each begins and ends.  For the backward, together: pseudo (like v), and states `[B L / 64, H, 128, 128]` bfloat16,
+    what enters each chunk.  A program takes `values` of the value channels, 64 or 128.  run: launches a kernel, given
+    it and its arguments, in place of Triton.
     """
     B, L, H, _ = v.shape
     _check(q, L, segment, segments)
@@ -99,8 +101,8 @@ def chunk_scan_fwd(
 def chunk_scan_bwd(
     *, q: Tensor, k: Tensor, beta: Tensor, n: Tensor, pseudo: Tensor, states: Tensor, do: Tensor, dq: Tensor,
     dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor | None = None, q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None, sums: Tensor | None = None, dstate_out: Tensor | None = None, dstate_in: Tensor | None = None, scale: float, segment: int, segments: int,
-    run: Callable | None = None,
+    k_norm: Tensor | None = None, sums: Tensor | None = None, dstate_out: Tensor | None = None,
+    dstate_in: Tensor | None = None, scale: float, segment: int, segments: int, run: Callable | None = None,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv `[B, L, H, 128]`, dbeta `[B, L, H]` and, if given, dg `[B, L, H]` float32 and dstate_in.
 
@@ -119,7 +121,8 @@ def chunk_scan_bwd(
         _kernels("backward").chunk_scan_bwd,
         tile(q), tile(k), _rows(n, columns=CHUNK), tile(pseudo), tile(do), _states(states, HEAD), tile(dq), tile(dk),
         tile(dv), beta, q_norm, k_norm, sums, dbeta, dg, dstate_out, dstate_in, scale, L, H, segment, segments,
-        NORM=k_norm is not None, GATE=sums is not None, GROUP=H // q.shape[2], DSTATE_OUT=dstate_out is not None, DSTATE_IN=dstate_in is not None, num_warps=8,
+        NORM=k_norm is not None, GATE=sums is not None, GROUP=H // q.shape[2], DSTATE_OUT=dstate_out is not None,
+        DSTATE_IN=dstate_in is not None, num_warps=8,
     )  # fmt: skip
 
 

@@ -5,10 +5,8 @@ For one chunk, in the letters of dn_lib/kernels/README.md (rows are time, D = di
     R = V - K S                     E = R + N (D R)                 Vn = D E
     O = Q S + tril(Q K^T) Vn        S' = S + K^T Vn
 
-With GATE, gamma_i the product of the gates since the chunk began and to_end = gamma_C / gamma:
-
-    R = V - gamma (K S)                                   O = gamma (Q S) + tril(Q K^T * gamma_i / gamma_j) Vn
-    S' = gamma_C S + K^T (to_end Vn)
+With GATE, gamma_i the product of the gates since the chunk began and to_end = gamma_C / gamma: K S and Q S are
+multiplied by gamma, entry [i, j] of Q K^T by gamma_i / gamma_j, and S' = gamma_C S + K^T (to_end Vn).
 
 A program walks one segment of one head, for VALUES of the 128 value channels: all of them with eight warps (two
 warpgroups, one program a streaming multiprocessor, nothing is read twice), or 64 with four warps, which fills the chip
@@ -69,6 +67,7 @@ def chunk_scan_fwd(
     key = head // GROUP
     s = pid // (BLOCKS * H)
     begin, first_chunk, chunks = segment_bounds(s, L, SEGMENT, SEGMENTS)
+    tokens = gl.num_programs(0) // (BLOCKS * H * SEGMENTS) * L  # of the batch
 
     k_tiles = tiles(2, C, D)
     q_tiles = tiles(2, C, D)
@@ -102,7 +101,7 @@ def chunk_scan_fwd(
     next_b, next_r_q, next_r_k = row_scalars(beta, q_norm, k_norm, begin, rows, head, H, NORM, GROUP)
     next_high = next_b
     if GATE:
-        next_high = log_gates(sums, begin, rows, head, H)
+        next_high = log_gates(sums, begin, rows, head, tokens)
 
     for i in range(chunks):
         zero = i >> 20  # opaque, see common.py
@@ -129,8 +128,8 @@ def chunk_scan_fwd(
         strength = b * r_k if NORM else b
         if GATE:
             high = next_high
-            next_high = log_gates(sums, after, rows, head, H)
-            last = log_gates(sums, token, C - 1, head, H)
+            next_high = log_gates(sums, after, rows, head, tokens)
+            last = log_gates(sums, token, C - 1, head, tokens)
             from_start = gl.exp(high)
             to_end = decay(last - high)
             high_i = gl.convert_layout(high, gl.SliceLayout(1, SQUARE))[:, None]

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dn_lib.forms.common import check_channels, check_flag, check_is_tensor, scale_or_default
+from dn_lib.forms.common import check_channels, check_flag, scale_or_default
 from dn_lib.ops.autograd import for_triton, through_recurrent
 from dn_lib.ops.backend import resolve_backend
 from dn_lib.ops.checks import (
     check_arguments,
-    check_copy,
     check_rank,
     check_scale_in_float32,
     check_values,
@@ -22,16 +21,7 @@ from dn_lib.ops.checks import (
     wants_gradient,
 )
 from dn_lib.ops.delta import autocast_dtype, delta_rule
-
-
-def _refuse(function: str, options: dict[str, Any]) -> None:
-    head_first = options.pop("head_first", False)
-    if head_first is not None:
-        check_flag("head_first", head_first)
-    if head_first:
-        raise ValueError("head_first must be False: tensors are [B, L, H, d]; transpose them first")
-    if options:
-        raise TypeError(f"{function} has no argument {', '.join(map(repr, sorted(options)))}")
+from dn_lib.ops.fla.common import check_cpu_copy, refuse_options
 
 
 def chunk_delta_rule(
@@ -50,30 +40,20 @@ def chunk_delta_rule(
     """`delta_rule` under the name and signature of flash-linear-attention's function: swap one import.
 
     Shapes as in `delta_rule`.  cu_seqlens_cpu is a copy of cu_seqlens; it is checked (its values where cu_seqlens
-    is on the CPU too) and not needed: no length is read on the host.  Raises TypeError for an argument that neither
-    function has, else errors as `delta_rule` does.
+    is on the CPU too) and not needed: no length is read on the host.  chunk_size, which fla takes by keyword, is that
+    of `delta_rule`.  Raises TypeError for an argument that neither function has, else errors as `delta_rule` does.
 
     >>> q = k = v = torch.eye(16)[None, :, None]
     >>> chunk_delta_rule(q, k, v, torch.ones(1, 16, 1))[0].shape
     torch.Size([1, 16, 1, 16])
     """
-    _refuse("chunk_delta_rule", options)
+    chunk_size = options.pop("chunk_size", None)
+    refuse_options("chunk_delta_rule", options)
     check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
-    if cu_seqlens_cpu is not None:
-        check_is_tensor("cu_seqlens_cpu", cu_seqlens_cpu, "like cu_seqlens")
-        if cu_seqlens_cpu.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens_cpu must be int32 or int64, got {cu_seqlens_cpu.dtype}")
-        expected = size_of(cu_seqlens) if isinstance(cu_seqlens, Tensor) else None
-        if cu_seqlens_cpu.device.type != "cpu" or size_of(cu_seqlens_cpu) != expected:
-            raise ValueError(
-                f"cu_seqlens_cpu must be a copy of cu_seqlens, {expected}, on the CPU, got {size_of(cu_seqlens_cpu)} "
-                f"on {cu_seqlens_cpu.device}"
-            )
-        if cu_seqlens is not None:
-            check_copy(cu_seqlens, cu_seqlens_cpu)
+    check_cpu_copy(cu_seqlens, cu_seqlens_cpu)
     return delta_rule(
         q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -98,7 +78,7 @@ def fused_recurrent_delta_rule(
     >>> fused_recurrent_delta_rule(q, k, v)[0].shape
     torch.Size([1, 16, 1, 16])
     """
-    _refuse("fused_recurrent_delta_rule", options)
+    refuse_options("fused_recurrent_delta_rule", options)
     check_flag("use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
     check_flag("output_final_state", output_final_state)
     check_rank("q", q, 4, "four dimensions [B, L, H, d]")
