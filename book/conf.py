@@ -1,5 +1,6 @@
 """Sphinx configuration of the book's site; `make book` builds it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from sphinx_exercise.nodes import exercise_enumerable_node, exercise_subtitle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.lowering import exercise_title
+from tools.lowering import Book, exercise_title
 
 project = "DeltaNet, step by step"
 author = ""
@@ -80,6 +81,52 @@ def complete_exercises(app, doctree):
             exercise += nodes.paragraph("", "", link, classes=["solution-link"])
 
 
+def letter_appendices(app, env):
+    """Equations and figures of an appendix are numbered by its letter, (A.1), as those of a chapter by its number."""
+    lettered = [name for name in env.toc_fignumbers if name.startswith("appendix/")]
+    for name in lettered:
+        letter = Path(name).name.partition("_")[0]
+        for numbers in env.toc_fignumbers[name].values():
+            # Without a chapter's number Sphinx goes on counting from page to page: each appendix begins anew.
+            for position, (target, number) in enumerate(sorted(numbers.items(), key=lambda item: item[1]), 1):
+                if number[0] != letter:
+                    numbers[target] = (letter, position)
+    return lettered
+
+
+def times(chapter):
+    """How long a chapter takes, in one line: reading and running as its opening says, its exercises added up."""
+    text = chapter.read_text(encoding="utf-8")
+    opening = " ".join(text.partition("\n(sec-")[0].split())
+    minutes = [exercise_title(line)[2] for line in re.findall(r"(?m)^`{3,}\{exercise\} (.*)", text)]
+    parts = []
+    if found := re.search(r"main line takes about (\d+) minutes( to read)?, and about (\d+) more with", opening):
+        parts.append(f"{found[1]} minutes to read, {int(found[1]) + int(found[3])} with its code")
+    elif found := re.search(r"Reading takes about ([\w ]+) with its code", opening):
+        parts.append(f"{found[1]} to read with its code")
+    if minutes:
+        parts.append(f"{len(minutes)} exercises, {sum(minutes) // 60} h {sum(minutes) % 60:02d}")
+    if found := re.search(r"[Rr]uns in ((?:about|under|less than)? ?[\w ]+?) on two CPU cores", opening):
+        parts.append(f"runs in {found[1].strip()}")
+    return " · ".join(parts)
+
+
+def fill_in_times(app, docname, source):
+    """On the landing page, `{{ 01_name }}` stands for the times that the chapter of that name states."""
+    if docname == "index":
+        lines = {chapter.stem: f"*{times(chapter)}*" for chapter in Book(app.srcdir).chapters}
+        source[0] = re.sub(r"\{\{ (\w+) \}\}", lambda match: lines[match[1]], source[0])
+
+
+def title_landing_page(app, pagename, templatename, context, doctree):
+    """The landing page's heading is the site's name, which the title of every page ends with."""
+    if pagename == "index":
+        context["title"] = "An executable textbook"
+
+
 def setup(app):
+    app.connect("html-page-context", title_landing_page)
+    app.connect("source-read", fill_in_times)
+    app.connect("env-get-updated", letter_appendices, priority=900)  # after Sphinx has numbered what it can
     app.connect("doctree-read", fold_hints)
     app.connect("doctree-read", complete_exercises)

@@ -94,28 +94,35 @@ def roles(text: str) -> list[tuple[str, str]]:
 
 @dataclass
 class Book:
-    """The chapters in `folder`, and what they refer to in each other."""
+    """The chapters in `folder` and its appendices, and what they refer to in each other."""
 
     folder: Path
     bibliography: Path | None = None
     chapters: list[Path] = field(init=False)
+    appendices: list[Path] = field(init=False)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.chapters = sorted(self.folder.glob("[0-9][0-9]_*.md"))
+        self.appendices = sorted(self.folder.glob("appendix/[A-Z]_*.md"))
         if not self.chapters:
             raise ValueError(f"the sources folder must hold chapters NN_name.md, got {self.folder}")
+
+    @property
+    def pages(self) -> list[Path]:
+        """What is executed and has a pair: the chapters, then the appendices."""
+        return [*self.chapters, *self.appendices]
 
     @cached_property
     def equations(self) -> dict[str, str]:
         """Equation label -> its number, chapter and position among the labelled equations: "2.3"."""
         numbers: dict[str, str] = {}
-        for chapter in self.chapters:
+        for chapter in self.pages:
             labels = equation_labels(chapter.read_text(encoding="utf-8"))
             for position, label in enumerate(labels, 1):
                 if label in numbers:
                     raise ValueError(f"{chapter.name}: the equation label {label} is used twice in the book")
-                numbers[label] = f"{int(chapter.name[:2])}.{position}"
+                numbers[label] = f"{page_number(chapter)}.{position}"
         return numbers
 
     @cached_property
@@ -123,7 +130,7 @@ class Book:
         """Label before a heading, `(sec-...)=` -> the chapter that holds it."""
         return {
             match[1]: chapter.stem
-            for chapter in self.chapters
+            for chapter in self.pages
             for line in chapter.read_text(encoding="utf-8").splitlines()
             if (match := TARGET.match(line))
         }
@@ -132,6 +139,15 @@ class Book:
     def sources(self) -> dict[str, Entry]:
         path = self.bibliography or self.folder / "references.bib"
         return dict(parse_file(path).entries) if path.exists() else {}
+
+
+def page_number(path: Path) -> str:
+    """What a page's equations and figures are numbered with: the chapter's number, or the appendix's letter.
+
+    >>> page_number(Path("05_triton_kernel.md")), page_number(Path("appendix/A_measuring.md"))
+    ('5', 'A')
+    """
+    return path.name.partition("_")[0].lstrip("0")
 
 
 def equation_labels(text: str) -> list[str]:
@@ -176,7 +192,7 @@ class Chapter:
 
     def __init__(self, path: Path, book: Book):
         self.path, self.book = path, book
-        self.number = int(path.name[:2])
+        self.number = page_number(path)
         self.text = path.read_text(encoding="utf-8")
         self.labels = self._citation_labels()
 
@@ -226,7 +242,7 @@ class Chapter:
                 return title or f"Exercise {exercise[1]}.{exercise[2]}"
             if title is None:
                 raise self._error(f"{{ref}}`{body}` needs a text: {{ref}}`text <{target}>`")
-            if re.fullmatch(r"fig-(\d+)-(\d+)", target):
+            if re.fullmatch(r"fig-(\d+|[A-Z])-(\d+)", target):
                 return title
             if target not in self.book.targets:
                 raise self._error(f"{{ref}}`{body}` names no label of the book")
@@ -235,10 +251,14 @@ class Chapter:
         if name == "doc":
             if title is None:
                 raise self._error(f"{{doc}}`{body}` needs a text: {{doc}}`text <{target}>`")
-            if not (self.book.folder / f"{target}.md").exists():
+            # As Sphinx does: from the page's own folder, or from the book's if it begins with a slash.
+            folder = self.book.folder if target.startswith("/") else self.path.parent
+            page = (folder / f"{target.lstrip('/')}.md").resolve()
+            if not page.exists():
                 raise self._error(f"{{doc}}`{body}` names no page of the book")
-            chapter = any(target == other.stem for other in self.book.chapters)
-            return f"[{title}]({target}.ipynb)" if chapter else f"[{title}](../{target}.md)"
+            if any(page == other.resolve() for other in self.book.pages):
+                return f"[{title}]({page.stem}.ipynb)"
+            return f"[{title}](../{page.relative_to(self.book.folder.resolve()).as_posix()})"
         raise self._error(f"the role {{{name}}} is not one of {sorted(ROLES)}")
 
     def inline(self, text: str) -> str:
@@ -304,7 +324,7 @@ class Chapter:
         for cell in self._notebook().cells:
             if cell.cell_type != "code":
                 text = self.markdown(cell.source)
-                if not cells:  # the site numbers its chapters by itself
+                if not cells and self.number.isdigit():  # the site numbers its chapters by itself
                     text = re.sub(r"(?m)^# ", f"# {self.number}. ", text, count=1)
                 if text:
                     cells.append(nbformat.v4.new_markdown_cell(text))
@@ -317,7 +337,7 @@ class Chapter:
             cells.append(nbformat.v4.new_code_cell(cell.source, metadata=metadata))
             caption = figure.get("figure", {}).get("caption")
             if caption:
-                name = re.fullmatch(r"fig-(\d+)-(\d+)", figure["figure"].get("name", ""))
+                name = re.fullmatch(r"fig-(\d+|[A-Z])-(\d+)", figure["figure"].get("name", ""))
                 if not name:
                     raise self._error("a figure needs the name fig-N-M")
                 text = f"*Figure {name[1]}.{name[2]}.* {self.inline(caption)}"

@@ -1,4 +1,4 @@
-"""`make notebooks`: execute every chapter and store it, with outputs, as a notebook of plain Markdown."""
+"""`make notebooks`: execute every chapter and appendix and store it, with outputs, as a notebook of plain Markdown."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
     parser.add_argument("--sources-dir", type=Path, default=ROOT / "book", help="where the chapters are")
     parser.add_argument("--out-dir", type=Path, help="where the notebooks go [SOURCES_DIR/notebooks]")
-    parser.add_argument("--only", default="", help="make only chapters whose name begins so, e.g. 03")
+    parser.add_argument("--only", default="", help="make only pages whose name begins so, e.g. 03 or A")
     options = parser.parse_args(arguments)
     out = options.out_dir or options.sources_dir / "notebooks"
     out.mkdir(parents=True, exist_ok=True)
     book = Book(options.sources_dir)
-    chosen = [path for path in book.chapters if path.name.startswith(options.only)]
+    chosen = [path for path in book.pages if path.name.startswith(options.only)]
     if not chosen:
         raise SystemExit(f"--only must begin the name of a chapter, got {options.only!r}")
 

@@ -1,4 +1,4 @@
-"""`make book`: execute the chapters and their solutions, once, and build the site from the result."""
+"""`make book`: execute the chapters, appendices and solutions, once, and build the site from the result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.read import read_myst_markdown_notebook
 
 from tools.isolation import isolate
+from tools.lowering import Book
 from tools.notebooks import ROOT, ChapterError, execute, execute_all
 
 
@@ -28,7 +29,7 @@ def fingerprint(folders: Sequence[Path]) -> str:
 
 
 def fill_cache(sources: Path) -> None:
-    """Execute what the cache lacks: the chapters and solutions in `sources`, two at a time.
+    """Execute what the cache lacks: the chapters, appendices and solutions in `sources`, two at a time.
 
     Raises SystemExit if one fails.
     """
@@ -52,7 +53,7 @@ def fill_cache(sources: Path) -> None:
 
         return run
 
-    for path in [*sorted(sources.glob("[0-9][0-9]_*.md")), *sorted((sources / "solutions").glob("*.md"))]:
+    for path in [*Book(sources).pages, *sorted((sources / "solutions").glob("*.md"))]:
         try:
             cache.match_cache_notebook(read_myst_markdown_notebook(path.read_text(encoding="utf-8")))
         except KeyError:

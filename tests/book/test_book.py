@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from tools.isolation import PATIENCE
-from tools.lowering import DIRECTIVES, ROLES, Book, directives, lower, prose, roles
+from tools.lowering import DIRECTIVES, ROLES, Book, directives, lower, page_number, prose, roles
 from tools.notebooks import execute
 from tools.notebooks import main as make_notebooks
 
@@ -23,7 +23,8 @@ PAIRS = BOOK.folder / "notebooks"
 SOLUTIONS = BOOK.folder / "solutions"
 
 every_chapter = pytest.mark.parametrize("chapter", BOOK.chapters, ids=lambda path: path.stem)
-PAGES = [*BOOK.chapters, *sorted(SOLUTIONS.glob("*.md"))]
+every_pair = pytest.mark.parametrize("chapter", BOOK.pages, ids=lambda path: path.stem)
+PAGES = [*BOOK.pages, *sorted(SOLUTIONS.glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(BOOK.folder)))
 
 
@@ -41,10 +42,10 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def test_every_pair_has_a_chapter():
-    assert {path.stem for path in PAIRS.glob("*.ipynb")} == {path.stem for path in BOOK.chapters}
+    assert {path.stem for path in PAIRS.glob("*.ipynb")} == {path.stem for path in BOOK.pages}
 
 
-@every_chapter
+@every_pair
 def test_guard_every_cell_was_executed_without_error(chapter):
     """nbval passes over a cell without an execution count, whatever it prints: so there must be none."""
     notebook = stored(chapter)
@@ -55,7 +56,7 @@ def test_guard_every_cell_was_executed_without_error(chapter):
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-@every_chapter
+@every_pair
 def test_pair_is_in_step_with_its_source(chapter):
     def parts(notebook):
         return [(cell.cell_type, cell.source, cell.id, dict(cell.metadata)) for cell in notebook.cells]
@@ -63,7 +64,7 @@ def test_pair_is_in_step_with_its_source(chapter):
     assert parts(stored(chapter)) == parts(lower(chapter, BOOK)), f"{chapter.name} has changed: run make notebooks"
 
 
-@every_chapter
+@every_pair
 def test_pair_is_plain_markdown(chapter):
     for cell in stored(chapter).cells:
         if cell.cell_type == "markdown":
@@ -74,7 +75,7 @@ def test_pair_is_plain_markdown(chapter):
         assert "mystnb" not in cell.metadata
 
 
-@every_chapter
+@every_pair
 def test_tags_switch_off_nothing_in_silence(chapter):
     for cell in code_cells(stored(chapter)):
         tags = set(cell.metadata.get("tags", []))
@@ -83,7 +84,7 @@ def test_tags_switch_off_nothing_in_silence(chapter):
             assert re.search(r"(?m)^\s*#.*\w", cell.source), f"say in a comment why its output varies:\n{cell.source}"
 
 
-@every_chapter
+@every_pair
 def test_outputs_are_of_kinds_that_are_stable(chapter):
     """nbval compares SVG, GIF and HTML, in which ids and dates vary; PNG it leaves alone."""
     for cell in code_cells(stored(chapter)):
@@ -94,7 +95,7 @@ def test_outputs_are_of_kinds_that_are_stable(chapter):
         assert not re.search(r" at 0x[0-9a-f]{6,}", "".join(texts)), f"an address in the output of:\n{cell.source}"
 
 
-@every_chapter
+@every_pair
 def test_every_figure_has_a_caption_and_alt_text(chapter):
     notebook, number = stored(chapter), 0
     for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
@@ -104,11 +105,11 @@ def test_every_figure_has_a_caption_and_alt_text(chapter):
         number += 1
         assert len(cell.metadata.get("alt", "")) > 20, f"no alt text:\n{cell.source}"
         assert all(picture.metadata["image/png"]["alt"] == cell.metadata["alt"] for picture in pictures)
-        expected = f"*Figure {int(chapter.name[:2])}.{number}.* "
+        expected = f"*Figure {page_number(chapter)}.{number}.* "
         assert after is not None and after.source.startswith(expected), f"no caption {expected}:\n{cell.source}"
 
 
-@every_chapter
+@every_pair
 def test_pair_is_small(chapter):
     assert (PAIRS / f"{chapter.stem}.ipynb").stat().st_size < 2_000_000
 
@@ -148,7 +149,7 @@ def test_pytest_at_the_root_collects_just_the_pairs():
     command += ["--ignore=tests", "--ignore=dn_lib"]  # modules, slow to import
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     files = set(re.findall(r"(\S+\.ipynb)::", done.stdout))
-    assert files == {f"book/notebooks/{chapter.stem}.ipynb" for chapter in BOOK.chapters}, done.stdout + done.stderr
+    assert files == {f"book/notebooks/{chapter.stem}.ipynb" for chapter in BOOK.pages}, done.stdout + done.stderr
 
 
 # --- the sources
@@ -177,6 +178,12 @@ def test_every_citation_is_in_the_bibliography(page):
     assert keys <= set(BOOK.sources)
 
 
+def test_the_longest_chapter_can_be_read_in_an_afternoon():
+    """What a first reading of chapter 5 can skip is in the appendices: words of all text, code cells apart."""
+    cells = jupytext.read(BOOK.folder / "05_triton_kernel.md", fmt="md:myst").cells
+    assert sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown") <= 11_000
+
+
 @every_page
 def test_no_code_cell_is_too_long_to_read(page):
     for cell in jupytext.read(page, fmt="md:myst").cells:
@@ -191,7 +198,7 @@ def test_chapter_has_solutions_and_a_line_in_the_readme(chapter):
     assert re.search(rf"(?m)^\|.*{re.escape(chapter.stem)}", readme), f"{chapter.stem} is not in README's table"
 
 
-@every_chapter
+@every_pair
 def test_chapter_has_one_title_which_carries_no_number(chapter):
     titles = re.findall(r"(?m)^# .*$", prose(chapter.read_text("utf-8")))
     assert len(titles) == 1 and not re.match(r"# (Chapter|\d)", titles[0]), "the site numbers the chapters"

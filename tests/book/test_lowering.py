@@ -158,3 +158,23 @@ def test_labels_inside_other_directives_count(markdown):
 
 def test_prose_leaves_out_code_but_not_roles():
     assert prose("a `code` {eq}`x` ``{ref}`y` ``\n\n```\nfence\n```\nend") == "a  {eq}`x` \n\nend"
+
+
+def test_appendices_are_numbered_by_letter_and_linked_both_ways(tmp_path):
+    """Links of a pair go to the pair beside it; a target that begins with a slash is counted from the book's folder."""
+    (tmp_path / "appendix").mkdir()
+    equation = "```{math}\n:label: eq-extra\nx\n```"
+    figure = "```{code-cell}\n---\nmystnb:\n  figure: {caption: A line., name: fig-A-1}\n---\nx\n```"
+    first = "# First\n\n{eq}`eq-extra`, {ref}`there <sec-extra>`, {doc}`all <appendix/A_more>`"
+    links = "{doc}`back </01_first>`, {doc}`notation </notation>`"
+    more = f"(sec-extra)=\n# Appendix A: More\n\n{equation}\n\n{links}\n\n{figure}"
+    (tmp_path / "01_first.md").write_text(HEAD + first)
+    (tmp_path / "notation.md").write_text("# Notation")
+    (tmp_path / "appendix" / "A_more.md").write_text(HEAD + more)
+    book = Book(tmp_path)
+    assert [path.stem for path in book.pages] == ["01_first", "A_more"] and len(book.chapters) == 1
+    chapter, appendix = (lower(path, book).cells for path in book.pages)
+    assert chapter[0].source.endswith("(A.1), [there](A_more.ipynb), [all](A_more.ipynb)")
+    assert appendix[0].source.startswith("# Appendix A: More") and "\\tag{A.1}" in appendix[0].source
+    assert "[back](01_first.ipynb), [notation](../notation.md)" in appendix[0].source
+    assert appendix[-1].source == "*Figure A.1.* A line."

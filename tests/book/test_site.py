@@ -11,7 +11,7 @@ import pytest
 from browser import PROGRAM, Browser
 from bs4 import BeautifulSoup
 
-from tools.lowering import directives, prose
+from tools.lowering import Book, directives, prose
 from tools.site import ROOT, main
 
 BOOK = ROOT / "book"
@@ -74,6 +74,28 @@ INDEX = """# Site
 ```{toctree}
 bibliography
 solutions/01_first
+appendix/A_more
+appendix/B_last
+```
+"""
+EXTRA = """# Appendix {letter}: More
+
+```{{math}}
+:label: eq-{letter}
+z = 3
+```
+
+{{eq}}`eq-{letter}`, {{eq}}`eq-a`, {{doc}}`first </01_first>`
+
+```{{code-cell}} ipython3
+---
+mystnb:
+  image: {{alt: A line}}
+  figure: {{caption: "A line.", name: fig-{letter}-1}}
+---
+import matplotlib.pyplot as plt
+plt.plot([0, 1])
+plt.show()
 ```
 """
 
@@ -81,7 +103,7 @@ solutions/01_first
 def formulas() -> tuple[list[str], list[str]]:
     """Every formula of the book, as its source: those on lines of their own, and the different ones within text."""
     displayed, inline = [], []
-    for page in (*sorted(BOOK.glob("[0-9][0-9]_*.md")), BOOK / "notation.md", *sorted(BOOK.glob("solutions/*.md"))):
+    for page in (*Book(BOOK).pages, BOOK / "notation.md", *sorted(BOOK.glob("solutions/*.md"))):
         cells = jupytext.read(page, fmt="md:myst").cells
         text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         found = directives(text)
@@ -112,6 +134,9 @@ def write(folder: Path, first: str = FIRST) -> None:
     (folder / "index.md").write_text(INDEX)
     (folder / "01_first.md").write_text(HEAD + first, encoding="utf-8")
     (folder / "02_second.md").write_text(HEAD + SECOND, encoding="utf-8")
+    (folder / "appendix").mkdir()
+    for name in ("A_more", "B_last"):
+        (folder / "appendix" / f"{name}.md").write_text(HEAD + EXTRA.format(letter=name[0]), encoding="utf-8")
     (folder / "solutions" / "01_first.md").write_text(HEAD + "# Solutions\n\nText.\n")
 
 
@@ -137,6 +162,14 @@ def test_equations_figures_and_exercises_are_numbered_by_chapter(site):
     assert second.select_one("figure img")["alt"] == "A line"
     title = first.select_one(".exercise .admonition-title").get_text(" ", strip=True)
     assert re.sub(r"\s+", " ", title) == "Exercise 1.1 (Think, ★, 5 minutes)"
+
+
+@pytest.mark.parametrize("name", ["A_more", "B_last"])
+def test_appendices_are_numbered_by_their_letter(site, name):
+    appendix, letter = page(site, f"appendix/{name}.html"), name[0]
+    assert [span.get_text()[:5] for span in appendix.select(".eqno")] == [f"({letter}.1)"]
+    assert f"({letter}.1), (1.1), first" in appendix.select_one("article").get_text()
+    assert f"Figure {letter}.1" in appendix.select_one("figcaption").get_text()
 
 
 def test_hints_are_folded_and_exercises_lead_to_their_solutions(site):

@@ -1,7 +1,9 @@
 """The figures of chapter 2: what is drawn is what the package computes, and every drawing can be drawn."""
 
+import contextlib
 import json
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -101,6 +103,34 @@ def test_by_position_sorts_answers_by_the_place_of_the_pair():
     assert ch2.by_position(oracle(tokens, wrong_there), tokens, labels, 6).tolist() == [0.0] + [1.0] * 5
 
 
+class Writer:
+    """A model whose values, keys and queries are known: value tokens (32 and above) are written as (3, 4), others as 0.
+
+    A value's key and query agree; for other tokens they are orthogonal.
+    """
+
+    def embed(self, tokens):
+        return (tokens >= 32).double()[..., None]
+
+    def beta(self, x):
+        return 0.25 + 0.5 * x[..., 0], x
+
+    def v(self, x):
+        return torch.cat([3 * x, 4 * x], dim=-1)
+
+    def q(self, x):
+        return torch.cat([torch.ones_like(x), torch.zeros_like(x)], dim=-1)
+
+    def k(self, pair):
+        return torch.cat([-2 * pair, 1 - pair], dim=-1)
+
+
+def test_writes_are_told_apart_by_the_kind_of_token():
+    tokens, labels = recall_with_updates(20, 4, vocab=64, generator=torch.Generator().manual_seed(0))
+    means = ch2.writes(Writer(), tokens, labels, 4)
+    assert means == {"beta": [0.25, 0.75, 0.25], "|v|": [0.0, 5.0, 0.0], "|cosine| of q, k": [0.0, 1.0, 0.0]}
+
+
 def test_newer_or_older():
     g = torch.Generator().manual_seed(0)
     tokens, labels = recall_with_updates(50, 4, vocab=64, generator=g)
@@ -117,6 +147,9 @@ def test_newer_or_older():
 
 def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_missing(tmp_path):
     assert ch2.mqar_record(tmp_path / "nowhere") is None
+    stored = Path(ch2.__file__).parents[3] / "book" / "results" / "mqar.json"
+    with contextlib.chdir(tmp_path):  # outside the book: what lies beside the package
+        assert ch2.mqar_record() == (json.loads(stored.read_text("utf-8")) if stored.exists() else None)
     assert ch2.mqar_table(None) == "this copy of the book holds no measurement"
     ch2.mqar(None).canvas.draw()
     row = {"model": "DeltaNet", "width": 64, "accuracy": [0.5, 1.0], "steps": [10, 20]}
@@ -130,6 +163,10 @@ def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_miss
     found = ch2.mqar_record(tmp_path / "book" / "notebooks")
     assert found == record
     assert "a device at 2026-01-02" in ch2.mqar_table(found) and " 50.0 100.0  after 10 20" in ch2.mqar_table(found)
+    curve = {"steps": [50, 70, 80, 100], "accuracy": [0.1, 0.5, 0.6, 0.625]}
+    run = {"model": "DeltaNet", "width": 64, "training": {"steps": 100}, "steps_taken": 100, "curve": curve}
+    lines = ch2.mqar_table(record | {"rows": [run, run | {"steps_taken": 90}]}).splitlines()
+    assert len(lines) == 4 and "+2.5 in the last quarter" in lines[-1]
     left, right = ch2.mqar(found).axes
     assert list(left.lines[0].get_ydata()) == [75.0] and list(right.lines[0].get_ydata()) == [81, 100]
 
@@ -142,7 +179,8 @@ def test_the_other_figures_can_be_drawn():
     ch2.convergence({c: (curve, curve, torch.tensor(0.5), curve) for c in (0.2, 0.6, 0.9)})
     histories = {(task, rule): [0.1] * 20 for task in ("MQAR", "updates") for rule in ("linear", "delta")}
     ch2.recall(histories, {"linear": torch.rand(12), "delta": torch.rand(12)})
-    ch2.parity({2.0: torch.rand(80), 1.0: torch.rand(80)}, trained_on=40)
+    curves = {2.0: torch.rand(80), 1.0: torch.rand(80)}
+    assert len(ch2.parity(curves, 40, others=[torch.rand(80)] * 2).axes[0].lines) == 2 + 2 + 1 + 2
     worn = {key: torch.linspace(1, 0.1, 301) for key in ((16, 1.0), (64, 1.0), (64, 0.3))}
     fig = ch2.wearing_out(worn, (0, 8, 16), {"linear": [1.0] * 3, "delta": [1.0] * 3, "gated": [1.0] * 3})
     assert [label.get_text() for label in fig.axes[1].get_xticklabels()] == ["none", "8", "16"]

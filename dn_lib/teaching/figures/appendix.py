@@ -584,9 +584,9 @@ def schedule(chunks: int = 3, *, save: bool = True) -> list[Event]:
     return events
 
 
-def timeline(chunks: int = 3, *, save: bool = True) -> Figure:
+def timeline(chunks: int = 2, *, save: bool = True) -> Figure:
     """`schedule` drawn: a lane for each part of the SM, a colour for each chunk."""
-    fig, ax = plotting.figure(height=3.2)
+    fig, ax = plotting.figure(height=3.6)
     colours = [style["color"] for style in plotting.OTHERS]
     for event in schedule(chunks, save=save):
         y, width = -LANES.index(event.lane), event.end - event.start

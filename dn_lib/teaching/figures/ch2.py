@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cosine_similarity, pad
 
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
 from dn_lib.forms.linear_attention import linear_attention_step, recurrent_linear_attention
@@ -263,15 +263,15 @@ def recall(histories: Mapping[tuple[str, str], Sequence[float]], mistakes: Mappi
 def mqar_record(folder: Path | None = None) -> dict[str, Any] | None:
     """The stored measurement of multi-query associative recall, or None where this copy has none.
 
-    folder: where to look for `book/results/mqar.json`, upwards; the working directory by default.
+    folder: where to look for `book/results/mqar.json`, upwards; by default the working directory, then this file's.
     """
-    start = (folder or Path.cwd()).resolve()
-    places = [place / "book/results/mqar.json" for place in (start, *start.parents)]
+    starts = [start.resolve() for start in ([folder] if folder else [Path.cwd(), Path(__file__).parent])]
+    places = [place / "book/results/mqar.json" for start in starts for place in (start, *start.parents)]
     return next((json.loads(place.read_text("utf-8")) for place in places if place.exists()), None)
 
 
 def mqar_table(record: dict[str, Any] | None) -> str:
-    """The measurement as text: device and date, then accuracy and steps of every cell."""
+    """The measurement as text: device and date, accuracy and steps of every cell, and what long runs gained last."""
     if record is None:
         return "this copy of the book holds no measurement"
     about = record["provenance"]
@@ -280,6 +280,12 @@ def mqar_table(record: dict[str, Any] | None) -> str:
         accuracy = " ".join(f"{100 * a:5.1f}" for a in row["accuracy"])
         steps = " ".join(str(n) for n in row["steps"])
         lines.append(f"{row['model']:18s}width {row['width']:3d}: {accuracy}  after {steps}")
+    for run in record.get("rows", []):
+        steps, curve = run["training"]["steps"], run["curve"]
+        if run["steps_taken"] == steps:  # it was not ended early
+            then = next(n for n, step in enumerate(curve["steps"]) if step >= 0.75 * steps)
+            gain = 100 * (curve["accuracy"][-1] - curve["accuracy"][then])
+            lines.append(f"{run['model']:18s}width {run['width']:3d}: {gain:+.1f} in the last quarter, while training")
     return "\n".join(lines)
 
 
@@ -316,20 +322,27 @@ def mqar(record: dict[str, Any] | None) -> Figure:
     return fig
 
 
-def parity(curves: Mapping[float, Tensor], trained_on: int) -> Figure:
-    """Accuracy by position (mean of 8 neighbours) for each largest beta; a line marks the length of training."""
+def parity(curves: Mapping[float, Tensor], trained_on: int, others: Sequence[Tensor] = ()) -> Figure:
+    """Accuracy by position (mean of 8 neighbours) for each largest beta; a line marks the length of training.
+
+    others: the same for other seeds, with beta up to 2.
+    """
     fig, ax = plotting.figure(height=3.0)
     styles = {2.0: MECHANISMS["delta"], 1.0: OTHERS[2]}
+    for n, curve in enumerate(others):
+        thin = MECHANISMS["delta"] | {"marker": "", "linewidth": 0.9, "linestyle": "-"}
+        label = "" if n else "$\\beta$ in (0, 2), other seeds"
+        ax.plot(range(4, len(curve), 8), curve.reshape(-1, 8).mean(1), **thin, label=label, zorder=1)
     for top, curve in curves.items():
         means = curve.reshape(-1, 8).mean(1)
         name = f"$\\beta$ in (0, {top:.0f})"
         ax.plot(range(4, len(curve), 8), means, **styles[top], markevery=3, label=name)
     ax.axvline(trained_on, color="black", linewidth=1)
-    for level, text in ((0.75, "right in 3 of 4 cases"), (0.5, "chance")):
+    for level, left, text in ((0.75, 190, "right in 3 of 4 cases"), (0.5, trained_on + 8, "chance")):
         ax.axhline(level, **GREY)
-        ax.text(trained_on + 8, level - 0.015, text, fontsize=8.5, color="0.35", va="top")
+        ax.text(left, level - 0.015, text, fontsize=8.5, color="0.35", va="top")
     ax.set(xlabel="position in the string", ylabel="accuracy", ylim=(0.4, 1.03))
-    ax.legend(loc="center", bbox_to_anchor=(0.4, 0.37))
+    ax.legend(loc="upper right")
     return fig
 
 
@@ -371,6 +384,21 @@ def by_position(model: Model, tokens: Tensor, labels: Tensor, pairs: int) -> Ten
     place = (tokens[row, column][:, None] == written[row]).long().argmax(1)
     right = (model(tokens, labels >= 0).argmax(-1) == labels[row, column]).float()
     return torch.stack([right[place == j].mean() for j in range(pairs)])
+
+
+@torch.no_grad()
+def writes(model: Any, tokens: Tensor, labels: Tensor, pairs: int) -> dict[str, list[float]]:
+    """Means at keys, at values and at questions of `recall_with_updates`, for the chapter's small model.
+
+    "beta": the writing strength; "|v|": the length of the value that is written; "|cosine| of q, k": how far the
+    token's own query overlaps with the key that it writes under.
+    """
+    x = model.embed(tokens)
+    beta, pair = model.beta(x)
+    q, k, v = model.q(x), model.k(pair), model.v(x)
+    means = {"beta": beta, "|v|": v.norm(dim=-1), "|cosine| of q, k": cosine_similarity(q, k, dim=-1).abs()}
+    end = 4 * pairs  # every key is written twice
+    return {name: [m.mean().item() for m in (a[:, :end:2], a[:, 1:end:2], a[labels >= 0])] for name, a in means.items()}
 
 
 @torch.no_grad()

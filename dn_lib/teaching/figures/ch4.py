@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -175,8 +175,23 @@ def random_maps(draws: int, length: int = 64, d: int = 16, beta: float = 0.8) ->
     }
 
 
-def row_sums(maps: dict[str, Tensor]) -> Figure:
+def expected_spread(length: int, d: int, beta: float) -> dict[str, Tensor]:
+    """The standard deviation of each row sum for random unit queries and keys, as the chapter derives it, `[length]`.
+
+    With all values 1 the state is one column s.  The query is independent of it, so the variance of a row sum is
+    E |s|^2 / d; a write multiplies E |s|^2 by 1 - beta (2 - beta) / d, and adds beta^2.
+
+    >>> {name: round(spread[-1].item(), 2) for name, spread in expected_spread(64, 16, 0.8).items()}
+    {'linear': 2.0, 'delta': 0.81}
+    """
+    rows, left = torch.arange(1, length + 1, dtype=torch.float64), 1 - beta * (2 - beta) / d
+    return {"linear": (rows / d).sqrt(), "delta": (beta**2 * (1 - left**rows) / (1 - left) / d).sqrt()}
+
+
+def row_sums(maps: dict[str, Tensor], expected: dict[str, Tensor] | None = None) -> Figure:
     """How far row sums spread over the draws, and a histogram of the entries below the diagonal.
+
+    expected: curves of the spread for comparison, drawn thin and grey.
 
     >>> len(row_sums(random_maps(3, length=8)).axes)
     2
@@ -189,6 +204,8 @@ def row_sums(maps: dict[str, Tensor]) -> Figure:
         below, line = A[:, rows, columns].flatten(), {"color": style["color"], "linestyle": style["linestyle"]}
         options = {"bins": 60, "range": (-1.0, 1.0), "density": True, "histtype": "step", "lw": 1.8}
         right.hist(below.numpy(), **options, **line)
+    for spread in (expected or {}).values():
+        left.plot(range(1, len(spread) + 1), spread, color="0.35", linestyle="-", lw=0.9, zorder=1)
     left.set(xlabel="row $i$", ylabel="spread of the row sum")
     right.set(xlabel="entry below the diagonal", ylabel="density", yscale="log")
     left.legend(fontsize=9)
@@ -212,43 +229,74 @@ def work_steps_time(
         ax.set_xlabel("chunk size $C$")
         ax.set_xticks(list(sizes[::2]), [str(size) for size in sizes[::2]], minor=False)
         ax.set_xticks([], minor=True)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     return fig
 
 
-def recovered_states(length: int = 4096, d: int = 32, chunk_size: int = 64) -> tuple[Figure, float]:
+def undone(inputs: tuple[Tensor, Tensor, Tensor], chunk_size: int) -> tuple[list[int], list[float]]:
+    """Go through k, v, beta in chunks from the state zero, then walk the state back by subtracting what was written.
+
+    k, v: `[L, d]`, beta: `[L]`.  Returns how many tokens were undone at each chunk, and the relative error of the state
+    that was recovered there.
+
+    >>> k, v = torch.eye(4), torch.ones(4, 2)
+    >>> undone((k, v, torch.ones(4)), 2)
+    ([2], [0.0])
+    """
+    k, v, beta = (x.unflatten(0, (-1, chunk_size)) for x in inputs)
+    states, pseudo, back = cw.chunk_states(k, v, beta, k.new_zeros(k.shape[-1], v.shape[-1]))
+    tokens, errors = [], []
+    for i in reversed(range(1, len(k))):
+        back = back - k[i].mT @ pseudo[i]  # eq-reversible-state
+        tokens.append((len(k) - i) * chunk_size)
+        errors.append(relative_error(back, states[i]))
+    return tokens, errors
+
+
+def inverted(inputs: tuple[Tensor, Tensor, Tensor], count: int) -> tuple[list[int], list[float]]:
+    """The same by inverting H_t for the last `count` tokens, read off every four tokens."""
+    k, v, beta = inputs
+    length, tokens, errors = len(k), [], []
+    start = recurrent_delta_rule(*(x[: length - count] for x in (k, k, v, beta)))[1]
+    back = recurrent_delta_rule(*(x[length - count :] for x in (k, k, v, beta)), initial_state=start)[1]
+    for t in reversed(range(length - count, length)):
+        back = back - beta[t] * torch.outer(k[t], v[t])
+        back = back + beta[t] / (1 - beta[t]) * torch.outer(k[t], k[t] @ back)  # the inverse of H_t
+        if t % 4 == 0:
+            before = (x[length - count : t] for x in (k, k, v, beta))
+            tokens.append(length - t)
+            errors.append(relative_error(back, recurrent_delta_rule(*before, initial_state=start)[1]))
+    return tokens, errors
+
+
+def recovered_states(
+    length: int = 4096, d: int = 32, chunk_size: int = 64, growth: float = 1e3
+) -> tuple[Figure, dict[str, float]]:
     """Earlier states recovered in float32, by subtracting what was written and by inverting each H.
 
-    Returns the figure, and the relative error of the subtraction over all chunks but the first.
+    The subtraction is shown for values of one size, and where the second half of the values is `growth` times larger.
+    Returns the figure, and the largest relative error of each of the two.
 
-    >>> recovered_states(512, 8, 16)[1] < 1e-5
+    >>> recovered_states(512, 8, 16)[1]["values of one size"] < 1e-5
     True
     """
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, length, d, generator=generator, dtype=torch.float32)
-    k, beta = normalize(k, dim=-1), torch.rand(length, generator=generator, dtype=torch.float32)
-    kc, vc, bc = (x.unflatten(0, (-1, chunk_size)) for x in (k, v, beta))
-    states, pseudo, end = cw.chunk_states(kc, vc, bc, k.new_zeros(d, d))
-    back, errors, undone = end, [], []
-    for i in reversed(range(1, len(kc))):
-        back = back - kc[i].mT @ pseudo[i]  # eq-reversible-state
-        errors.append(relative_error(back, states[i]))
-        undone.append((len(kc) - i) * chunk_size)
-    solved, bad, first = end, [], length - 2 * (128 // chunk_size) * chunk_size
-    for t in reversed(range(length - 128, length)):
-        solved = solved - beta[t] * torch.outer(k[t], v[t])
-        solved = solved + beta[t] / (1 - beta[t]) * torch.outer(k[t], k[t] @ solved)  # the inverse of H_t
-        if t % 4 == 0:
-            start = states[first // chunk_size]
-            truth = recurrent_delta_rule(*(x[first:t] for x in (k, k, v, beta)), initial_state=start)[1]
-            bad.append((length - t, relative_error(solved, truth)))
+    k, beta = normalize(k, dim=-1), 2 * torch.rand(length, generator=generator, dtype=torch.float32)
+    later = torch.cat([v[: length // 2], growth * v[length // 2 :]])
     fig, ax = plotting.figure(height=3.0)
-    ax.loglog(undone, errors, **FORMS[0], markevery=4)
-    ax.loglog(*zip(*bad, strict=True), **FORMS[1], markevery=4)
-    ax.text(undone[-1], errors[-1] * 3, "subtract what was written", ha="right", color=FORMS[0]["color"])
-    ax.text(bad[-1][0] * 1.3, min(bad[-1][1], 3.0), "invert $H_t$", color="#9A6A00", va="center")
+    curves = {
+        "values of one size": undone((k, v, beta), chunk_size),
+        f"second half {growth:,.0f} times larger": undone((k, later, beta), chunk_size),
+    }
+    for (name, (tokens, errors)), style in zip(curves.items(), (FORMS[0], FORMS[2]), strict=True):
+        ax.loglog(tokens, errors, **style, markevery=4, label=f"subtract: {name}")
+    ax.loglog(*inverted((k, v, beta), 128), **FORMS[1], markevery=4, label="invert $H_t$")
     ax.set(xlabel="tokens undone", ylabel="relative error of the state", ylim=(1e-8, 1e2))
-    return fig, errors[-1]
+    ax.legend(fontsize=9, loc="upper right")
+    return fig, {name: max(errors) for name, (_, errors) in curves.items()}
 
 
 def kept_bytes(forms: dict[str, Callable[..., Any]], lengths: Sequence[int], d: int = 64) -> tuple[Figure, dict]:
@@ -283,14 +331,14 @@ FORWARD = {
     "S": "$S$", "V": "$V$", "R": "$R$", "E": "$E$", "pseudo": r"$\tilde V$", "S'": "$S'$", "O": "$O$"
 }  # fmt: skip
 BACKWARD = {
-    "S": "$dS$", "V": "$dV$", "R": "$dR$", "E": "$Z$", "pseudo": "$F$", "S'": "$dS'$", "O": "$dO$"
+    "S": "$dS$", "V": "$dV$", "R": "$dR$", "E": "$D F$", "pseudo": "$F$", "S'": "$dS'$", "O": "$dO$"
 }  # fmt: skip
 # from, to, factor forward, factor backward, bend of the arrow, where the label stands along it
 EDGES = [
     ("S", "R", "$-K$", r"$-K^\top$", 0.0, 0.5),
     ("V", "R", "$I$", "$I$", 0.0, 0.5),
-    ("R", "E", "$I + ND$", "$D$", 0.0, 0.5),
-    ("E", "pseudo", "$D$", r"$I + N^\top D$", 0.0, 0.5),
+    ("R", "E", "$I + ND$", r"$I + DN^\top$", 0.0, 0.5),
+    ("E", "pseudo", "$D$", "$D$", 0.0, 0.5),
     ("pseudo", "O", "$P$", r"$P^\top$", 0.0, 0.5),
     ("pseudo", "S'", r"$K^\top$", "$K$", 0.0, 0.5),
     ("S", "S'", "$I$", "$I$", 0.0, 0.5),
@@ -302,10 +350,10 @@ def mirror() -> Figure:
     """One chunk forward, and below it the same drawing with every arrow turned: the backward pass.
 
     >>> [ax.get_title(loc="left") for ax in mirror().axes]
-    ['forward: each sum is what its arrows bring', 'backward: the same arrows, turned']
+    ['forward: each node is the sum of what its arrows bring', 'backward: arrows turned, matrices transposed']
     """
     fig, axes = plotting.figure(rows=2, height=5.2)
-    titles = ("forward: each sum is what its arrows bring", "backward: the same arrows, turned")
+    titles = ("forward: each node is the sum of what its arrows bring", "backward: arrows turned, matrices transposed")
     for ax, names, turned, title in zip(axes, (FORWARD, BACKWARD), (False, True), titles, strict=True):
         colour = plotting.COLOURS[7] if turned else DELTA
         for a, b, forward, backward, bend, place in EDGES:
@@ -359,16 +407,16 @@ def two_processes(costs: dict[str, int]) -> Figure:
         spans[name] = (x, costs[name] * unit)
         x += costs[name] * unit + gap + (gather if name in ("affine", "gradient") else 0.45)
     texts = {
-        "affine": ("$M_0, X_0$\n(from $S_0$)", "$M_1, X_1$"),
+        "affine": ("$M_0, S_1$\n(from $S_0$)", "$M_1, X_1$"),
         "forward": ("$O_0$ from $S_0$", "$O_1$ from $S_1$"),
-        "gradient": ("$Y_0$", "$Y_1$\n(and $dS'_1$)"),
+        "gradient": ("$Y_0$", "$dS'_0$\n(from $dS'_1$)"),
         "backward": ("gradients from $dS'_0$", "gradients from $dS'_1$"),
     }
     colours = {"affine": WAITS, "forward": AT_ONCE, "gradient": WAITS, "backward": AT_ONCE}
     for name, (start, width) in spans.items():
         for process in (0, 1):
             _box(ax, start, -process, width, texts[name][process], colours[name], height=0.66, size=9)
-    for before, label in (("affine", "$S_1 = X_0$"), ("gradient", "$dS'_0 = Y_1$")):
+    for before, label in (("affine", "$S_1$"), ("gradient", "$dS'_0$")):
         start = sum(spans[before]) + gap / 2
         ax.add_patch(Rectangle((start, -1.42), gather, 1.82, fc="0.9", ec="0.5", lw=0.8))
         ax.text(start + gather / 2, -1.36, "all-\ngather", ha="center", va="bottom", fontsize=8)
