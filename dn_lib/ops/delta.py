@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule
-from dn_lib.forms.common import check_flag, l2_normalise, on_heads, scale_or_default, working_dtype
+from dn_lib.forms.common import check_flag, check_is_tensor, l2_normalise, on_heads, scale_or_default, working_dtype
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
 from dn_lib.ops.autograd import decode_through_triton, through_triton
 from dn_lib.ops.backend import choose_backend, resolve_backend
@@ -107,6 +107,7 @@ def delta_rule(
     >>> torch.equal(o, v), state.shape
     (True, torch.Size([1, 1, 16, 16]))
     """
+    check_is_tensor("beta", beta, "[B, L, H]")
     check_arguments(q, k, v, beta, initial_state, cu_seqlens, chunk_size, backend)
     check_flag("output_final_state", output_final_state)
     check_flag("qk_l2norm", qk_l2norm)
