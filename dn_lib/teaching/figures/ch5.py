@@ -35,13 +35,16 @@ Record = dict[str, Any] | None
 
 # --- Results ------------------------------------------------------------------------------------------------
 def stored(name: str, folder: Path | None = None) -> Record:
-    """The result `book/results/<name>.json`, looked for upwards from `folder` (the working directory), or None.
+    """The result `book/results/<name>.json`, or None: upwards from `folder`, by default the working directory.
+
+    From there the package's own copy is taken where there is no other: a wheel has one.
 
     >>> stored("no such result") is None
     True
     """
     start = (folder or Path.cwd()).resolve()
-    places = [place / f"book/results/{name}.json" for place in (start, *start.parents)]
+    folders = [start, *start.parents] + ([] if folder else [Path(__file__).parents[2]])
+    places = [place / f"book/results/{name}.json" for place in folders]
     return next((json.loads(place.read_text("utf-8")) for place in places if place.exists()), None)
 
 
