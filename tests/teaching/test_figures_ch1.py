@@ -123,7 +123,7 @@ def test_matrices_on_one_scale():
 
 
 def test_the_other_figures_can_be_drawn():
-    ch1.taylor_features([0.7, 0.5], [1, 7], [1, 7])
+    ch1.taylor_features([0.7, 0.5], [1, 7], [1, 7], tokens=200)
     ch1.times([64, 128], {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}, 64)
     ch1.valley([4, 8], torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     fig = ch1.normaliser(torch.randn(8), {name: torch.rand(8) + 1 for name in ("x", "y", "z")})

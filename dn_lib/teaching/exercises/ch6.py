@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dn_lib.teaching.registry import Exercise, Mutant
+from dn_lib.teaching.registry import Exercise, Extreme, Mutant
 
 F64 = torch.float64
 
@@ -67,25 +67,33 @@ def sample_block(g):
     return heads * 8 * _int(g, 1, 4), heads, 64 * _int(g, 1, 3), _int(g, 2, 4)
 
 
-def block_parameters(d, H, m, n, *, mixer=4, conv=3, beta=1, mlp=3):
-    return mixer * d * d + conv * n * d + beta * d * H + d // H + mlp * d * m + 2 * d
+def block_parameters(d, H, m, n, *, mixer=4, conv=3, beta=1, mlp=3, norms=2, gain="head"):
+    gains = {"head": d // H, "width": d, "heads": H, "none": 0}[gain]
+    return mixer * d * d + conv * n * d + beta * d * H + gains + mlp * d * m + norms * d
 
 
 # -- 6.4 memory of a hybrid ------------------------------------------------------------------------------
 
 
 def sample_memory(g):
-    heads = _int(g, 2, 4)
-    return ["delta", "window", "attention"], heads * 8, heads, _int(g, 4, 30), _int(g, 40, 200)
+    heads, kinds = _int(g, 2, 4), ["delta", "window", "attention"]
+    # Each kind, and some of them again, in lists of different lengths; t is larger than w, and smaller.
+    mixers = kinds + [kinds[_int(g, 0, 2)] for _ in range(_int(g, 1, 4))]
+    return mixers, heads * 8, heads, _int(g, 20, 60), _int(g, 10, 80)
 
 
-def memory(mixers, d, H, w, t, *, heads=True, sides=2, cap=True, grow=True):
+def memory(mixers, d, H, w, t, *, state="heads", sides=2, window="min", grow=True, state_grows=False):
+    tokens = {"min": min(t, w), "all": t, "full": w}[window]
     sizes = {
-        "delta": d * d // H if heads else d * d,
-        "window": sides * d * (min(t, w) if cap else t),
+        "delta": {"heads": d * d // H, "width": d * d, "one": (d // H) ** 2}[state] * (t if state_grows else 1),
+        "window": sides * d * tokens,
         "attention": sides * d * (t if grow else 1),
     }
     return sum(sizes[mixer] for mixer in mixers)
+
+
+def _memory_of(*mixers, t=50):
+    return lambda g: (list(mixers), 32, 4, 20, t)
 
 
 # -- 6.5 the learning rate -------------------------------------------------------------------------------
@@ -96,14 +104,14 @@ def sample_schedule(g):
     return warmup, warmup + _int(g, 5, 30), 1.0, 0.1
 
 
-def rates(w, T, top, floor, *, shift=0, start=None, low=True, line=False):
+def rates(w, T, top, floor, *, shift=0, start=None, low=True, shape="half", first=1, warm=True, last=0):
     values = []
-    for t in range(1, T + 1):
+    for t in range(first, T + first):
         begin = w if start is None else start
-        r = (t - begin) / (T - begin)
-        fall = 1 - r if line else (1 + math.cos(math.pi * r)) / 2
+        r = (t - begin) / (T + last - begin)
+        fall = {"half": (1 + math.cos(math.pi * r)) / 2, "line": 1 - r, "quarter": math.cos(math.pi * r / 2)}[shape]
         base = floor if low else 0.0
-        values.append(top * (t - shift) / w if t <= w else base + (top - base) * fall)
+        values.append(top * (t - shift) / w if t <= w and warm else base + (top - base) * fall)
     return torch.tensor(values, dtype=F64)
 
 
@@ -128,7 +136,31 @@ ENTRIES = [
         sample=sample_losses,
         reference=bits,
         tested="8 lists of token losses",
+        extremes=(
+            Extreme("one token", lambda g: (torch.full((1,), 2.0, dtype=F64), 7), "A text may be one token."),
+            Extreme("no loss", lambda g: (torch.zeros(4, dtype=F64), 7), "What is certain costs nothing."),
+        ),
         mutants=(
+            Mutant(
+                lambda losses, n: losses.sum() / math.log(2),
+                "That is the cost of the whole text in bits; it is not yet divided by its bytes.",
+                "Bits per what?",
+            ),
+            Mutant(
+                lambda losses, n: torch.log2(losses.sum()) / n,
+                "You took the logarithm of the losses; they are logarithms already.",
+                "A change of the base of a logarithm is a factor. Which?",
+            ),
+            Mutant(
+                lambda losses, n: losses.sum() / math.log(2) / n / 8,
+                "You divided by 8: a byte is the unit here, and its bits are what is counted.",
+                "How many bits would bytes cost that are all equally likely?",
+            ),
+            Mutant(
+                lambda losses, n: losses.mean().exp(),
+                "That is the perplexity per token.",
+                "Asked for are bits, and per byte: no exponential.",
+            ),
             Mutant(
                 lambda losses, n: losses.sum() / n,
                 "These are nats per byte: the logarithm is the natural one.",
@@ -159,7 +191,27 @@ ENTRIES = [
         sample=sample_convolution,
         reference=convolve,
         tested="8 random shapes in float64",
+        extremes=(
+            Extreme("one token", lambda g: (_randn(g, 1, 2), _randn(g, 2, 4)), "The first token has zeros before it."),
+            Extreme("one tap", lambda g: (_randn(g, 5, 2), _randn(g, 2, 1)), "A single tap sees the present token."),
+            Extreme("more taps than tokens", lambda g: (_randn(g, 2, 3), _randn(g, 3, 4)), "Zeros fill the rest."),
+        ),
         mutants=(
+            Mutant(
+                lambda x, w: convolve(x, w, ahead=w.shape[1] - 1),
+                "The padding is at the end: every tap but the first reads a later token.",
+                "All the padding belongs on one side. On which, if the future must not be seen?",
+            ),
+            Mutant(
+                lambda x, w: convolve(x, w, ahead=w.shape[1] // 2),
+                "The filter is centred: half of it reads later tokens.",
+                "All the padding belongs on one side.",
+            ),
+            Mutant(
+                lambda x, w: w[:, -1] * x,
+                "Only the tap of the present token is used.",
+                "How many tokens does a filter of `taps` taps read?",
+            ),
             Mutant(
                 lambda x, w: convolve(x, w.flip(1)),
                 "The taps are in reverse: the last tap belongs to the present token.",
@@ -203,6 +255,31 @@ ENTRIES = [
                 "They are few parameters, but there are three of them.",
             ),
             Mutant(
+                lambda *s: block_parameters(*s, conv=1),
+                "One short convolution was counted.",
+                "Which of q, k and v go through a convolution of their own?",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, gain="none"),
+                "The norm of the heads' outputs is missing.",
+                "What stands between the heads and the output matrix?",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, gain="width"),
+                "The norm of the heads was counted with a gain for each channel; the heads share one.",
+                "A head has d/H channels. How many gains do all heads need, if they share them?",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, gain="heads"),
+                "The norm of the heads was counted with one gain per head.",
+                "It has a gain for each channel of a head.",
+            ),
+            Mutant(
+                lambda *s: block_parameters(*s, norms=1),
+                "One norm of width d was counted.",
+                "What stands before the mixer, and what before SwiGLU?",
+            ),
+            Mutant(
                 lambda *s: block_parameters(*s, beta=0),
                 "The projection that gives beta is missing.",
                 "Each head has a beta of its own, from the same input as q.",
@@ -223,9 +300,34 @@ ENTRIES = [
         reference=memory,
         tested="8 random shapes, exactly",
         tolerance=0.0,
+        extremes=(
+            Extreme("fewer tokens than the window", _memory_of("window", t=5), "What has not come is not kept."),
+            Extreme("layers of one kind", _memory_of("delta", "delta", "delta"), "Go through the list that is given."),
+            Extreme("no layers", _memory_of(), "An empty list keeps nothing."),
+        ),
         mutants=(
             Mutant(
-                lambda *s: memory(*s, cap=False),
+                lambda *s: memory(*s, window="full"),
+                "The window's cache was counted full; after fewer tokens than w it holds fewer.",
+                "How much is there to keep after the first token?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, state="one"),
+                "The state of one head was counted; a layer has H of them.",
+                "Each head has a state of (d/H) x (d/H). How many heads are there?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, state_grows=True),
+                "The state was counted once for each token, but it does not grow.",
+                "What does a DeltaNet layer keep of its past?",
+            ),
+            Mutant(
+                lambda mixers, *s: memory(["delta", "window", "attention"], *s),
+                "Your count does not follow the list: it has each kind once, whatever `mixers` holds.",
+                "Which layers does the model have?",
+            ),
+            Mutant(
+                lambda *s: memory(*s, window="all"),
                 "The window's cache grows without end.",
                 "What can a window layer forget?",
             ),
@@ -235,7 +337,7 @@ ENTRIES = [
                 "What is summed with the weights that the keys give?",
             ),
             Mutant(
-                lambda *s: memory(*s, heads=False),
+                lambda *s: memory(*s, state="width"),
                 "The state was counted as one d x d matrix; heads make it smaller.",
                 "Each head has a state of (d/H) x (d/H). How many heads are there?",
             ),
@@ -255,7 +357,31 @@ ENTRIES = [
         reference=rates,
         tested="8 schedules, every step",
         tolerance=1e-6,  # rates in float32 are right, too
+        extremes=(
+            Extreme("one step of warm-up", lambda g: (1, 5, 1.0, 0.1), "The first step then has the peak rate."),
+            Extreme("another peak and floor", lambda g: (4, 12, 3e-3, 3e-4), "The rates scale with `top` and `floor`."),
+        ),
         mutants=(
+            Mutant(
+                lambda *s: rates(*s, first=0),
+                "You count from 0: the first rate is zero, and the last step never comes.",
+                "t runs from 1 to T.",
+            ),
+            Mutant(
+                lambda *s: rates(*s, shape="quarter"),
+                "The rate falls along a quarter of a cosine wave, which ends steeply.",
+                "Half a period of the cosine goes from 1 to -1.",
+            ),
+            Mutant(
+                lambda *s: rates(*s, warm=False),
+                "There is no warm-up: the first steps follow the cosine as well.",
+                "Which of the two cases holds for t below w?",
+            ),
+            Mutant(
+                lambda *s: rates(*s, last=1),
+                "The floor is never reached: your cosine would end one step after the last.",
+                "What is r at t = T?",
+            ),
             Mutant(
                 lambda *s: rates(*s, shift=1),
                 "The warm-up starts with a step of rate zero, which is wasted.",
@@ -272,7 +398,7 @@ ENTRIES = [
                 "At r = 1 the cosine part vanishes. What is left?",
             ),
             Mutant(
-                lambda *s: rates(*s, line=True),
+                lambda *s: rates(*s, shape="line"),
                 "The rate falls along a straight line.",
                 "Half a period of the cosine goes from 1 to -1.",
             ),
@@ -286,7 +412,37 @@ ENTRIES = [
         sample=sample_parts,
         reference=weighted,
         tested="8 random splits in float64",
+        extremes=(
+            Extreme(
+                "one part", lambda g: (_randn(g, 1, 3), torch.tensor([4.0], dtype=F64)), "A single mean is the answer."
+            ),
+            Extreme(
+                "equal parts",
+                lambda g: (_randn(g, 3, 2), torch.full((3,), 4.0, dtype=F64)),
+                "With equal parts, the answer has to be their mean.",
+            ),
+        ),
         mutants=(
+            Mutant(
+                lambda g, n: (n[:, None] * g).mean(0),
+                "Weighted, but divided by the number of parts, not by the number of tokens.",
+                "The loss of the whole batch is a mean over what?",
+            ),
+            Mutant(
+                lambda g, n: g.sum(0) / n.sum(),
+                "The parts' gradients go in without their weights: each is a mean, not a sum.",
+                "Turn each mean back into a sum first.",
+            ),
+            Mutant(
+                lambda g, n: g[n.argmax()],
+                "That is the gradient of the largest part alone.",
+                "All tokens count, those of small parts too.",
+            ),
+            Mutant(
+                lambda g, n: (n.sqrt()[:, None] * g).sum(0) / n.sqrt().sum(),
+                "The weights are the roots of the sizes.",
+                "Should a part with twice the tokens count twice?",
+            ),
             Mutant(
                 lambda g, n: g.mean(0),
                 "Tokens in small parts count for more than tokens in large ones.",
@@ -317,7 +473,28 @@ ENTRIES = [
         sample=sample_step,
         reference=step,
         tested="8 random shapes in float64",
+        outputs=("y", "the new past"),
+        extremes=(
+            Extreme(
+                "one tap", lambda g: (_randn(g, 2), _randn(g, 0, 2), _randn(g, 2, 1)), "With one tap there is no past."
+            ),
+        ),
         mutants=(
+            Mutant(
+                lambda x, past, w: (step(x, past, w)[0], torch.cat([past, step(x, past, w)[0][None]])[1:]),
+                "The output was put into the memory; the taps multiply inputs.",
+                "What will the next token need as its past?",
+            ),
+            Mutant(
+                lambda x, past, w: ((w[:, :-1].T * past).sum(0), step(x, past, w)[1]),
+                "The present token is missing in the output.",
+                "A filter of n taps multiplies n inputs. Which is the last of them?",
+            ),
+            Mutant(
+                lambda x, past, w: ((w.T * torch.cat([past[:1], past])).sum(0), step(x, past, w)[1]),
+                "The present token is missing in the output, and the oldest input stands in twice.",
+                "A filter of n taps multiplies n inputs. Which is the last of them?",
+            ),
             Mutant(
                 lambda x, past, w: ((w.T * torch.cat([past, x[None]])).sum(0), past),
                 "The output is right, but the memory is not moved on.",

@@ -1,1 +1,1 @@
-"""The judge of kernels that a learner writes."""
+"""The judge of what a learner writes: limits, numbers and how they differ, the method, and kernels."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dn_lib.teaching.judge.child import KernelError, child
+from dn_lib.teaching.judge.child import COMPILING, KernelError, child
 from dn_lib.teaching.judge.served import HOPPER, SHARED_LIMIT, Findings, named_constants, triton_type
 from dn_lib.teaching.judge.source import PLANS, Plan, is_blank, kernel_name, kernel_parameters, kernel_source
 from dn_lib.teaching.registry import all_exercises, relative_error
@@ -56,7 +56,7 @@ def compile_ahead(kernel: Any, plan: Plan, *, arch: int = HOPPER) -> dict[str, i
     if key not in _compiled:
         try:
             request = ("compile", source, kernel_name(kernel), types, plan.constants, arch)
-            _compiled[key] = child(False).ask(*request)
+            _compiled[key] = child(False).ask(*request, seconds=COMPILING)
         except KernelError as error:
             _compiled[key] = str(error)
     found = _compiled[key]
@@ -99,16 +99,18 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
     The function returns the kernel's outputs and a vector of four counts, zero for a right answer: accesses
     outside of the arguments, races, dots whose numbers would differ between interpreter and GPU, and 1 if
     the hardware refuses the kernel.  With `strict`, a count that belongs to no known mistake of the exercise
-    is raised as a KernelError instead.  Raises KeyError if the exercise asks for no kernel.
+    is raised as a KernelError instead.  Raises KeyError if the exercise asks for no kernel, TypeError for what is none.
     """
     if number not in PLANS:
         all_exercises()
     if number not in PLANS:
         raise KeyError(f"number must be one of {sorted(PLANS)}, got {number!r}")
+    if not isinstance(kernel, str) and not hasattr(kernel, "fn"):
+        raise TypeError("kernel must be a kernel, got a plain function: is `@triton.jit` missing above it?")
 
     def answer(*inputs: Any) -> Any:
         if is_blank(kernel):
-            return None
+            return ...
         exercise = all_exercises()[number]
         plan = PLANS[number](*inputs)
         parameters = kernel_parameters(kernel)
@@ -123,6 +125,10 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
             complaint, counts[1] = found.races[0], len(found.races)
         elif found.unwritten:  # NaN, which no count need tell of
             complaint = found.unwritten[0]
+        elif found.overwritten:
+            complaint, counts[1] = found.overwritten[0], len(found.overwritten)
+        elif found.undefined and any(x.isnan().any() for x in outputs):
+            complaint = found.undefined[0]
         elif found.garbled:
             complaint, counts[2] = found.garbled[0], len(found.garbled)
         elif relative_error(outputs, exercise.reference(*inputs)[:-1]) <= exercise.tolerance:
@@ -144,6 +150,7 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
             raise KernelError(complaint)
         return result
 
+    answer.limited = True  # what the learner wrote runs in processes of its own already
     return answer
 
 

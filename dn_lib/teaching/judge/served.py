@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import hashlib
 import importlib.util
 import inspect
-import math
 import os
 import pickle
 import re
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dn_lib.teaching.judge.child import send
+from dn_lib.teaching.judge.limits import MEMORY, is_out_of_memory, limit_memory, limit_processor_time, out_of_memory
 from dn_lib.teaching.judge.source import Plan
 
 HOPPER = 90
@@ -38,7 +39,8 @@ class Findings:
     outside: accesses outside of every argument, `outside_count` elements in all.  races: elements that two
     programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
     would round to TF32.  small: dots with an inner size below 16.  unwritten: outputs that no program stored, or
-    stored only in part.
+    stored only in part.  undefined: masked loads without `other`, whose masked elements were NaN.  overwritten: inputs
+    that were stored into.
     """
 
     outputs: tuple[Tensor, ...]
@@ -49,6 +51,8 @@ class Findings:
     rounded: list[str]
     small: list[str]
     unwritten: list[str]
+    undefined: list[str]
+    overwritten: list[str]
 
 
 def serve(descriptor: int) -> None:
@@ -56,26 +60,21 @@ def serve(descriptor: int) -> None:
     answers = os.fdopen(descriptor, "wb")
     handlers = {"observe": observe_function, "interpret": interpret_kernel, "compile": compile_kernel}
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # where kernels run; a compiler needs what it needs
+        with contextlib.suppress(ImportError):
+            import triton.language  # noqa: F401  # before the limit, so that it is no part of it
+        limit_memory(MEMORY)
     while header := sys.stdin.buffer.read(8):
         seconds, kind, *request = pickle.loads(sys.stdin.buffer.read(struct.unpack("<Q", header)[0]))
-        _limit_processor_time(seconds)
+        answers.write(b"!")
+        answers.flush()
+        limit_processor_time(seconds)
         try:
             answer = ("answer", handlers[kind](*request))
         except Exception as error:
-            answer = ("error", in_one_line(error))
+            memory = f"it {out_of_memory(MEMORY)}"
+            answer = ("error", memory if is_out_of_memory(error) else in_one_line(error))
         send(answers, answer)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """End this process, by SIGXCPU, when it has used `seconds` more of processor time (in whole seconds)."""
-    import resource  # which Windows does not have, where this module can be imported all the same
-
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
-    if most != resource.RLIM_INFINITY:
-        limit = min(limit, most)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, most))
 
 
 def in_one_line(error: BaseException) -> str:
@@ -165,7 +164,15 @@ def interpret_kernel(source: str, name: str, plan: Plan) -> Findings:
     count = sum(o.count for o in launch.outside)
     names = [inspect.getfullargspec(kernel.fn).args[i].removesuffix("_ptr") for i in plan.outputs]
     unwritten = [line for name in names if (line := _never_written(launch, name))]
-    return Findings(outputs, outside, count, launch.overlaps()[:4], garbled, rounded, small, unwritten[:4])
+    undefined = [
+        f"a masked load without `other` leaves elements undefined on a GPU, in `{x}`" for x in launch.undefined
+    ]
+    stored = {a.tensor for a in launch.accesses if a.kind != "load"}
+    overwritten = [f"it stores into its input {name}" for name in launch.shapes if name in stored - set(names)]
+    races = launch.overlaps()[:4]
+    return Findings(
+        outputs, outside, count, races, garbled, rounded, small, unwritten[:4], undefined[:4], overwritten[:4]
+    )
 
 
 def _never_written(launch: Any, name: str) -> str:

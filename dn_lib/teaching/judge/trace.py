@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 GAP = 1 << 22  # bytes on each side of a tensor in the arena
+BFLOAT16_NAN = 0x7FC0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Outside:
 class Launch:
     """One launch of a kernel: its grid, its tensors by name, and what its programs did, in their order.
 
-    constants: its other arguments, by name.
+    constants: its other arguments, by name.  undefined: lines that load under a mask without an `other`, where some
+    elements were masked: these were NaN in this run.
     """
 
     kernel: str
@@ -78,6 +80,7 @@ class Launch:
     events: list[Access | Dot] = field(default_factory=list)
     outside: list[Outside] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
+    undefined: list[str] = field(default_factory=list)
 
     @property
     def programs(self) -> int:
@@ -272,14 +275,29 @@ class _Watcher:
         allowed[mask] = inside
         return allowed
 
+    def poison(self, loaded: Any, masked: np.ndarray) -> None:
+        """Put NaN where nothing was loaded and no `other` was given: on a GPU these elements may hold anything."""
+        if loaded.data.dtype.kind == "f":
+            loaded.data[masked] = np.nan
+        elif str(loaded.dtype.scalar) == "bf16":  # which the interpreter holds as bit patterns
+            loaded.data[masked] = BFLOAT16_NAN
+        else:
+            return
+        line = self._kernel_line()
+        if line not in self.launch.undefined:
+            self.launch.undefined.append(line)
+
     def patches(self) -> dict[str, Any]:
         from triton.runtime.interpreter import TensorHandle
 
         builder = type(self.builder)
 
-        def load(pointers, mask, *rest):
+        def load(pointers, mask, other, *rest):
             allowed = TensorHandle(self.admit("load", pointers, mask.data), mask.dtype)
-            return builder.create_masked_load(self.builder, pointers, allowed, *rest)
+            loaded = builder.create_masked_load(self.builder, pointers, allowed, other, *rest)
+            if other is None and not mask.data.all():
+                self.poison(loaded, ~np.broadcast_to(mask.data.astype(bool), loaded.data.shape))
+            return loaded
 
         def store(pointers, value, mask, *rest):
             allowed = TensorHandle(self.admit("store", pointers, mask.data), mask.dtype)
