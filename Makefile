@@ -1,11 +1,14 @@
 # Each target sets up what it needs: a virtual environment with the pinned set, once.
 #   make book      execute the chapters and build the site
 #   make test      lint, tests, doctests and notebooks
-#   make lint      ruff, the directions of imports, types
+#   make lint      ruff, the directions of imports, types, the workflows
 #   make lab       JupyterLab on a copy of the chapters, to work in
 #   make notebooks execute the chapters into book/notebooks (ONLY=03 for one)
 #   make gpu       the tests that need an NVIDIA GPU, and compute-sanitizer where it is installed
 #   make test-newest  the same tests with the newest of all that pyproject.toml allows
+#   make test-oldest  and with the oldest torch and Triton that it allows
+#   make dist      wheel and source distribution, in dist
+#   make lock      requirements-hashed.txt from constraints.txt (needs uv)
 #   make margins   how much room each tolerance leaves, under several settings of the BLAS
 #   make aot       compile every kernel configuration for GPUs that need not be there
 #   make clean     remove what was built; the environment stays (delete .venv to start afresh)
@@ -35,9 +38,9 @@ INTERPRETER = $$($(PY) -c 'import sys; print(sys.executable)')
 
 SUITE = $(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
 
-.PHONY: help book test lint test-newest suite margins lab notebooks gpu aot clean
+.PHONY: help book test lint test-newest test-oldest suite margins lab notebooks gpu aot dist lock clean
 help:
-	@sed -n '2,13s/^# //p' Makefile
+	@sed -n 's/^#   //p' Makefile
 
 # torch comes first and by itself: one requirement alone keeps pip from fetching gigabytes while it compares versions.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -54,6 +57,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 book: $(READY)
 	$(PY) -m tools.site
+	@echo "Begin with chapter 1: the page above, then 'Linear attention'.  To work in the chapters:  make lab"
 
 test: lint
 	$(SUITE)
@@ -65,11 +69,19 @@ lint: $(READY)
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' --no-logo --no-cache
 	$(PY) -m pyright --pythonpath $(INTERPRETER)
 	$(PY) -m pyright --pythonpath $(INTERPRETER) --project pyright-strict.json
+	$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(PY) -m check_jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	@if command -v actionlint > /dev/null; then actionlint; \
+	  else echo "actionlint is not installed: only the workflows' form was checked"; fi
 
 # In an environment of its own, from the ranges alone: what `pip install dn-lib` gives on the day. No lint, since a
 # newer ruff has rules of its own.
 test-newest:
 	$(MAKE) suite VENV=.venv-newest PINS= TORCH="$$(sed -n 's/^  "\(torch>[^"]*\)",$$/\1/p' pyproject.toml)"
+
+# The other end: torch brings the Triton that it asks for.
+test-oldest:
+	$(MAKE) suite VENV=.venv-oldest PINS= TORCH="$$(sed -n 's/^  "torch>=\([0-9.]*\),.*",$$/torch==\1.*/p' pyproject.toml)"
 
 suite: $(READY)
 	$(SUITE)
@@ -80,7 +92,10 @@ margins: $(READY)
 # A copy, so that working in the chapters changes nothing that git tracks.
 lab: $(READY)
 	@mkdir -p lab && cp -n book/notebooks/*.ipynb lab/ || true
-	$(PY) -m jupyterlab --notebook-dir=lab
+	@echo "JupyterLab opens chapter 1 in your browser; if not, follow the address below to 01_linear_attention."
+	@echo "Fill in an exercise, run its cell, and check() says what is right.  Ctrl-C here ends JupyterLab."
+	@trap : INT; $(PY) -m jupyterlab --notebook-dir=lab lab/01_linear_attention.ipynb; \
+	  echo "Your work is in lab/, and make lab goes on with it.  After chapter 1: lab/02_delta_rule.ipynb"
 
 notebooks: $(READY)
 	$(PY) -m tools.notebooks --only=$(ONLY)
@@ -94,6 +109,15 @@ gpu: $(READY)
 
 aot: $(READY)
 	$(PY) -m dn_lib.kernels.aot --all
+
+dist: $(READY)
+	rm -rf dist
+	$(PY) -m hatchling build -d dist
+
+# The pinned set once more, for every platform, with digests: pip install --require-hashes -r requirements-hashed.txt
+lock:
+	uv pip compile --quiet --universal --python-version 3.11.5 --generate-hashes --no-header --no-annotate \
+	  -c constraints.txt --extra book --extra test --extra dev pyproject.toml -o requirements-hashed.txt
 
 clean:
 	rm -rf book/_build book/.jupyter_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -12,7 +12,7 @@ import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import dn_lib  # noqa: E402, F401 - before Triton, so that it asks for the interpreter where there is no GPU
+from dn_lib.kernels.interpreter import INTERPRETS  # noqa: E402 - tests define kernels: interpreted without a GPU
 
 # `nohup` and shells' background jobs ignore signals, and what a test starts inherits that, but for its own handlers.
 for name in ("SIGHUP", "SIGINT", "SIGQUIT"):
@@ -20,7 +20,7 @@ for name in ("SIGHUP", "SIGINT", "SIGQUIT"):
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
-INTERPRET = os.environ.get("TRITON_INTERPRET")  # as dn_lib has left it
+INTERPRET = os.environ.get("TRITON_INTERPRET")  # as the user has set it
 matplotlib.use("agg")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,9 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Compiles for GPUs that are not there, and so turns the interpreter off for its process when imported; it has tests
 # of its own, in a process of their own.
 collect_ignore_glob = ["dn_lib/kernels/aot.py", "dn_lib/kernels/hopper/aot.py"]
-if INTERPRET == "1":
+if INTERPRETS:
     # Gluon has no interpreter.
     collect_ignore_glob += ["dn_lib/kernels/hopper/*.py"]
+if importlib.util.find_spec("transformers") is None:
+    # The extra `hf`: without it the wrapper cannot be imported, and its tests are skipped by name.
+    collect_ignore_glob += ["dn_lib/models/hf.py"]
 if importlib.util.find_spec("triton") is None:
     # Without Triton the rest of the suite still runs; chapter 5 says itself what is missing.
     collect_ignore_glob += ["dn_lib/kernels/*.py", "book/notebooks/05_*.ipynb"]

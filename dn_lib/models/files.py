@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -44,6 +45,7 @@ def _write_atomically(path: Path, write) -> None:
 
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MODEL_TYPE = "dn_lib"  # in a config.json that transformers wrote (`dn_lib.models.hf`)
 
 
 def unwrapped(model: nn.Module) -> LanguageModel:
@@ -88,7 +90,7 @@ def save_model(folder: str | os.PathLike, model: nn.Module, state_dict: dict | N
     folder = as_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config.to_dict(), indent=2)
-    metadata = {"config": config, "sha256": digest(weights, config)}
+    metadata = {"config": config, "sha256": digest(weights, config), "format": "pt"}  # transformers asks for a format
     _write_atomically(folder / WEIGHTS, lambda p: save_file(weights, p, metadata=metadata))
     _write_atomically(folder / CONFIG, lambda p: Path(p).write_text(config + "\n", encoding="utf-8"))
 
@@ -110,8 +112,8 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
 
     Raises FileNotFoundError if a file is missing; ValueError, naming the file, if it cannot be read, if its content
     is not what was written, or if the two files do not belong together. Files without a digest, as earlier versions
-    wrote them and other programs may, are loaded if names and shapes fit: what was changed in their numbers goes
-    unnoticed. Weights that are not finite are loaded as they are.
+    wrote them and other programs may (`save_pretrained` of `dn_lib.models.hf` does), are loaded if names and shapes
+    fit: what was changed in their numbers goes unnoticed. Weights that are not finite are loaded as they are.
 
         >>> import tempfile
         >>> model = LanguageModel(ModelConfig(width=32, layers=1, heads=1))
@@ -129,6 +131,8 @@ def load_model(folder: str | os.PathLike, device: str | torch.device | None = No
     values = parse_json(text, str(folder / CONFIG))
     weights, metadata = read_tensors(folder / WEIGHTS)
     _check_metadata(folder, metadata, weights, text, values)
+    if values.get("model_type") == MODEL_TYPE:
+        values, weights = _from_transformers(values, weights)
     config = _config_that_fits(folder, values, weights)
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -145,6 +149,13 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"device must be one of PyTorch's, got {describe(device)}") from error
+
+
+def _from_transformers(values: dict, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Our fields and weights in what `save_pretrained` of `dn_lib.models.hf` wrote, weights without their prefix."""
+    ours = {field.name for field in dataclasses.fields(ModelConfig)}
+    values = {name: value for name, value in values.items() if name in ours}
+    return values, {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
 def _check_metadata(folder: Path, metadata: dict[str, str], weights: dict[str, Tensor], text: str, values) -> None:
