@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -93,6 +94,9 @@ def _blank(exercise: Exercise) -> tuple[Status, str]:
     return "not attempted", f"○ {exercise.number} not attempted yet."
 
 
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
 # --- Judging ------------------------------------------------------------------------------------------------------
 def _first_line(error: BaseException) -> str:
     try:
@@ -102,8 +106,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException, fn: Callable[..., Any]) -> str:
-    """The last line of the learner's own that an error came through, as text; "" if it cannot be seen."""
+    """The last line of the learner's own that an error came through, as text; "" if it cannot be seen.
+
+    What `guarded` makes of a kernel is a function of this package: its lines are not the learner's.
+    """
     file, step, text = getattr(getattr(fn, "__code__", None), "co_filename", ""), error.__traceback__, ""
+    if file.startswith(_PACKAGE):
+        return ""
     while step is not None:
         if file and step.tb_frame.f_code.co_filename == file:
             text = linecache.getline(file, step.tb_lineno).strip()

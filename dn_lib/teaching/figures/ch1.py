@@ -104,8 +104,11 @@ def state_animation() -> Any:
 
 
 # --- Features of the exponential -------------------------------------------------------------------------
-def taylor_features(errors: Sequence[float], sizes: Sequence[int], merged: Sequence[int]) -> Figure:
-    """Error (left) and number of features (right) against the degree of the Taylor polynomial, from 0."""
+def taylor_features(errors: Sequence[float], sizes: Sequence[int], merged: Sequence[int], tokens: int) -> Figure:
+    """Error (left) and number of features (right) against the degree of the Taylor polynomial, from 0.
+
+    tokens: how many keys a cache of the same sequence holds, a grey line.
+    """
     degrees = range(len(errors))
     fig, (left, right) = plotting.figure(columns=2)
     left.semilogy(degrees, errors, **MECHANISMS["linear"])
@@ -115,8 +118,8 @@ def taylor_features(errors: Sequence[float], sizes: Sequence[int], merged: Seque
     left.minorticks_off()
     right.semilogy(degrees, sizes, **OTHERS[0], label=r"features, $d_\phi$")
     right.semilogy(degrees, merged, **OTHERS[1], label="equal ones merged")
-    right.axhline(500, **GREY)
-    right.text(-0.1, 560, "keys in a cache of 500 tokens", fontsize=8, color="0.35", va="bottom")
+    right.axhline(tokens, **GREY)
+    right.text(-0.1, 1.12 * tokens, f"cache of {tokens} tokens", fontsize=8, color="0.35", va="bottom")
     right.set(xlabel="degree p", ylabel="rows of the memory", xticks=degrees, ylim=(0.5, 3e5))
     right.legend(loc="upper left", fontsize=9)
     return fig

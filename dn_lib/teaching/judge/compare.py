@@ -163,7 +163,7 @@ def _at_first(a: Tensor, b: Tensor, wrong: Tensor, given: Any, wanted: Any) -> s
     digits = 6 if number(x) != number(y) else 17  # enough to see that they differ
     words = f" first differs {place}: you have {number(x, digits)}, expected {number(y, digits)}"
     if not _is_whole(wanted) and math.isfinite(abs(x)) and abs(x - y) <= NEAR * abs(y):
-        words += f" (a difference of {abs(x - y):.1e}; the tolerance is for rounding in float64)"
+        words += f" (a difference of {abs(x - y):.1e}; the tolerance is for rounding alone)"
     if index and index[0]:
         words += f" (the {index[0]} rows before it are right)" if index[0] > 1 else " (the row before it is right)"
     kinds = [str(v.dtype).removeprefix("torch.") for v in (given, wanted) if isinstance(v, Tensor)]
