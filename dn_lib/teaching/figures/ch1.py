@@ -18,7 +18,7 @@ from dn_lib.forms.linear_attention import linear_attention_step
 from dn_lib.teaching import plotting
 from dn_lib.teaching.plotting import MECHANISMS, OTHERS
 
-GREY = {"color": "0.45", "linestyle": ":", "linewidth": 1.5}
+GREY: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.5}
 
 # --- A state, written and read ---------------------------------------------------------------------------
 STORY_KEYS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]], dtype=torch.float64)
