@@ -1,4 +1,4 @@
-"""The command line: `python -m dn_lib train | generate | eval | prepare-data | doctor`."""
+"""The command line: `python -m dn_lib train | generate | eval | prepare-data | doctor | course`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import dn_lib  # noqa: F401  (before anything that imports triton)
 # isort: split
 import torch
 import typer
+from typer.core import TyperGroup
 
 from dn_lib.console import CAUSED_OUTSIDE, Commands, end_streams, one_line, say, silence
 
@@ -136,7 +137,9 @@ def train(
     width: Annotated[int, typer.Option(help="Model width.")] = 64,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads a layer; must divide the width.")] = 2,
-    mixer: Annotated[str, typer.Option(help="delta, linear, retnet, gla, mamba, attention, window.")] = "delta",
+    mixer: Annotated[
+        str, typer.Option(help="delta, linear, retnet, gla, gated_delta, mamba, mamba2, attention, window.")
+    ] = "delta",
     hybrid: Annotated[str, typer.Option(help="none, window (every other layer) or global (two).")] = "window",
     window: Annotated[int, typer.Option(help="Tokens that a window layer sees.")] = 64,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
@@ -341,6 +344,52 @@ def doctor():
     from dn_lib.doctor import report
 
     say(report())
+
+
+course = typer.Typer(cls=TyperGroup, help="A class: make an nbgrader course of the book, grade what was handed in.")
+app.add_typer(course, name="course")
+
+Book = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the chapters, `book` in a clone; beside the package if not given.", parser=path),
+]
+
+
+@course.command("build")
+def course_build(
+    out: Annotated[Path, typer.Argument(help="Folder for the course: new, empty, or built before.", parser=path)],
+    only: Annotated[str, typer.Option(help="Only chapters whose name begins so, e.g. 02.")] = "",
+    book: Book = None,
+):
+    """Write release/ (for students), source/ (the instructor's copies, with solutions) and nbgrader's settings."""
+    from dn_lib.course.build import build
+
+    made = build(out, book=book, only=only)
+    number = sum(len(assignment.tasks) for assignment in made)
+    say(f"{len(made)} assignments with {number} exercises in {out}: hand out {out / 'release'}, keep {out / 'source'}")
+
+
+@course.command("grade")
+def course_grade(
+    submissions: Annotated[Path, typer.Argument(help="A folder for each student, with notebooks.", parser=path)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for tables, picture and feedback: new, or of a grading.", parser=path)
+    ],
+    only: Annotated[str, typer.Option(help="Only chapters whose name begins so, e.g. 02.")] = "",
+    book: Book = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs that answers are tried on.", min=0, max=2**63 - 1)] = 1,
+    workers: Annotated[int, typer.Option(help="Students judged at the same time.", min=1, max=256)] = 2,
+    unconfined: Annotated[
+        bool, typer.Option("--unconfined", help="Grade even where answers cannot be kept from files and the network.")
+    ] = False,
+):
+    """Grade a class: scores.csv, verdicts.csv, misunderstandings.csv, stuck.png, feedback/."""
+    from dn_lib.course.grade import grade, summary
+
+    rows = grade(
+        submissions, out, book=book, only=only, seed=seed, confined=not unconfined, workers=workers, report=say
+    )
+    say(f"{summary(rows)}. Open {out / 'stuck.png'} and {out / 'scores.csv'}")
 
 
 if __name__ == "__main__":
