@@ -247,7 +247,8 @@ def recall_animation(counts: Sequence[int], recalled: Sequence[Tensor], errors: 
     def curve(part: SubFigure, n: int) -> None:
         ax = part.subplots()
         ax.plot(counts, [(m - 1) / d for m in counts], **GREY, label="predicted")
-        ax.plot(counts[: n + 1], errors[: n + 1], **MECHANISMS["linear"] | {"linestyle": ""}, label="measured")
+        points: dict[str, Any] = {**MECHANISMS["linear"], "linestyle": "", "label": "measured"}
+        ax.plot(counts[: n + 1], errors[: n + 1], **points)
         ax.set(xlabel=f"pairs stored: {counts[n]}", ylabel="squared error", xlim=(0, 520), ylim=(0, 8.5))
         ax.legend(loc="upper left")
 
