@@ -162,7 +162,7 @@ def softmax_form(p: Problem, kernel: str = "FLASH_ATTENTION") -> tuple[Tensor, N
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend[kernel]):
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
         q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
 

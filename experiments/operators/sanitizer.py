@@ -35,10 +35,14 @@ REGIMES = (
     (70, 1, True, True, True),
 )
 CASES = tuple(itertools.product(SIZES, REGIMES))
+CALLS = 7  # of each case
 
 
 def exercise(case: tuple, device: str = "cuda") -> int:
-    """Forward, gradients, decoding and the recurrence of one of CASES; how many calls were made."""
+    """Forward, gradients, decoding and the recurrence of one of CASES; how many calls were made.
+
+    The gated calls have two value heads for the key head, and some gates of zero.
+    """
     (d_k, d_v, kind), (L, segments, packed, norm, one_wave) = case
     dtype = getattr(torch, kind)
     q, k = (torch.nn.functional.normalize(torch.randn(1, L, 1, d_k, device=device), dim=-1) for _ in range(2))
@@ -46,6 +50,9 @@ def exercise(case: tuple, device: str = "cuda") -> int:
     cu = torch.tensor([0, 0, 17, L], device=device) if packed else None
     first = torch.randn(3 if packed else 1, 1, d_k, d_v, device=device)
     x = q, k, v, beta = tuple(t.to(dtype).requires_grad_() for t in (q, k, v, beta))
+    v2, beta2 = (t.detach().repeat_interleave(2, 2).requires_grad_() for t in (v, beta))
+    g = torch.rand(1, L, 2, device=device).log().masked_fill(torch.rand(1, L, 2, device=device) < 0.1, -torch.inf)
+    g.requires_grad_()
     target = rules.Target(plan.target_of(torch.device(device)).arch, sms=2**20 if one_wave else 0)
     with plan.using(segments=segments, target=target):
         o, state = dn_lib.delta_rule(
@@ -53,13 +60,21 @@ def exercise(case: tuple, device: str = "cuda") -> int:
         )
         assert state is not None
         torch.autograd.grad((o, state), x, (torch.randn_like(o), torch.randn_like(state)))
+        options = {"output_final_state": True, "cu_seqlens": cu, "qk_l2norm": norm, "backend": "triton"}
+        for leaves, rule in (
+            ((q, k, v2, beta2, g), dn_lib.gated_delta_rule),
+            ((q, k, v2, g), dn_lib.linear_attention),
+        ):
+            o, state = rule(*leaves, initial_state=first.repeat_interleave(2, 1), **options)
+            assert state is not None
+            torch.autograd.grad((o, state), leaves, (torch.randn_like(o), torch.randn_like(state)))
         with torch.no_grad():
             dn_lib.delta_rule(q, k, v, beta, cu_seqlens=cu, qk_l2norm=norm, backend="triton")
             dn_lib.fused_recurrent_delta_rule(q[:, :9], k[:, :9], v[:, :9], beta[:, :9])
             dn_lib.decode_delta_rule(q[:, 0], k[:, 0], v[:, 0], beta[:, 0], first[:1].clone())
     if device == "cuda":
         torch.cuda.synchronize()
-    return 5
+    return CALLS
 
 
 def options(parser: argparse.ArgumentParser) -> None:
