@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from dn_lib.kernels.delta_rule import launch
 from dn_lib.kernels.plan import plan_call, using
+from dn_lib.kernels.races import overtaken_dots
 from dn_lib.kernels.rules import CHUNK_SIZES, Target, default_chunk
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -77,58 +78,72 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
                 "arch": arch,
                 **record.call,
                 "warps": kernel.metadata.num_warps,
+                "stages": kernel.metadata.num_stages,
+                "shared": kernel.metadata.shared,
+                "seconds": round(time.perf_counter() - start, 1),
+                "overtaken": len(overtaken_dots(kernel.asm["ttgir"])),
             }
-            row |= {"shared": kernel.metadata.shared, "seconds": round(time.perf_counter() - start, 1)}
             rows.append(row | resources(kernel.asm["cubin"]))
         return kernel
 
     JITFunction.run = record
     try:
-        # Both regimes of `plan.is_one_wave`, and TMA in short calls as in long ones.
-        for call, sms in itertools.product(calls, (0, 10**6)):
-            record.call = {**call, "one_wave": sms > 0}
-            with using(target=Target(arch, sms), tma=True, segments=call["segments"]):
+        # Both regimes of `plan.is_one_wave`; TMA in short calls as in long ones, and pointers.
+        for call, (sms, tma) in itertools.product(calls, ((0, True), (10**6, True), (0, False))):
+            record.call = {**call, "one_wave": sms > 0, "tma": tma}
+            with using(target=Target(arch, sms), tma=tma, gluon=False, segments=call["segments"]):
                 _launch(**call)
     finally:
         JITFunction.run = original
     return rows
 
 
-def _launch(dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, **_):
-    L, H, kind = max(2 * chunk, 1024), 1, DTYPES[dtype]
-    q, k = (torch.zeros(1, L, H, K, dtype=kind) for _ in range(2))
-    v, beta = torch.zeros(1, L, H, V, dtype=kind), torch.zeros(1, L, H, dtype=kind)
+def _launch(
+    dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, gate: bool, erase: bool, group: int,
+    **_,
+):  # fmt: skip
+    L, H, kind = max(2 * chunk, 1024), group, DTYPES[dtype]
+    q, k = (torch.zeros(1, L, 1, K, dtype=kind) for _ in range(2))
+    v = torch.zeros(1, L, H, V, dtype=kind)
+    beta = torch.zeros(1, L, H, dtype=kind) if erase else None
+    g = torch.zeros(1, L, H) if gate else None
     first = torch.zeros(1, H, K, V) if state else None
     cu = torch.tensor([0, L], dtype=torch.int32) if varlen else None
-    inputs = {"q": q, "k": k, "v": v, "beta": beta, "scale": 1.0, "initial_state": first, "cu_seqlens": cu}
+    inputs = {"q": q, "k": k, "v": v, "beta": beta, "scale": 1.0, "initial_state": first, "cu_seqlens": cu, "g": g}
+    rule = {"cu_seqlens": cu, "norm": norm, "gate": gate, "erase": erase}
     for training in (False, True):
-        plan = plan_call(q, k, v, cu_seqlens=cu, norm=norm, training=training, chunk=chunk)
+        plan = plan_call(q, k, v, training=training, chunk=chunk, **rule)
         *_, saved = launch.forward(plan=plan, **inputs, final_state=state)
-    launch.backward(
-        plan=plan, q=q, k=k, beta=beta, saved=saved, do=torch.zeros_like(v), dstate=first, scale=1.0,
+    assert saved is not None
+    launch.gradients(
+        plan=plan, q=q, k=k, v=v, beta=beta, saved=saved, do=torch.zeros_like(v), dstate=first, scale=1.0,
         initial_state=state,
     )  # fmt: skip
-    plan = plan_call(q, k, v, cu_seqlens=cu, norm=norm, chunk=None)
-    launch.recurrent(plan=plan, **inputs, final_state=first)
+    launch.recurrent(plan=plan_call(q, k, v, chunk=None, **rule), **inputs, final_state=first)
 
 
 def configurations(everything: bool) -> list[dict]:
     """The calls to compile for: a few that cover every kernel, or one for each set of tiles and options."""
-    names = ("dtype", "K", "V", "norm", "state", "varlen", "chunk", "segments")
+    names = ("dtype", "K", "V", "norm", "state", "varlen", "chunk", "segments", "gate", "erase", "group")
+    rules = [(False, True, 1), (True, True, 2), (True, False, 1), (False, False, 1)]
     rows = [
-        ("bfloat16", 64, 64, True, True, False, 64, 1),
-        ("bfloat16", 128, 128, False, True, False, 64, 2),
-        ("float32", 40, 24, True, True, True, 32, 1),
+        ("bfloat16", 64, 64, True, True, False, 64, 1, *rules[0]),
+        ("bfloat16", 128, 128, False, True, False, 64, 2, *rules[0]),
+        ("float32", 40, 24, True, True, True, 32, 1, *rules[0]),
+        ("float16", 128, 128, False, True, False, 64, 1, *rules[1]),
+        ("bfloat16", 64, 64, True, True, True, 64, 1, *rules[2]),
     ]
     if everything:
         sizes = [(16, 16), (40, 24), (64, 64), (64, 128), (128, 128), (128, 256), (256, 64), (256, 256)]
         layouts = [(False, 1), (False, 2), (True, 1)]
         rows = [
-            (dtype, K, V, norm, True, varlen, default_chunk(DTYPES[dtype]), segments)
-            for dtype, (K, V), norm, (varlen, segments) in itertools.product(DTYPES, sizes, (False, True), layouts)
+            (dtype, K, V, norm, True, varlen, default_chunk(DTYPES[dtype]), segments, *rule)
+            for dtype, (K, V), norm, (varlen, segments), rule in itertools.product(
+                DTYPES, sizes, (False, True), layouts, rules
+            )
         ]
         rows += [
-            (dtype, K, K, norm, False, False, chunk, 1)
+            (dtype, K, K, norm, False, False, chunk, 1, *rules[0])
             for dtype, K, norm, chunk in itertools.product(DTYPES, (64, 128, 256), (False, True), CHUNK_SIZES)
         ]
     return [dict(zip(names, row, strict=True)) for row in rows]
@@ -159,6 +174,9 @@ def main() -> None:
         for row in rows:
             print(*(row[name] for name in heading), sep="\t")
     over = [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]]
+    overtaken = [row for row in rows if row["overtaken"]]
+    if overtaken:
+        sys.exit(f"in {len(overtaken)} kernels a copy may overtake a dot, in the first: {overtaken[0]}")
     if over:
         sys.exit(f"{len(over)} kernels need more shared memory than their GPU has, the first: {over[0]}")
 

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "inverse_norms",
+    "gate_sums",
     "chunk_inverse",
     "chunk_scan_fwd",
     "merge_segments",
@@ -59,6 +60,7 @@ def test_every_kernel_compiles_and_fits(compiled, arch):
     for row in rows:
         assert row["shared"] <= SHARED[arch], row
         assert 0 < row["registers"] <= 255 and row["stack"] >= 0, row
+        assert row["overtaken"] == 0, row
 
 
 def test_both_regimes_and_options_are_among_them(compiled):
@@ -71,6 +73,8 @@ def test_both_regimes_and_options_are_among_them(compiled):
         for option in ("norm", "varlen"):
             assert {row[option] for row in mine} == {True, False}
         assert {row["segments"] for row in mine} >= {1, 2}
+        assert {(row["gate"], row["erase"], row["group"]) for row in mine} >= {(0, 1, 1), (1, 1, 2), (1, 0, 1)}
+        assert {row["tma"] for row in mine} == {True, False}
 
 
 def test_importing_the_package_leaves_triton_and_the_compiler_alone():

@@ -336,22 +336,30 @@ def chunk_bwd_dqk(
         else:
             written = k_scale[:, None] * kept.to(tl.float32) if NORM else kept.to(tl.float32)
         Vn = written.to(kept.dtype)
-        dP += dot(do_tile, tl.trans(Vn), PRECISION)
-        if ERASE:
-            minus_G += dot(minus_dR, tl.trans(Vn), PRECISION)
+        if not GATE:
+            dP += dot(do_tile, tl.trans(Vn), PRECISION)
+            if ERASE:
+                minus_G += dot(minus_dR, tl.trans(Vn), PRECISION)
         dQ += dot(do_tile, tl.trans(S), PRECISION)
         if GATE:
-            Vn = (to_end[:, None] * written).to(kept.dtype)
             through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-        dK += dot(Vn, tl.trans(dS), PRECISION)
+            dK += dot((to_end[:, None] * written).to(kept.dtype), tl.trans(dS), PRECISION)
+        else:
+            dK += dot(Vn, tl.trans(dS), PRECISION)
         if ERASE:
             if GATE:
                 dK_read += dot(minus_dR, tl.trans(S), PRECISION)
             else:
                 dK += dot(minus_dR, tl.trans(S), PRECISION)
+        if GATE:
+            # S and dS are also read entry by entry, so the next copy may overtake the dots that read them (`races.py`).
+            # A product that is used at once, the last one, makes the loop wait for all of them.
+            if ERASE:
+                minus_G += dot(minus_dR, tl.trans(Vn), PRECISION)
+            dP += dot(do_tile, tl.trans(Vn), PRECISION) * scale
     if GATE:
         ratio = ratios(high, low, rows, DTYPE, False)
-        dP = dP * ratio * scale
+        dP = dP * ratio
         minus_G = minus_G * ratio
     else:
         dP = tl.where(rows[:, None] >= rows[None, :], dP * scale, 0.0)
