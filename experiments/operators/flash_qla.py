@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import os
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -51,6 +52,8 @@ SHARED_HEADS = (
 )  # fmt: skip
 FLASH_QLA = Peer("flash_qla:chunk_gated_delta_rule", {"qk_l2norm": "use_qk_l2norm_in_kernel", "chunk_size": None})
 PACKAGES = {"flash_qla": "flash-qla", "fla": "flash-linear-attention"}
+# fla hands the gated rule to FlashQLA where that is installed, unless it is told not to before it is imported.
+FLA_BY_ITSELF = {"FLA_FLASH_QLA": "0"}
 
 
 @functools.cache
@@ -62,6 +65,7 @@ def flash_qla_form(p: Problem) -> tuple[Tensor, Tensor | None]:
     given = dict(zip(p.operator.inputs, p.inputs, strict=True))
     if "g" not in given:
         given["g"] = gates_of_one(p.beta.shape, p.q.device)
+    given["g"] = given["g"].float()  # its backward takes no other
     o, state, *_ = FLASH_QLA.load()(**FLASH_QLA.keywords(**given, qk_l2norm=p.norm))
     return o, state
 
@@ -137,6 +141,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    os.environ.update(FLA_BY_ITSELF)
     device, clock = device_of(options.smoke), Clock.of(options)
     operator = OPERATORS[options.operator]
     forms = contenders(operator, options)
