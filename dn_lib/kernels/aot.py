@@ -131,7 +131,7 @@ def configurations(everything: bool) -> list[dict]:
         ("bfloat16", 128, 128, False, True, False, 64, 2, *rules[0]),
         ("float32", 40, 24, True, True, True, 32, 1, *rules[0]),
         ("float16", 128, 128, False, True, False, 64, 1, *rules[1]),
-        ("bfloat16", 64, 64, True, True, True, 64, 1, *rules[2]),
+        ("bfloat16", 64, 64, True, True, False, 64, 2, *rules[2]),
     ]
     if everything:
         sizes = [(16, 16), (40, 24), (64, 64), (64, 128), (128, 128), (128, 256), (256, 64), (256, 256)]

@@ -56,7 +56,7 @@ class Saved(NamedTuple):
     n: N of each chunk.  pseudo: Vn = D E, and more in weak rows, see `kept_strength`.  Neither is made without erasure.
     q_norm, k_norm: 1/|q| and 1/|k|, where they are to be normalised.
     states: the state that enters each chunk.  Small heads keep state_end instead, the state that leaves each segment.
-    transition: M of each segment, if a sequence has several.
+    transition: M of each segment, if a sequence has several; without erasure the number in front of I.
     token_offsets, chunk_offsets: of packed sequences, made from cu_seqlens by the functions of these names.
     sums: of log gates since each chunk began, see `gate_sums`.
     """
@@ -124,7 +124,7 @@ class Layout:
         elif c.training:
             made["states"] = Buffer((self.chunks, c.H, c.K, c.V), c.dtype)
         if self.segments > 1:
-            made["transition"] = Buffer((self.total_segments, c.H, c.K, c.K), single)
+            made["transition"] = Buffer((self.total_segments, c.H, *((c.K, c.K) if c.erase else ())), single)
         if c.offsets is not None:
             made["token_offsets"] = Buffer((c.sequences + 1,), c.offsets)
             made["chunk_offsets"] = Buffer((c.sequences + 1,), torch.int32)
@@ -411,8 +411,9 @@ def _chunkwise(layout: Layout) -> dict[str, Launch]:
     if s > 1:
         # M is carried by programs of their own, which take BV of its K columns.  The first segment needs no M.
         BV = tiles_for("segment_maps_fwd", c).BV
-        idle = c.sequences * -(-c.K // BV)
-        columns = BV * (-(-c.V // BV) + -(-c.K // BV))
+        key_blocks = -(-c.K // BV) if c.erase else 0
+        idle = c.sequences * key_blocks
+        columns = BV * (-(-c.V // BV) + key_blocks)
         add("segment_maps_fwd", "the affine map of each segment but the last", of=total - c.sequences, idle=idle,
             values=columns)  # fmt: skip
         add("merge_segments_fwd", "the state that enters each segment", of=c.sequences, values=c.V)

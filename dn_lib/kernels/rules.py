@@ -161,7 +161,7 @@ def choose_segments(call: Call) -> int:
         return gluon_segments(call)
     shared = {64: 120, 128: 150, 256: 180}[max(64, padded(call.K), padded(call.V))]
     BV = tiles_for("chunk_scan_fwd", call).BV
-    values, keys = -(-call.V // BV), -(-call.K // BV)
+    values, keys = -(-call.V // BV), -(-call.K // BV) if call.erase else 0
 
     def time(programs: int) -> int:
         return 100 if programs <= sms else shared * -(-programs // (2 * sms))

@@ -51,6 +51,14 @@ def test_the_split_counts_the_programs_that_run(target, dtype, values):
     assert wide > narrow == 1
 
 
+def test_without_erasure_a_map_is_a_number_and_has_no_programs():
+    delta, linear = (planned(1, 8192, 2, 64, segments=4, call={"erase": erase}) for erase in (True, False))
+    assert delta.layout.buffers["transition"].shape == (4, 2, 64, 64)
+    assert linear.layout.buffers["transition"].shape == (4, 2)
+    # Of three segments and two heads: 64 values, and with erasure the 64 columns of M.
+    assert [p.launches["segment_maps_fwd"].programs for p in (delta, linear)] == [3 * 2 * 2, 3 * 2]
+
+
 @pytest.mark.parametrize("arch", [None, 80, 90])
 @pytest.mark.parametrize("d_k, d_v", [(64, 64), (16, 64), (40, 24), (64, 33)])
 def test_one_program_of_the_fused_backward_holds_all_values(arch, d_k, d_v):

@@ -111,12 +111,13 @@ def chunk_scan_fwd(
     TRANSITION: the first pass over a split sequence, without its last segment.  The first segment starts from
     the true state.  For each of the others further programs carry the identity in place of a state, with values of
     zero.  They end with M = prod (I - K^T W), the matrix by which the segment multiplies its input state (with gates,
-    prod (gamma_C I - K^T (gamma_C / gamma) W); without erasure it is the number in front of I).
+    prod (gamma_C I - K^T (gamma_C / gamma) W)).  Without erasure M is a number times I, and only that is written.
     In half precision 2 (2 K + 2 V + C) bytes move per token and head; q, k and N are read once per block of values.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     KEY_BLOCKS: tl.constexpr = (K + BV - 1) // BV
-    COLUMN_BLOCKS: tl.constexpr = VALUE_BLOCKS + KEY_BLOCKS if TRANSITION else VALUE_BLOCKS
+    COLUMNS: tl.constexpr = TRANSITION and ERASE  # whether there are programs for M
+    COLUMN_BLOCKS: tl.constexpr = VALUE_BLOCKS + KEY_BLOCKS if COLUMNS else VALUE_BLOCKS
     # Q S comes right after K S: then S's copy in shared memory is free for later tiles.  With 256 key channels
     # registers are scarcer than shared memory, and Q S waits.
     EARLY: tl.constexpr = OUTPUT and BK <= 128
@@ -126,13 +127,14 @@ def chunk_scan_fwd(
     key, KEY_HEADS = key_head(head, H, GROUP)
     s = pid // (COLUMN_BLOCKS * H)
     from_state = s
-    is_transition = block >= VALUE_BLOCKS
     is_first = False
     if TRANSITION:
         from_state = s // (SEGMENTS - 1)
         segment = s % (SEGMENTS - 1)
         s = from_state * SEGMENTS + segment
         is_first = segment == 0
+    if COLUMNS:
+        is_transition = block >= VALUE_BLOCKS
         if is_transition & is_first:
             return
     begin, end, first_chunk = segment_bounds(s, cu_seqlens, chunk_offsets, L, SEGMENT, SEGMENTS, C, VARLEN)
@@ -147,12 +149,13 @@ def chunk_scan_fwd(
         at = state_offsets(from_state.to(tl.int64), head, H, keys, values, K, V)
         known = only_if(is_first, inside) if TRANSITION else inside
         S = tl.load(state_in + at, mask=known, other=0.0).to(tl.float32)
-    if TRANSITION:
+    if COLUMNS:
         columns = values - VALUE_BLOCKS * BV
         if is_transition:
             S = tl.where(keys[:, None] == columns[None, :], 1.0, 0.0)
 
     chunks = tl.cdiv(end - begin, C).to(tl.int32)
+    factor = tl.full([], 1.0, dtype=tl.float32)
     if STATES:
         at_chunk = states + state_offsets(first_chunk, head, H, keys, values, K, V)
         tl.store(at_chunk, S.to(states.dtype.element_ty), mask=only_if(chunks > 0, inside))
@@ -163,7 +166,7 @@ def chunk_scan_fwd(
         token = begin + i * C
         left = tl.minimum(end - token, C).to(tl.int32)
         k_tile = load_tile(k, token, key, KEY_HEADS, rows, left, keys, K, BK, TMA)
-        if TRANSITION:
+        if COLUMNS:
             there, first_value = tl.where(is_transition, 0, left), tl.where(is_transition, 0, block * BV)
             v_tile = load_tile(v, token, head, H, rows, there, values, V, BV, TMA, first_value)
             v_tile = tl.where(is_transition, 0.0, v_tile).to(k_tile.dtype)
@@ -224,6 +227,8 @@ def chunk_scan_fwd(
         if GATE:
             Vn = (to_end[:, None] * written).to(k_tile.dtype)
             S = S * whole
+            if TRANSITION and not ERASE:
+                factor *= whole
             after = tl.minimum(tl.maximum(end - token - C, 0), C).to(tl.int32)
             high, low, last_high, last_low = load_sums(sums, token + C, head, tokens, rows, after)
         S += dot(tl.trans(k_tile), Vn, PRECISION)
@@ -234,21 +239,24 @@ def chunk_scan_fwd(
 
     if STATE_OUT:
         tl.store(state_out + state_offsets(s.to(tl.int64), head, H, keys, values, K, V), S, mask=inside)
-    if TRANSITION:
+    if COLUMNS:
         if is_transition:
             at_key = state_offsets(s.to(tl.int64), head, H, keys, columns, K, K)
             tl.store(transition + at_key, S, mask=state_mask(keys, columns, K, K))
+    if TRANSITION and not ERASE:
+        if block == 0:
+            tl.store(transition + s * H + head, factor)
 
 
 @triton.jit(do_not_specialize=["H", "SEGMENTS"])
 def merge_segments(
     transition, local, states, first, H, SEGMENTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chains the affine maps of a sequence's segments: states[s+1] = M_s states[s] + X_s, in float32.
 
-    transition (M): `[B * SEGMENTS, H, K, K]`; local (X) and states: `[B * SEGMENTS, H, K, V]`; first: the
+    transition (M): `[B * SEGMENTS, H, K, K]`, or `[B * SEGMENTS, H]` without erasure; local (X) and states: `[B * SEGMENTS, H, K, V]`; first: the
     state (or gradient) that enters, `[B, H, K, V]`.  REVERSE: from the last segment to the first, with M^T.
     The X of the first segment already holds what enters, and nothing follows the last segment: neither M is needed.
     One program for each sequence, head and BV value channels.
@@ -269,9 +277,13 @@ def merge_segments(
         at = state_offsets(index, head, H, keys, values, K, V)
         tl.store(states + at, S, mask=inside)
         if step < SEGMENTS - 1:
-            tl.debug_barrier()  # the rows written above are read back below by other threads of this program
+            if ERASE:
+                tl.debug_barrier()  # the rows written above are read back below by other threads of this program
+            S_in = S
             S = tl.load(local + at, mask=inside, other=0.0)
-            if step > 0:
+            if step > 0 and not ERASE:
+                S += tl.load(transition + index * H + head) * S_in
+            if step > 0 and ERASE:
                 for start in tl.static_range(0, BK, BLOCK):
                     inner = start + tl.arange(0, BLOCK)
                     if REVERSE:

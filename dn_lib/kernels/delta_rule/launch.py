@@ -246,7 +246,7 @@ def _merge_segments(name, *, plan, saved, local, first, states):
         plan, name, fwd.merge_segments,
         saved.transition, local, states, first, c.H, plan.layout.segments,
         K=c.K, V=c.V, BK=step.tiles.BK, BV=step.tiles.BV, BLOCK=min(step.tiles.BK, 64),
-        REVERSE=name == "merge_segments_bwd", FIRST=first is not None,
+        REVERSE=name == "merge_segments_bwd", FIRST=first is not None, ERASE=c.erase,
         PRECISION="ieee" if c.dtype == torch.float32 else "tf32", num_warps=step.tiles.warps,
     )  # fmt: skip
 
