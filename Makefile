@@ -1,5 +1,7 @@
 # Each target sets up what it needs: a virtual environment with the pinned set, once.
 #   make book      execute the chapters and build the site
+#   make pdf       the same book on paper, in build/pdf (needs LaTeX)
+#   make slides    slides of each chapter's figures and questions, in build/slides
 #   make test      lint, tests, doctests and notebooks
 #   make lint      ruff, the directions of imports, types, the workflows
 #   make lab       JupyterLab on a copy of the chapters, to work in
@@ -38,7 +40,7 @@ INTERPRETER = $$($(PY) -c 'import sys; print(sys.executable)')
 
 SUITE = $(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
 
-.PHONY: help book test lint test-newest test-oldest suite margins lab notebooks gpu aot dist lock clean
+.PHONY: help book pdf slides test lint test-newest test-oldest suite margins lab notebooks gpu aot dist lock clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -58,6 +60,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 book: $(READY)
 	$(PY) -m tools.site
 	@echo "Begin with chapter 1: the page above, then 'Linear attention'.  To work in the chapters:  make lab"
+
+pdf: $(READY)
+	$(PY) -m tools.pdf
+
+slides: $(READY)
+	$(PY) -m tools.slides
 
 test: lint
 	$(SUITE)
