@@ -31,7 +31,7 @@ def multi_query_associative_recall(
     most queries come early.  The label there is the key's value.  Every other label is -100, and the
     filler between queries is token 0.
 
-    Returns `(tokens, labels)`, both int64 of shape `[n, length]`, on the CPU.
+    Returns `(tokens, labels)`, both int64 of shape `[n, length]`, on the generator's device (the CPU for None).
     Raises ValueError unless `4 pairs <= length`, `vocab` is even and has `pairs` keys, and `power` is positive.
     Source: Arora et al. (2024), as facts of the generator that they publish.
 
@@ -48,13 +48,14 @@ def multi_query_associative_recall(
     if not 0 < power < float("inf"):
         raise ValueError(f"power must be positive and finite, got {power}")
     half, space = vocab // 2, (length - 2 * pairs) // 2
+    device = "cpu" if generator is None else generator.device
     # The positions of the largest of i.i.d. uniforms are a draw without replacement.
-    keys = 1 + torch.rand(n, half - 1, generator=generator).topk(pairs, dim=1).indices
-    values = half + torch.rand(n, half, generator=generator).topk(pairs, dim=1).indices
-    weights = power * torch.arange(1, space + 1, dtype=torch.float64) ** (power - 1)
+    keys = 1 + torch.rand(n, half - 1, generator=generator, device=device).topk(pairs, dim=1).indices
+    values = half + torch.rand(n, half, generator=generator, device=device).topk(pairs, dim=1).indices
+    weights = power * torch.arange(1, space + 1, dtype=torch.float64, device=device) ** (power - 1)
     gaps = torch.multinomial(weights.expand(max(n, 1), -1), pairs, generator=generator)[:n]
 
-    tokens = torch.zeros(n, length, dtype=torch.long)
+    tokens = torch.zeros(n, length, dtype=torch.long, device=device)
     tokens[:, 0 : 2 * pairs : 2] = keys
     tokens[:, 1 : 2 * pairs : 2] = values
     labels = torch.full_like(tokens, IGNORE)
