@@ -19,9 +19,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from PIL import Image as PillowImage
 
 WIDTH = 7.2  # inches: the text width of the site, and of a printed page
+SMALLEST = 9.0  # points: no letter is smaller; on a phone the site shows a point as one CSS pixel (book.css)
 
 # Okabe and Ito's palette, darkest and most distinct pairs first; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -45,6 +47,14 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 
 #: Styles for series that are no mechanism (dimensions, cosines, forms of one thing): colours that no mechanism has.
 OTHERS: list[dict[str, Any]] = [style | {"linestyle": line} for style, line in zip(STYLES[5:], LINES[:3], strict=True)]
+
+#: The style of a model by what its layers are: its mechanism's.  A hybrid has two, and so a colour of its own.
+MODELS: dict[str, dict[str, Any]] = {
+    "DeltaNet": MECHANISMS["delta"],
+    "fla's DeltaNet": MECHANISMS["delta"] | {"marker": "D", "linestyle": ":", "fillstyle": "none"},
+    "hybrid": OTHERS[0],
+    "Transformer": MECHANISMS["softmax"],
+}
 
 MAPS = {"diverging": "RdBu_r", "sequential": "cividis"}
 
@@ -146,6 +156,45 @@ def matrix(
     return image
 
 
+def smallest_type(fig: Figure) -> float:
+    """The size in points of the smallest text that `fig` shows; infinite if it shows none.
+
+    Indices and exponents within a formula don't count: mathematics is set with smaller ones everywhere.
+
+    >>> fig, ax = figure()
+    >>> _ = ax.text(0, 0, "a footnote", fontsize=5)
+    >>> smallest_type(fig)
+    5.0
+    >>> plt.close(fig)
+    """
+    # Ticks have labels only once they are drawn.
+    (fig.canvas if isinstance(fig.canvas, FigureCanvasAgg) else FigureCanvasAgg(fig)).draw()
+    seen = (text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip())
+    return min((float(text.get_fontsize()) for text in seen), default=float("inf"))
+
+
+def still(data: bytes) -> bytes | None:
+    """The picture that stands for an animation where nothing moves: a plain PNG; None if `data`, a PNG, has no frames.
+
+    A browser that prints a page prints the frame that is just shown, so that whoever makes pages for print has to put
+    this in its place.
+
+    >>> moving = animation(lambda fig, n: fig.text(0.5, 0.5, str(n)), range(3))
+    >>> plain = still(moving.data)
+    >>> PillowImage.open(BytesIO(plain)).size == PillowImage.open(BytesIO(moving.data)).size
+    True
+    >>> still(plain) is None
+    True
+    """
+    with PillowImage.open(BytesIO(data)) as picture:
+        if getattr(picture, "n_frames", 1) == 1:
+            return None
+        picture.seek(0)  # the first page, which belongs to no animation
+        buffer = BytesIO()
+        picture.copy().save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def animation(
     draw: Callable[[Figure, Any], None],
     frames: Iterable[Any],
@@ -158,9 +207,9 @@ def animation(
     """A short animation, to be the last expression of a cell.
 
     `draw(fig, frame)` is called on an empty figure for every item of `frames`.  The result, an IPython
-    `Image`, is an animated PNG that loops: every browser and notebook plays it, it needs no script, and
-    where it cannot move, as in print, `still(fig)` is drawn in its place, or the last frame.  A frame takes
-    about 10 kB.  Raises ValueError if `frames` is empty.
+    `Image`, is an animated PNG that loops: every browser and notebook plays it, and it needs no script.
+    Its first page is what `still(fig)` draws, or the last frame: programs that know no animations show it, and the
+    function `still` returns it, for print.  A frame takes about 10 kB.  Raises ValueError if `frames` is empty.
 
     >>> moving = animation(lambda fig, n: fig.text(0.5, 0.5, str(n)), range(3))
     >>> PillowImage.open(BytesIO(moving.data)).is_animated
@@ -168,7 +217,7 @@ def animation(
     """
     from IPython.display import Image  # here, so that scripts can draw figures without Jupyter
 
-    fig = Figure(figsize=(WIDTH, height), layout="constrained", dpi=100)
+    fig = Figure(figsize=(WIDTH, height), layout="constrained", dpi=STYLE["figure.dpi"])
     canvas = FigureCanvasAgg(fig)
     pictures = []
 

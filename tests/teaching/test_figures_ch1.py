@@ -48,7 +48,7 @@ def test_the_story_of_a_state_ends_with_interference():
 def test_animations_move_have_a_still_and_are_small(make):
     shown = make()
     picture = Image.open(BytesIO(shown.data))
-    assert picture.is_animated and picture.size[0] == 720
+    assert picture.is_animated and picture.size[0] == round(plotting.WIDTH * plotting.STYLE["figure.dpi"])
     assert len(shown.data) < 300_000
     assert plt.get_fignums() == []
 

@@ -119,7 +119,7 @@ def taylor_features(errors: Sequence[float], sizes: Sequence[int], merged: Seque
     right.semilogy(degrees, sizes, **OTHERS[0], label=r"features, $d_\phi$")
     right.semilogy(degrees, merged, **OTHERS[1], label="equal ones merged")
     right.axhline(tokens, **GREY)
-    right.text(-0.1, 1.12 * tokens, f"cache of {tokens} tokens", fontsize=8, color="0.35", va="bottom")
+    right.text(-0.1, 1.12 * tokens, f"cache of {tokens} tokens", fontsize=9, color="0.35", va="bottom")
     right.set(xlabel="degree p", ylabel="rows of the memory", xticks=degrees, ylim=(0.5, 3e5))
     right.legend(loc="upper left", fontsize=9)
     return fig
@@ -170,7 +170,7 @@ def three_forms_animation(length: int = 12, chunk: int = 4) -> Any:
                 for i in range(t + 1):
                     if steps[t, i] <= now:
                         ink = "white" if scores[t, i] else "black"
-                        ax.text(i, t, str(int(steps[t, i])), ha="center", va="center", fontsize=6.5, color=ink)
+                        ax.text(i, t, str(int(steps[t, i])), ha="center", va="center", fontsize=9, color=ink)
             ax.set_title(names[name], fontsize=11)
             ax.set(xlabel=f"key i\nstep {now} of {last}", xticks=[], yticks=[])
             ax.grid(False)
@@ -306,7 +306,7 @@ def normaliser(totals: Tensor, outputs: Mapping[str, Tensor]) -> Figure:
     for style, (name, curve) in zip(OTHERS, outputs.items(), strict=True):
         right.semilogy(position, curve, **style, markevery=40, linewidth=1.2, label=name)
     right.set(xlabel="position t", ylabel="norm", ylim=(0.5, 1e5), title="the output")
-    right.legend(loc="upper left", fontsize=8.5)
+    right.legend(loc="upper left", fontsize=9.5)
     return fig
 
 

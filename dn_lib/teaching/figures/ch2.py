@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
@@ -245,16 +246,16 @@ def capacity_after_sweeps(
 def recall(histories: Mapping[tuple[str, str], Sequence[float]], mistakes: Mapping[str, Tensor]) -> Figure:
     """Left: accuracy against step for each (task, rule). Right: for each rule, mistakes by position of the pair."""
     fig, (left, right) = plotting.figure(columns=2, height=3.4)
-    lines = {"MQAR": "-", "updates": ":"}
+    lines: dict[str, Any] = {"MQAR": "-", "updates": ":"}
     for (task, rule), history in histories.items():
         curve = torch.tensor(history).reshape(-1, 10).mean(1)
         style = MECHANISMS[rule] | {"linestyle": lines[task]}
-        label = f"{task}, {NAMES[rule]}"
-        left.plot(torch.arange(10, 10 * len(curve) + 1, 10), curve, **style, markevery=5, label=label)
+        left.plot(torch.arange(10, 10 * len(curve) + 1, 10), curve, **style, markevery=5)
     for rule, wrong in mistakes.items():
         right.plot(range(1, len(wrong) + 1), 100 * wrong, **MECHANISMS[rule], label=NAMES[rule])
     left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.03))
-    left.legend(fontsize=7.5, handlelength=2, loc="center right", bbox_to_anchor=(1, 0.25))
+    # Colours and markers are the rules', as on the right; here only the lines of the tasks need a name.
+    left.legend([Line2D([], [], color="0.3", linestyle=line) for line in lines.values()], lines, loc="lower right")
     right.set(xlabel="position of the pair", ylabel="wrong answers (%)", ylim=(0, 16), xticks=(1, 4, 8, 12))
     right.legend(loc="upper right")
     return fig
@@ -338,11 +339,11 @@ def parity(curves: Mapping[float, Tensor], trained_on: int, others: Sequence[Ten
         name = f"$\\beta$ in (0, {top:.0f})"
         ax.plot(range(4, len(curve), 8), means, **styles[top], markevery=3, label=name)
     ax.axvline(trained_on, color="black", linewidth=1)
-    for level, left, text in ((0.75, 190, "right in 3 of 4 cases"), (0.5, trained_on + 8, "chance")):
+    for level, left, text in ((0.75, 165, "right in 3 of 4 cases"), (0.5, trained_on + 8, "chance")):
         ax.axhline(level, **GREY)
-        ax.text(left, level - 0.015, text, fontsize=8.5, color="0.35", va="top")
+        ax.text(left, level - 0.03, text, fontsize=9.5, color="0.35", va="top")
     ax.set(xlabel="position in the string", ylabel="accuracy", ylim=(0.4, 1.03))
-    ax.legend(loc="upper right")
+    ax.legend(loc="upper left", bbox_to_anchor=(0.56, 0.5), fontsize=10)  # between the lines of chance and of 3 in 4
     return fig
 
 
@@ -357,13 +358,13 @@ def wearing_out(
         left.semilogy(m, (1 - beta * (2 - beta) / d) ** m, **style | {"marker": ""})
         left.semilogy(m, lengths[m], **style | {"linestyle": ""}, label=f"d = {d}, $\\beta$ = {beta}")
     left.set(xlabel="later writes", ylabel="what is left, squared", ylim=(1e-5, 200), title="wearing out")
-    left.legend(fontsize=8, loc="upper right")
+    left.legend(fontsize=9, loc="upper right")
     places = range(len(old))  # evenly spaced: 0 has no place on a logarithmic axis
     for name, series in crowded.items():
         right.semilogy(places, series, **MECHANISMS[name], label=NAMES[name] + (", cleared" if name == "gated" else ""))
     right.set_xticks(places, ["none" if n == 0 else str(n) for n in old], fontsize=9)
     right.set(xlabel="old pairs", ylabel="squared error", title="new pairs after old ones", ylim=(0.01, 30))
-    right.legend(fontsize=8.5)
+    right.legend(fontsize=9)
     return fig
 
 

@@ -62,11 +62,12 @@ def chunk_schedule(count: int = 4) -> Figure:
         grid.add_patch(Rectangle((0, c), c, 1, fc=WAITS, alpha=0.3, ec="black", lw=0.8))
         grid.add_patch(Polygon([(c, c), (c, c + 1), (c + 1, c + 1)], fc=AT_ONCE, ec="black", lw=0.8))
         if c > 1:
-            grid.text(c / 2, c + 0.5, "through the state", ha="center", va="center", fontsize=8)
+            words = "through\nthe state" if c < 3 else "through the state"  # as wide as the strip allows
+            grid.text(c / 2, c + 0.5, words, ha="center", va="center", fontsize=9)
     grid.set(xlim=(0, count), ylim=(count, 0), aspect="equal", xlabel="keys", ylabel="queries", title="who meets whom")
     ticks = [c + 0.5 for c in range(count)]
-    grid.set_xticks(ticks, [f"chunk {c + 1}" for c in range(count)], fontsize=8)
-    grid.set_yticks(ticks, [f"chunk {c + 1}" for c in range(count)], fontsize=8, rotation=90, va="center")
+    grid.set_xticks(ticks, [f"chunk {c + 1}" for c in range(count)], fontsize=9)
+    grid.set_yticks(ticks, [f"chunk {c + 1}" for c in range(count)], fontsize=9, rotation=90, va="center")
     grid.tick_params(length=0)
     for c in range(count):
         y, start = -c, 1.75 + 1.15 * c
@@ -78,7 +79,7 @@ def chunk_schedule(count: int = 4) -> Figure:
     time.text(0.75, -count + 0.2, "all chunks\nat once", ha="center", va="top", fontsize=9)
     time.text(1.75 + 0.575 * count, -count + 0.2, "one after another", ha="center", va="top", fontsize=9)
     time.text(2.2 + 1.15 * count, -count + 0.2, "all chunks\nat once", ha="center", va="top", fontsize=9)
-    time.set(xlim=(-0.1, 2.75 + 1.15 * count), ylim=(-count - 0.5, 0.6), title="what runs at once, and what waits")
+    time.set(xlim=(-0.1, 2.85 + 1.15 * count), ylim=(-count - 0.5, 0.6), title="what runs at once, and what waits")
     _plain(time)
     return fig
 
@@ -147,14 +148,15 @@ def three_maps(maps: dict[str, Tensor], stored: str, asked: str) -> Figure:
     >>> len(three_maps({"one": torch.eye(2), "two": torch.eye(2)}, "ab", "ab").axes)
     3
     """
-    fig, axes = plotting.figure(columns=len(maps), height=3.0)
+    fig, axes = plotting.figure(columns=len(maps), height=3.6)
     for ax, (name, picture) in zip(axes, maps.items(), strict=True):
         plotting.matrix(ax, picture, name).set_clim(-1, 1)
-        ax.set_xticks(range(len(stored)), stored, fontsize=7)
-        ax.set_yticks(range(len(asked)), asked, fontsize=7)
+        ax.set_xticks(range(len(stored)), stored, fontsize=9)
+        ax.set_yticks(range(len(asked)), asked if ax is axes[0] else [""] * len(asked), fontsize=9)
         ax.set_xlabel("stored")
     axes[0].set_ylabel("asked for")
-    fig.colorbar(axes[0].images[0], ax=axes, shrink=0.8)
+    # Below, so that the letters have room on either side.
+    fig.colorbar(axes[0].images[0], ax=axes, location="bottom", shrink=0.4, aspect=30)
     return fig
 
 
@@ -401,7 +403,7 @@ def two_processes(costs: dict[str, int]) -> Figure:
     """
     fig, ax = plotting.figure(height=2.9)
     unit = 10.0 / sum(costs.values())
-    gather, gap = 0.75, 0.12
+    gather, gap = 0.95, 0.12
     spans, x = {}, 0.0
     for name in ("affine", "forward", "gradient", "backward"):
         spans[name] = (x, costs[name] * unit)
@@ -419,7 +421,7 @@ def two_processes(costs: dict[str, int]) -> Figure:
     for before, label in (("affine", "$S_1$"), ("gradient", "$dS'_0$")):
         start = sum(spans[before]) + gap / 2
         ax.add_patch(Rectangle((start, -1.42), gather, 1.82, fc="0.9", ec="0.5", lw=0.8))
-        ax.text(start + gather / 2, -1.36, "all-\ngather", ha="center", va="bottom", fontsize=8)
+        ax.text(start + gather / 2, -1.36, "all-\ngather", ha="center", va="bottom", fontsize=9)
         down = before == "affine"
         a, b = (0, -1) if down else (-1, 0)
         _arrow(ax, (start, 0.7 * a), (start + gather, 0.7 * b), color=DELTA, lw=2)

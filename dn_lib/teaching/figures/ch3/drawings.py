@@ -232,7 +232,7 @@ def every_path(k: Tensor, beta: Tensor) -> Figure:
     True
     """
     last = len(k) - 1
-    rows = paths(last, 0)
+    rows, right = paths(last, 0), last + 6.9  # where the column of weights ends
     fig, ax = plotting.figure(height=0.62 * len(rows) + 0.9)
     for number, path in enumerate(rows):
         y = -number
@@ -243,15 +243,15 @@ def every_path(k: Tensor, beta: Tensor) -> Figure:
             factors.append(f"({-(k[b] @ k[a]).item():+.2f})")
             if b != last:
                 factors.append(f"{beta[b]:.2f}")
-        ax.text(last + 0.45, y, " · ".join(factors), va="center", fontsize=9, family="DejaVu Sans Mono")
-        ax.text(last + 6.0, y, f"{weight(path, k, beta):+.3f}", va="center", ha="right", fontsize=10)
+        ax.text(last + 0.45, y, " · ".join(factors), va="center", fontsize=10, family="DejaVu Sans Mono")
+        ax.text(right, y, f"{weight(path, k, beta):+.3f}", va="center", ha="right", fontsize=10)
         edges = len(path) - 1
         ax.text(-0.4, y, f"{edges} edge{'s' * (edges > 1)}", va="center", ha="right", fontsize=10)
     N = hh.scaled_inverse(k, beta)
-    ax.plot([last + 5.2, last + 6.0], [-len(rows) + 0.5] * 2, color="black", linestyle="-", lw=1)
+    ax.plot([right - 0.8, right], [-len(rows) + 0.5] * 2, color="black", linestyle="-", lw=1)
     total = f"sum: $N_{{{last + 1}1}}$ = {N[last, 0].item():+.3f}"
-    ax.text(last + 6.0, -len(rows), total, va="center", ha="right", fontsize=10)
-    ax.set(xlim=(-1.4, last + 6.1), ylim=(-len(rows) - 0.4, 0.7))
+    ax.text(right, -len(rows), total, va="center", ha="right", fontsize=10)
+    ax.set(xlim=(-1.4, right + 0.1), ylim=(-len(rows) - 0.4, 0.7))
     _plain(ax)
     return fig
 

@@ -37,7 +37,7 @@ def three_key_sets(length: int = 16, d: int = 16) -> Figure:
             largest = picture.abs().max().item()
             text = f"{largest:.2g}" if largest < 1000 else f"{largest:,.0f}"
             ax.set(xticks=[], yticks=[], xlabel=f"max {text}")
-            ax.xaxis.label.set_fontsize(9)
+            ax.xaxis.label.set_fontsize(9.5)
         row[0].set_ylabel(name, fontsize=10)
     fig.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.6, ticks=[-4, 0, 4], extend="both")
     return fig
@@ -144,7 +144,7 @@ def errors_against_cosine(length: int = 64, strength: float = 1.9) -> Figure:
             ax.semilogy(*zip(*finite, strict=True), **style, label=NAMES.get(method, method))
         ax.set(title=title, xlabel="mean cosine between keys")
     axes[0].set_ylabel("relative error of $T$")
-    axes[0].legend(fontsize=9)
+    axes[0].legend(fontsize=10.5)
     return fig
 
 
@@ -193,6 +193,6 @@ def errors_against_length(sizes: Sequence[int] = (16, 32, 64, 128, 256)) -> Figu
         ax.set_xticks(list(sizes), [str(size) for size in sizes], minor=False)
         ax.set_xticks([], minor=True)
     axes[0].set_ylabel("worst relative error of $T$")
-    axes[1].text(sizes[-1], 0.0093, "one per cent", fontsize=9, color="0.35", va="top", ha="right")
-    axes[0].legend(fontsize=9, loc="upper left")
+    axes[1].text(sizes[-1], 0.0093, "one per cent", fontsize=10, color="0.35", va="top", ha="right")
+    axes[0].legend(fontsize=10.5, loc="upper left")
     return fig
