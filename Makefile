@@ -117,6 +117,7 @@ gpu: $(READY)
 
 aot: $(READY)
 	$(PY) -m dn_lib.kernels.aot --all
+	$(PY) -m dn_lib.kernels.gla.aot --all
 
 dist: $(READY)
 	rm -rf dist

@@ -370,6 +370,13 @@ GLA = Operator(
     sample=partial(gated_inputs, _linear_inputs, channels=True),
     reference=gated_linear_attention_reference,
     forms=_GATED_LINEAR_FORMS,
+    kernels={
+        "triton": Form(
+            partial(ops.linear_attention, backend="triton", output_final_state=True),
+            dtypes=(torch.float32, *HALF),
+            triton=True,
+        )
+    },
     peers={"fla": Peer("fla.ops.gla:chunk_gla", {**_FLA_UNERASED, "g_channels": "g"}, _FLA_STATE)},
 )
 

@@ -40,6 +40,7 @@ from dn_lib.ops.checks import (
     wants_gradient,
 )
 from dn_lib.ops.delta import autocast_dtype, no_autocast
+from dn_lib.ops.gla import through_gla
 
 # By whether something is erased, and whether there are gates.
 _FORMS = {
@@ -92,7 +93,8 @@ def gated_delta_rule(
             h // (H_v / H).
         beta: `[B, L, H_v]`.
         g: logarithms of the gates, at most 0; -inf is a gate of zero, which resets the state.  `[B, L, H_v]`; `[H_v]`
-            for a fixed decay; or `[B, L, H_v, d_k]`, one for each key channel, which the Triton kernels do not take.
+            for a fixed decay; or `[B, L, H_v, d_k]`, one for each key channel, which the Triton kernels take without
+            erasure only (`linear_attention`), and only with backend="triton": they have not run on a GPU yet.
             Its values are checked where that costs no wait: on a CPU, and within `checked()`.
         initial_state: `[N, H_v, d_k, d_v]`.
         all else as in `delta_rule`.
@@ -198,7 +200,7 @@ def family(
     )
     check_flag("output_final_state", output_final_state)
     check_flag("qk_l2norm", qk_l2norm)
-    if by_channel and backend == "triton":
+    if by_channel and beta is not None and backend == "triton":
         raise ValueError(
             "g must be [B, L, H_v] or [H_v] for backend 'triton', got one for each channel; use 'chunkwise'"
         )
@@ -209,11 +211,13 @@ def family(
         elif g is not None:
             _refuse_positive(g)
     q, k, v = autocast_dtype(q, k, v)
-    backend = resolve_backend(q, k, v, beta, initial_state, chunk_size, backend, gates)
-    if by_channel and backend == "triton":
-        backend = "chunkwise"
+    asked, backend = backend, resolve_backend(q, k, v, beta, initial_state, chunk_size, backend, gates)
+    if by_channel and asked == "auto" and backend == "triton":
+        backend = "chunkwise"  # with erasure there is no kernel, and the others have not run on a GPU yet
     if backend == "triton":
         rest = output_final_state, cu_seqlens, qk_l2norm
+        if by_channel and gates is not None:
+            return through_gla(q, k, v, gates, scale, initial_state, *rest, chunk_size)
         if recurrent and _takes_recurrent(q, k, v, beta, gates, initial_state, cu_seqlens):
             check_scale_in_float32(scale)
             beta, gates, initial_state = for_triton(beta), for_triton(gates), for_triton(initial_state)

@@ -11,7 +11,7 @@ from small_models import LAYERS
 
 from dn_lib import ops
 from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
-from dn_lib.layers import GatedDeltaNet, GatedLinearAttention, LinearAttention, Mamba2, RetNet
+from dn_lib.layers import GatedDeltaNet, LinearAttention, Mamba2, RetNet
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.ops.backend import using
 from dn_lib.teaching.judge.trace import observe
@@ -148,12 +148,6 @@ def test_layers_run_on_the_kernels(name):
     for a, b in zip(gradients, torch.autograd.grad(expected.sin().sum(), list(plain.parameters())), strict=True):
         # Through the norm per head, which divides by what may be small: ten times a sum's own error.
         assert relative_error(a, b.double()) < 10 * SINGLE
-
-
-def test_gla_on_the_kernels_is_refused_by_name():
-    layer = GatedLinearAttention(16, 2, backend="triton")
-    with pytest.raises(ValueError, match=r"g must be \[B, L, H_v\] or \[H_v\] for backend 'triton'"):
-        layer(torch.randn(1, 5, 16))
 
 
 @pytest.mark.parametrize(
