@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would show flags as if they took a value, and swallow [model]
 )
 
 
@@ -98,19 +99,20 @@ def _tell(text: str) -> None:
         silence(sys.stdout)
 
 
-MACHINE = {"out", "resume", "resume_from", "change", "device", "compile", "parallel", "quiet"}
+CALL = {"out", "resume", "resume_from", "change", "config", "quiet"}
+"""Options of `train` that are no settings of the run."""
 
 
-def _settings(ctx: typer.Context, begun_with: dict) -> dict:
-    """The options of `train` that belong to the run and not to a machine or a call.
-
-    What was not given on the command line is what the run was begun with, where it was begun before.
-    """
+def _settings(ctx: typer.Context, from_file: dict, begun_with: dict) -> dict:
+    """All settings of a run: the command line's, those of --config, and those that it was begun with, in this order."""
     from dn_lib.data.sources import NAMED
+    from dn_lib.training.settings import merged
 
-    own = {name: value for name, value in ctx.params.items() if name not in MACHINE}
-    default = {name for name in own if getattr(ctx.get_parameter_source(name), "name", None) != "COMMANDLINE"}
-    settings = own | {name: value for name, value in begun_with.items() if name in default}
+    own = {name: value for name, value in ctx.params.items() if name not in CALL}
+    if own["pattern"] is not None:
+        own["pattern"] = [name.strip() for name in own["pattern"].split(",")]
+    given = [name for name in own if getattr(ctx.get_parameter_source(name), "name", None) == "COMMANDLINE"]
+    settings = merged(own, given, from_file, begun_with)
     corpus = settings["corpus"]
     if corpus.strip() and corpus not in NAMED and Path(corpus).exists():  # found again from another working folder
         settings["corpus"] = str(Path(corpus).resolve())
@@ -134,6 +136,14 @@ def train(
         list[str] | None,
         typer.Option(help="A setting that may differ from the run's own when it goes on: steps, corpus, ...; repeat."),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file: corpus and vocab, and in [model] and [train] any field of ModelConfig and TrainConfig. "
+            "The command line goes first.",
+            parser=path,
+        ),
+    ] = None,
     width: Annotated[int, typer.Option(help="Model width.")] = 64,
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads a layer; must divide the width.")] = 2,
@@ -142,6 +152,14 @@ def train(
     ] = "delta",
     hybrid: Annotated[str, typer.Option(help="none, window (every other layer) or global (two).")] = "window",
     window: Annotated[int, typer.Option(help="Tokens that a window layer sees.")] = 64,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="The mixer of every layer, as in delta,delta,window; --mixer and --hybrid are then not read.",
+            metavar="MIXER,...",
+        ),
+    ] = None,
+    beta_range: Annotated[float, typer.Option(help="beta lies between 0 and this, which is at most 2.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
     batch: Annotated[int, typer.Option(help="Sequences a step, over all processes.")] = 8,
     length: Annotated[int, typer.Option(help="Context length in tokens.")] = 128,
@@ -159,46 +177,43 @@ def train(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp or fsdp.")] = "ddp",
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, on a terminal either.")] = False,
 ):
     """Train a language model; stop it with Ctrl-C, go on with --resume.
 
-    A run that goes on keeps its own settings: options that are not given are taken from it, and one that is given
-    has to be the same. A longer schedule, another rate or other data have to be asked for, as in
+    A run that goes on keeps its own settings: options that are not given are taken from it, and one that is given,
+    here or in --config, has to be the same. A longer schedule, another rate or other data have to be asked for, as in
     `--resume --steps 2000 --change steps`. Only device, compile and parallel, and how often to log, evaluate and
     save, may differ without being asked for.
+
+    On a terminal a bar shows the progress; evaluations are lines on stdout, and every step is in OUT/log.jsonl.
 
     Several GPUs: the same command after `torchrun --nproc-per-node N -m dn_lib`.
     """
     from dn_lib.data import load_corpus, load_tokenizer
-    from dn_lib.models import LanguageModel, ModelConfig
-    from dn_lib.training import TrainConfig, resolve_device
+    from dn_lib.models import LanguageModel
+    from dn_lib.training import resolve_device
     from dn_lib.training import train as run
     from dn_lib.training.runs import export, notes
+    from dn_lib.training.settings import MACHINE, model_config, read_settings, train_config
 
     begun = resume_from.parent if resume_from else out
     resuming = resume or resume_from is not None
     begun_with = notes(begun) if resuming else {}
-    settings = _settings(ctx, begun_with)
-    corpus, vocab, seed = settings["corpus"], settings["vocab"], settings["seed"]
-    shape = {name: settings[name] for name in ("width", "layers", "heads", "mixer", "hybrid", "window")}
-    config = TrainConfig(
-        **{name: value for name, value in settings.items() if name not in {"corpus", "vocab", *shape}},
-        min_learning_rate=settings["learning_rate"] / 10,
-        device=device,
-        compile=compile,
-        parallel=parallel,
-    )
-    resolve_device(device)
-    ModelConfig(vocab_size=max(vocab, 256), **shape)  # a wrong shape is told before the corpus is read
+    settings = _settings(ctx, read_settings(config) if config else {}, begun_with)
+    corpus, vocab = settings["corpus"], settings["vocab"]
+    training = train_config(settings)
+    resolve_device(training.device)
+    model_config(settings, max(vocab, 256))  # a wrong shape is told before the corpus is read
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
     own = load_tokenizer(begun) if resuming and vocab else None  # to resume, the run's own encoding is read again
     if own is None or own.name == "bytes" or vocab not in (own.vocab_size, begun_with.get("vocab")):
         own = vocab or None  # (a small text gives fewer tokens than were asked for)
-    data = load_corpus(corpus, vocab=own, progress=not quiet and _first_process())
-    torch.manual_seed(seed)
-    model = LanguageModel(ModelConfig(vocab_size=data.vocab_size, **shape))
+    bar = not quiet and _first_process() and sys.stderr.isatty()  # in a file a bar would be one endless line
+    data = load_corpus(corpus, vocab=own, progress=bar)
+    torch.manual_seed(training.seed)
+    model = LanguageModel(model_config(settings, data.vocab_size))
     _tell(f"{model.num_parameters():,} parameters, {len(data.train):,} training tokens of {corpus}")
 
     def report(record):
@@ -209,12 +224,12 @@ def train(
         history = run(
             model,
             data,
-            config,
+            training,
             folder=out,
             resume=resume_from or resume,
             allow_changes=changes | ({"min_learning_rate"} if "learning_rate" in changes else set()),
-            notes=settings,
-            progress=not quiet,
+            notes={name: value for name, value in settings.items() if name not in MACHINE},
+            progress=bar,
             report=report,
         )
     finally:
@@ -263,26 +278,40 @@ def generate(
 @app.command("eval")
 def evaluate_command(
     folder: Folder,
-    corpus: CorpusName = "stdlib",
-    length: Annotated[int, typer.Option(help="Context length in tokens.", min=1)] = 128,
+    corpus: Annotated[
+        str | None, typer.Option(help="As for train; the one that the model was trained on if not given.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Context length in tokens; the run's if not given.", min=1)] = None,
     tokens: Annotated[int, typer.Option(help="Validation tokens measured on; 0 for all.", min=0)] = 131072,
     batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 8,
     device: Device = "auto",
 ):
-    """Measure bits per byte on a corpus's validation part; prints JSON."""
+    """Measure bits per byte on a corpus's validation part, by default that of the training run; prints JSON.
+
+    `same_text` says whether the corpus holds the very files that the model was trained on (null if nobody knows).
+    """
     from dn_lib.data import DataError, is_prepared, load_corpus
     from dn_lib.training import evaluate, resolve_device
+    from dn_lib.training.runs import origin
 
     where = resolve_device(device)
     model, tokenizer, trained_on = _load(folder, where)
+    known = origin(folder)
+    if corpus is None:
+        corpus = known.get("corpus")
+    if not isinstance(corpus, str):
+        raise ValueError(f"--corpus must be given: {folder} does not say what its model was trained on")
+    context: int = length or known.get("length") or 128
     prepared = corpus == "wheels" or corpus.endswith(".tar.xz") or is_prepared(corpus)
     data = load_corpus(corpus, vocab=None if prepared or tokenizer.name == "bytes" else tokenizer)
     if data.tokenizer.name != tokenizer.name:
         raise DataError(f"the model reads {tokenizer.name} tokens, corpus {corpus} holds {data.tokenizer.name}")
-    result = evaluate(model, data, length=length, limit=tokens or None, batch=batch)
+    result = evaluate(model, data, length=context, limit=tokens or None, batch=batch)
     if not math.isfinite(result["loss"]):
         raise ValueError(f"the model in {folder} gives a loss of {result['loss']}: its weights are no use")
-    result |= {"corpus": corpus, "length": length, "trained_on": trained_on}
+    before, now = (facts.get("file_list_sha256") for facts in (trained_on, data.facts))
+    same = None if before is None or now is None else before == now
+    result |= {"corpus": corpus, "length": context, "trained_on": trained_on, "same_text": same}
     say(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in result.items()}))
 
 

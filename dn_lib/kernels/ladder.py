@@ -17,6 +17,7 @@ from torch import Tensor
 import dn_lib.kernels.interpreter  # noqa: F401  (turns the interpreter on where there is no GPU)
 from dn_lib.forms.common import check_integer, check_shape, check_tensors, describe, scale_or_default
 from dn_lib.kernels.arguments import readable
+from dn_lib.kernels.inverse import scaled_inverse
 
 LEAST_DOT = 16
 """The smallest side of a `tl.dot` that the hardware takes."""
@@ -59,7 +60,7 @@ def check_block(name: str, size: int, least: int = LEAST_DOT) -> None:
         raise ValueError(f"{name} must be a power of two of at least {least}, got {size}")
 
 
-def _prepared(**given: Tensor) -> list[Tensor]:
+def prepared(**given: Tensor) -> list[Tensor]:
     """The tensors of a rung of the ladder (some of q, k, v and beta), checked against the first, and contiguous."""
     check_tensors(**given)
     first, reference = next(iter(given.items()))
@@ -73,7 +74,7 @@ def _prepared(**given: Tensor) -> list[Tensor]:
     return readable(**given)
 
 
-def _blocks(chunk_size: int, block_v: int | None, d_v: int) -> int:
+def value_block(chunk_size: int, block_v: int | None, d_v: int) -> int:
     """The width of a block of values, after a check of both sizes."""
     check_block("chunk_size", chunk_size)
     if block_v is None:
@@ -82,10 +83,11 @@ def _blocks(chunk_size: int, block_v: int | None, d_v: int) -> int:
     return block_v
 
 
-def _inverse(method: str):
-    if not isinstance(method, str) or method not in INVERSES:
-        raise ValueError(f"method must be one of {sorted(INVERSES)}, got {describe(method)}")
-    return INVERSES[method]
+def inverse_of(method: str, dtype: torch.dtype):
+    """The kernel function that inverts by `method` where the inputs have `dtype`."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {describe(method)}")
+    return INVERSES[method] if method in INVERSES else BLOCKS.get(dtype, inverse_by_blocks_ieee)
 
 
 # --- First programs -------------------------------------------------------------------------------------
@@ -214,10 +216,10 @@ def linear_attention(q, k, v, *, scale=None, chunk_size=16, block_v=None):
     >>> [list(x.shape) for x in linear_attention(q, k, v)]
     [[1, 40, 2, 16], [1, 2, 16, 16]]
     """
-    q, k, v = _prepared(q=q, k=k, v=v)
+    q, k, v = prepared(q=q, k=k, v=v)
     scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
-    BV = _blocks(chunk_size, block_v, d_v)
+    BV = value_block(chunk_size, block_v, d_v)
     o, state = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     linear_attention_kernel[(B * H, triton.cdiv(d_v, BV))](
         q, k, v, o, state, scale, L, H, d_k, d_v,
@@ -268,6 +270,28 @@ def inverse_by_merging(A, C: tl.constexpr):
         M -= tl.dot(tl.dot(M, below, input_precision="ieee"), M, input_precision="ieee")
         size *= 2
     return M
+
+
+# The operator's own inverse, so that forms can be compared which differ in nothing else: `dn_lib.kernels.inverse` gives
+# N = -(I + B D)^{-1} B.  With A for B and 1 for D that is M - I.  A function for each precision of its dots.
+
+
+@triton.jit
+def inverse_by_blocks_half(A, C: tl.constexpr):
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] == i[None, :], 1.0, 0.0) + scaled_inverse(A, tl.full([C], 1.0, tl.float32), C, "half")
+
+
+@triton.jit
+def inverse_by_blocks_halves(A, C: tl.constexpr):
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] == i[None, :], 1.0, 0.0) + scaled_inverse(A, tl.full([C], 1.0, tl.float32), C, "halves")
+
+
+@triton.jit
+def inverse_by_blocks_ieee(A, C: tl.constexpr):
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] == i[None, :], 1.0, 0.0) + scaled_inverse(A, tl.full([C], 1.0, tl.float32), C, "ieee")
 
 
 # --- The delta rule in separate steps: every intermediate goes through memory -----------------------------
@@ -354,18 +378,21 @@ INVERSES = {
     "doubling": inverse_by_doubling,
     "merging": inverse_by_merging,
 }
+BLOCKS = {torch.bfloat16: inverse_by_blocks_half, torch.float16: inverse_by_blocks_halves}
+METHODS = (*INVERSES, "blocks")
 
 
 def ut_transform(k: Tensor, beta: Tensor, *, method: str = "merging", chunk_size: int = 16) -> Tensor:
-    """T of every chunk, by one of `INVERSES`: k `[B, L, H, d_k]`, beta `[B, L, H]` -> `[B, L, H, C]`.
+    """T of every chunk, by one of `METHODS`: k `[B, L, H, d_k]`, beta `[B, L, H]` -> `[B, L, H, C]`.
 
     Row t holds row t mod C of the T of t's chunk.  Raises ValueError for an unknown `method`.
 
     >>> ut_transform(torch.zeros(1, 2, 1, 16), torch.full((1, 2, 1), 0.5))[0, :, 0, :2].tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
-    inverse = _inverse(method)
-    k, beta = _prepared(k=k, beta=beta)
+    inverse_of(method, torch.float32)
+    k, beta = prepared(k=k, beta=beta)
+    inverse = inverse_of(method, k.dtype)
     check_block("chunk_size", chunk_size)
     B, L, H, d_k = k.shape
     T = torch.empty(B, L, H, chunk_size, dtype=k.dtype, device=k.device)
@@ -388,10 +415,10 @@ def delta_rule_in_steps(q, k, v, beta, *, scale=None, chunk_size=16, method="mer
     >>> list(o.shape), list(steps["S"].shape)
     ([1, 40, 2, 16], [1, 3, 2, 16, 16])
     """
-    q, k, v, beta = _prepared(q=q, k=k, v=v, beta=beta)
+    q, k, v, beta = prepared(q=q, k=k, v=v, beta=beta)
     scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
-    narrow = _blocks(chunk_size, block_v, d_v)
+    narrow = value_block(chunk_size, block_v, d_v)
     chunks = triton.cdiv(L, chunk_size)
     BK, BV = block_width(d_k), block_width(d_v)
     sizes = dict(DOT=dot_type(q), C=chunk_size, BK=BK)
@@ -444,11 +471,12 @@ def delta_rule_in_one(q, k, v, beta, *, scale=None, chunk_size=16, method="mergi
     >>> [list(x.shape) for x in delta_rule_in_one(q, k, v, torch.rand(1, 40, 2))]
     [[1, 40, 2, 16], [1, 2, 16, 16]]
     """
-    inverse = _inverse(method)
-    q, k, v, beta = _prepared(q=q, k=k, v=v, beta=beta)
+    inverse_of(method, torch.float32)
+    q, k, v, beta = prepared(q=q, k=k, v=v, beta=beta)
+    inverse = inverse_of(method, q.dtype)
     scale = scale_or_default(scale, q)
     (B, L, H, d_k), d_v = q.shape, v.shape[-1]
-    BV = _blocks(chunk_size, block_v, d_v)
+    BV = value_block(chunk_size, block_v, d_v)
     o, final = torch.empty_like(v), torch.empty(B, H, d_k, d_v, dtype=torch.float32, device=q.device)
     one_kernel[(B * H, triton.cdiv(d_v, BV))](
         q, k, v, beta, o, final, scale, L, H, d_k, d_v,

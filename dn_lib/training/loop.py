@@ -189,6 +189,12 @@ class _Run:
             dynamic_ncols=True,
             file=Screen(),
         )
+
+        def apart(record: dict[str, float]) -> None:  # what is reported begins a line of its own, the bar follows it
+            bar.clear()
+            report(record)
+            bar.refresh()
+
         self.module.train()
         with bar:
             mark = time.perf_counter()
@@ -205,7 +211,7 @@ class _Run:
                     if evaluates or saves:
                         self.check_weights()
                     if evaluates:
-                        self.evaluate(report)
+                        self.evaluate(apart)
                     if saves:
                         self.save()
                     if stops:

@@ -30,7 +30,7 @@ def export(folder: str | Path, tokenizer: Tokenizer, path: str | Path | None = N
     saved = checkpoints.read(path)
     save_model(folder / "model", _model_of(saved))
     tokenizer.save(folder / "model")
-    about = {"step": saved.about["step"], "corpus": saved.about["corpus"], "train": saved.about["train"]}
+    about = {name: saved.about[name] for name in ("step", "corpus", "train", "notes")}
     content = (json.dumps(about, indent=1) + "\n").encode()
     checkpoints.write_file(folder / "model" / "run.json", content, secrets.token_hex(8))
     return folder / "model"
@@ -73,6 +73,21 @@ def notes(folder: str | Path) -> dict[str, Any]:
             continue
     found = about.get("notes", {})
     return found if isinstance(found, dict) else {}
+
+
+def origin(folder: str | Path) -> dict[str, Any]:
+    """What is known of the run behind a run folder, a model folder or a checkpoint's file: `corpus`, as it was given to
+    `train` on the command line, and `length`, the tokens in a sequence. Empty where nothing is known.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        about = checkpoints.read(folder).about
+    else:
+        model = _model_folder(folder)
+        about = (_read_json(model / "run.json") if model else {}) | {"notes": notes(folder)}
+    known = (about.get("train") or {}, about.get("notes") or {})
+    found = {name: value for part in known for name, value in part.items() if name in ("corpus", "length")}
+    return {name: value for name, value in found.items() if type(value) is (str if name == "corpus" else int)}
 
 
 def _model_folder(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@
     python -m experiments NAME [options]      one of them; --help lists its options
     python -m experiments --all               all of them, one after the other, each in a process of its own
     python -m experiments --all --smoke       those that can run without a GPU, tiny; the others are named
+    python -m experiments --stale             results that are older than the code that they describe
 
 An experiment is a module with an `EXPERIMENT`, in one of the folders beside `harness`.  Its name is the module's.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 
 import experiments
+from dn_lib.teaching.results import changed
 from experiments.harness.processes import MOST_WORKERS, default_workers
 from experiments.harness.provenance import RESULTS, ROOT
 
@@ -155,6 +158,40 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def stale(folder: Path = RESULTS, now: dict[str, str] | None = None) -> dict[str, str]:
+    """The results in `folder` that are older than the code that they describe, and why.
+
+    now: the digests of today's sources, by default those of the package.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        files = changed(path.stem, json.loads(path.read_text("utf-8")), now)
+        if files is None:
+            found[path.name] = "it holds no digests of the sources"
+        elif files:
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            found[path.name] = f"changed since: {', '.join(files[:3])}{more}"
+    return found
+
+
+def stale_listing(folder: Path = RESULTS) -> tuple[str, int]:
+    """`stale` as text, with the command that measures each anew; and an exit code, 1 if there is any."""
+    found, lines = stale(folder), []
+    commands = {
+        file: " ".join(
+            ["python -m experiments", e.name, *each, *(["--out", f"book/results/{file}"] if len(e.writes) > 1 else [])]
+        )
+        for e in catalogue()
+        for file, each in zip(e.writes, e.each, strict=True)
+    }
+    for file, why in found.items():
+        lines += [f"{file}: {why}", f"    {commands.get(file, 'no experiment writes it')}"]
+    lines.append(
+        f"{len(found)} of {len(list(folder.glob('*.json')))} results are older than the code that they describe"
+    )
+    return "\n".join(lines), int(bool(found))
+
+
 def runs(e: Experiment, smoke: bool, folder: Path) -> list[list[str]]:
     """The arguments of each run of an experiment: one for each of its files, or a single short one; none it has not."""
     if not smoke:
@@ -192,10 +229,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="print name, question, files and time of each")
     parser.add_argument("--all", action="store_true", help="run all, writing to book/results")
+    parser.add_argument("--stale", action="store_true", help="name the results that are older than what they describe")
     parser.add_argument("--smoke", action="store_true", help="with --all: those that can, tiny and on a CPU")
     options = parser.parse_args(argv)
     if options.all:
         return run_all(options.smoke)
+    if options.stale:
+        text, code = stale_listing()
+        print(text)
+        return code
     if options.list:
         print(listing())
         return 0

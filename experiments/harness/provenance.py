@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dn_lib.teaching.results import sources
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
 
@@ -66,7 +68,7 @@ def provenance(seed: int | list[int] | None = None, **extra: Any) -> dict[str, A
     """What a reader needs in order to repeat a measurement; `extra` is added as it is.
 
     Keys: command, git_commit, date (UTC, ISO 8601), device, device_count, cuda, torch, triton, python,
-    platform, seed.
+    platform, seed, sources (a digest of each source file of the package, see `dn_lib.teaching.results`).
     """
     import torch
 
@@ -91,4 +93,5 @@ def provenance(seed: int | list[int] | None = None, **extra: Any) -> dict[str, A
         "platform": f"{platform.system()} {platform.machine()}",
         "seed": seed,
         **extra,
+        "sources": sources(),
     }

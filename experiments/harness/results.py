@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dn_lib.teaching.results import changed
 from experiments.harness.provenance import provenance
 
 NOT_MEASURED = "smoke run: each time is a stub of 1 ms, no error was measured on a GPU; nothing here is a result"
@@ -51,6 +52,21 @@ def geometric_mean(x: Sequence[float]) -> float | None:
     return math.exp(statistics.fmean(map(math.log, x))) if x else None
 
 
+def same_settings(before: dict, now: dict) -> bool:
+    """Whether two runs measured the same, however long they might take and whatever they wrote down beside it."""
+    return all(before.get(name) == plain(x) for name, x in now.items() if name not in ("budget", "workers", "retry"))
+
+
+def common(now: dict[str, str], before: dict[str, str] | None) -> dict[str, str]:
+    """Digests of sources for rows of which some were measured `before`: "several" where the two differ.
+
+    >>> common({"a.py": "1", "b.py": "2"}, {"a.py": "1", "b.py": "3"})
+    {'a.py': '1', 'b.py': 'several'}
+    """
+    before = before or {}
+    return {name: now[name] if now.get(name) == before.get(name) else "several" for name in sorted({*now, *before})}
+
+
 class OutOfTime(Exception):
     """The budget is spent; what is done is written."""
 
@@ -62,8 +78,9 @@ class DeviceLost(Exception):
 class Results:
     """A result file {provenance, settings, ceilings, rows, summary}.
 
-    Rows of an existing file are kept if they come from the same commit and device.  any_commit keeps those of other
-    commits too: each row says which it is from.
+    Rows of an existing file are kept if they come from the same device, and either from the same commit, or from one in
+    which the code that the file describes was the same and that had the same settings.  any_commit keeps those of other
+    commits too: each row says which it is from, and a source that is not the same for all has the digest "several".
     """
 
     not_measured = NOT_MEASURED
@@ -81,13 +98,15 @@ class Results:
         self.ceilings, self.rows = {}, []
         if path.exists():
             before = json.loads(path.read_text())
-            same = ("device",) if any_commit else tuple(self.origin)
+            as_now = changed(path.stem, before) == [] and same_settings(before["settings"], settings)
+            same = ("device",) if any_commit or as_now else tuple(self.origin)
             self.rows = [row for row in before["rows"] if all(row.get(n) == self.origin[n] for n in same)]
             self.rows = [row for row in self.rows if row["measured"] != smoke]
             if dropped := len(before["rows"]) - len(self.rows):
                 print(f"{path}: {dropped} rows of another commit or device will be replaced", flush=True)
             if self.rows:
                 print(f"{path}: {len(self.rows)} rows kept", flush=True)
+                self.provenance["sources"] = common(self.provenance["sources"], before["provenance"].get("sources"))
                 self.provenance["begun"] = before["provenance"].get("begun", before["provenance"]["date"])
 
     def find(self, key: str) -> dict | None:

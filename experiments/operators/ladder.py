@@ -1,13 +1,17 @@
-"""Predicted against measured time of every stage of chapter 5's ladder.
+"""Predicted against measured time of every rung of chapter 5's ladder, and of the operator that it leads to.
 
-A stage is a form at one size: linear attention's kernel, the three inverses, the delta rule in four kernels (the
-ladder's), in two (the operator at inference) and in one (the ladder's), the operator's forward for training, its
-backward, and one token of 512 sequences.  It first has to agree with float64 on the first and the last sequence of
-the batch that is timed, with its outputs filled with NaN beforehand; above the limit it is `refused` and not timed.
-Then the form is timed as a whole, and each of its kernels alone, on the arguments with which the form launched it.
-The prediction is `dn_lib.cost.roofline_time` with the two ceilings measured in the same run, a large copy and a large
-bfloat16 matrix product: nothing is fitted.  Which cost model applies is read off the launches: where the operator
-launches what the model does not count, the row says `failed`.  A row holds
+A stage is a form at one size. The **ladder** is the delta rule's forward in four kernels, in three, in two and in one
+(`dn_lib.kernels.ladder`, `dn_lib.kernels.rungs`): each keeps one more thing on chip than the rung before, and nothing
+else differs, the inverse of all being the operator's own (`inverse` in the row). Beside it: linear attention's kernel,
+the four inverses alone, the operator's two kernels at inference and for training, its backward, and one token of 512
+sequences; and softmax attention by both of torch's fast kernels, FlashAttention and cuDNN's, named, for its cost alone.
+
+A stage first has to agree with float64 on the first and the last sequence of the batch that is timed, with its outputs
+filled with NaN beforehand; above the limit it is `refused` and not timed. Then the form is timed as a whole, and each
+of its Triton kernels alone, on the arguments with which the form launched it. The prediction is
+`dn_lib.cost.roofline_time` with the two ceilings measured in the same run, a large copy and a large bfloat16 matrix
+product: nothing is fitted. Which cost model applies is read off the launches: where the operator launches what the
+model does not count, the row says `failed`. A row holds
 
 - ms (median of the two samples_ms), predicted_ms, ratio (measured over predicted), bytes, flops, bound (by which of
   the two), and steps, the longest chain of dependent chunks;
@@ -33,13 +37,13 @@ import dn_lib
 from dn_lib import cost
 from dn_lib.forms.householder import ut_transform
 from dn_lib.forms.linear_attention import chunkwise_linear_attention
-from dn_lib.kernels import ladder
+from dn_lib.kernels import ladder, rungs
 from dn_lib.testing import poisoned, relative_error
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.clock import Clock, ceilings, float32_rate
 from experiments.harness.errors import limit_of, refused, verdict
 from experiments.harness.launches import Launch, launches
-from experiments.harness.problems import INPUTS, draw
+from experiments.harness.problems import INPUTS, draw, softmax_form
 from experiments.harness.processes import compile_ahead
 from experiments.harness.results import Results
 
@@ -49,6 +53,42 @@ CHUNK, BLOCK_V = 64, 64
 OFF = 0.4
 # Four intermediates are rounded to bfloat16, one after the other; the tests of these kernels have the same bound.
 LADDER_LIMIT = 2e-2
+INVERSE = "blocks"  # of every rung: the operator's own
+SOFTMAX = {"FlashAttention": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
+
+
+# --- Costs of the rungs that `dn_lib.cost` does not know ---------------------------------------------------------
+
+
+def _moved(shape: cost.Shape, name: str, reads: str, writes: str, flops: int, again: str = "") -> cost.Cost:
+    """One kernel of a walk: tensors by name, those in `again` read by every block of values."""
+    return cost.Cost(
+        name,
+        {n: shape.tensor_bytes(n) for n in reads.split()},
+        {n: shape.tensor_bytes(n) for n in writes.split()},
+        flops,
+        dict.fromkeys(again.split(), shape.value_blocks),
+        shape.chunks,
+    )
+
+
+def four_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
+    """As `dn_lib.cost.delta_rule_in_steps`, with the operator's inverse, which it calls "scaled"."""
+    return cost.delta_rule_in_steps(shape, method="scaled")
+
+
+def three_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
+    """W S, Q S and K^T E: 6 d_k d_v a token; Q K^T for every block of values, and its product with E."""
+    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
+    flops = shape.tokens * (6 * d_k * d_v + 2 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    return (*four_kernels(shape)[:2], _moved(shape, "walk", "q k W U", "o final", flops, "q k W"))
+
+
+def two_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
+    """The same, with K S for W S, and T times the errors: 2 C d_v more."""
+    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
+    flops = shape.tokens * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    return (four_kernels(shape)[0], _moved(shape, "walk", "q k v T", "o final", flops, "q k T"))
 
 
 # --- The stages --------------------------------------------------------------------------------------------------
@@ -56,7 +96,10 @@ LADDER_LIMIT = 2e-2
 
 @dataclass
 class Stage:
-    """run: what is timed.  errors: of what `run` returned, by name.  model: the costs of what was launched."""
+    """run: what is timed.  errors: of what `run` returned, by name.  model: the costs of what was launched.
+
+    inverse: the method of its inverse.  triton: whether its kernels are seen as they are launched.
+    """
 
     name: str
     run: Callable[[], Any]
@@ -65,6 +108,8 @@ class Stage:
     limit: float
     shape: cost.Shape
     float32_flops: int = 0
+    inverse: str | None = None
+    triton: bool = True
 
 
 class Size:
@@ -131,7 +176,7 @@ class Size:
 
     def inverse(self, method: str) -> Stage:
         _, k, _, beta = self.inputs
-        C = self.shape.C
+        C, counted = self.shape.C, "scaled" if method == INVERSE else method
 
         def errors(T: torch.Tensor) -> dict[str, float]:
             blocks = T[self.some].transpose(1, 2).unflatten(2, (-1, C))
@@ -141,15 +186,16 @@ class Size:
             f"T by {method}",
             lambda: ladder.ut_transform(k, beta, method=method, chunk_size=C),
             errors,
-            lambda seen: cost.delta_rule_in_steps(self.shape, method=method)[:1],
+            lambda seen: cost.delta_rule_in_steps(self.shape, method=counted)[:1],
             self.ladder_limit,
             self.shape,
-            self.inverse_flops(method),
+            0 if method == INVERSE else self.inverse_flops(method),
+            inverse=method,
         )
 
-    def inverse_flops(self, method: str, times: int = 1) -> int:
-        """FLOPs of the ladder's inverses: their dots are float32 dots, which the matrix units do not do."""
-        return times * self.shape.heads * self.shape.chunks * cost.inverse_flops(self.shape.C, method)
+    def inverse_flops(self, method: str) -> int:
+        """FLOPs of the three inverses with float32 dots, which the tensor cores do not do."""
+        return self.shape.heads * self.shape.chunks * cost.inverse_flops(self.shape.C, method)
 
     def backward(self) -> Stage:
         leaves = self.p.leaves
@@ -191,11 +237,46 @@ class Size:
             "one token", lambda: step(inputs, state, "triton"), errors, lambda _: cost.decode(shape), self.limit, shape
         )
 
+    def rung(self, name: str, form: Callable, model: Callable[[cost.Shape], tuple[cost.Cost, ...]]) -> Stage:
+        """A rung of the ladder, with the inverse of all others."""
+        options = {"chunk_size": self.shape.C, "block_v": self.shape.block_v, "method": INVERSE}
+        return Stage(
+            name,
+            lambda: form(*self.inputs, **options),
+            self.output,
+            lambda seen: model(self.shape),
+            self.ladder_limit,
+            self.shape,
+            inverse=INVERSE,
+        )
+
+    @functools.cached_property
+    def exact_softmax(self) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in self.wide(*self.inputs[:3]))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def softmax(self, name: str) -> Stage:
+        """Softmax attention by one of torch's kernels; on a CPU, by the one that there is."""
+        p = dataclasses.replace(self.p, inputs=self.inputs)
+
+        def run() -> torch.Tensor:
+            with torch.no_grad():
+                return softmax_form(p, SOFTMAX[name] if self.device == "cuda" else "MATH")[0]
+
+        return Stage(
+            f"softmax attention, {name}",
+            run,
+            lambda found: self.compare(("o", found, self.exact_softmax)),
+            lambda seen: cost.softmax_attention(self.shape),
+            self.limit,
+            self.shape,
+            triton=False,
+        )
+
     def stages(self) -> list[Stage]:
         """In the chapter's order."""
-        q, k, v, beta = self.inputs
-        C, block_v = self.shape.C, self.shape.block_v
-        narrow = {"chunk_size": C, "block_v": block_v}
+        q, k, v, _ = self.inputs
+        narrow = {"chunk_size": self.shape.C, "block_v": self.shape.block_v}
         linear = Stage(
             "linear attention",
             lambda: ladder.linear_attention(q, k, v, **narrow),
@@ -206,35 +287,20 @@ class Size:
             self.limit,
             self.shape,
         )
-        four = Stage(
-            "four kernels",
-            lambda: ladder.delta_rule_in_steps(q, k, v, beta, **narrow),
-            self.output,
-            lambda seen: cost.delta_rule_in_steps(self.shape),
-            self.ladder_limit,
-            self.shape,
-            self.inverse_flops("merging"),
-        )
         two = Stage("two kernels", self.operator, self.output, self.operator_model, self.limit, self.shape)
-        one = Stage(
-            "one kernel",
-            lambda: ladder.delta_rule_in_one(q, k, v, beta, **narrow),
-            self.output,
-            lambda seen: cost.fused(self.shape),
-            self.ladder_limit,
-            self.shape,
-            self.inverse_flops("merging", times=self.shape.value_blocks),
-        )
         training = functools.partial(self.operator, gradients=True)
         return [
             linear,
-            *(self.inverse(method) for method in ladder.INVERSES),
-            four,
+            *(self.inverse(method) for method in ladder.METHODS),
+            self.rung("four kernels", ladder.delta_rule_in_steps, four_kernels),
+            self.rung("three kernels", rungs.delta_rule_in_three, three_kernels),
+            self.rung("two kernels, plain", rungs.delta_rule_in_two, two_kernels),
+            self.rung("one kernel", ladder.delta_rule_in_one, functools.partial(cost.fused, method="scaled")),
             two,
-            one,
             Stage("operator, training", training, self.output, self.operator_model, self.limit, self.shape),
             self.backward(),
             self.token(),
+            *(self.softmax(name) for name in SOFTMAX),
         ]
 
 
@@ -266,8 +332,10 @@ def measure(stage: Stage, clock: Clock, rates: dict) -> dict:
     del found
     if wrong := verdict(row["errors"], None, stage.limit):
         return row | refused(wrong)
+    if stage.inverse:
+        row["inverse"] = stage.inverse
     costs = stage.model(seen)
-    if len(costs) != len(seen):
+    if stage.triton and len(costs) != len(seen):
         names = [launch.name for launch in seen]
         raise ValueError(f"the model counts {len(costs)} kernels, launched were {names}")
     row["samples_ms"] = [clock.median(stage.run) for _ in range(2)]
@@ -276,7 +344,7 @@ def measure(stage: Stage, clock: Clock, rates: dict) -> dict:
         row["float32_flops"] = stage.float32_flops
         row["float32_ms"] = 1e3 * stage.float32_flops / rates["float32_flops_per_s"]
     row["kernels"] = []
-    for launch, c in zip(seen, costs, strict=True):
+    for launch, c in zip(seen, costs, strict=True) if stage.triton else ():
         ms = clock.median(launch.again) if len(seen) > 1 else row["ms"]
         kernel = {"kernel": launch.name, "name": c.name, **prediction((c,), rates, ms), **launch.facts()}
         row["kernels"].append(kernel)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ import dn_lib  # noqa: F401
 from dn_lib.__main__ import app
 from dn_lib.data import DOWNLOADS, load_corpus
 from dn_lib.data.downloads import Download
+from dn_lib.models import ModelConfig
+from dn_lib.training import TrainConfig, latest, read
+from dn_lib.training.settings import model_config, read_settings, train_config
 
 SHAPE = ["--width", "16", "--layers", "2", "--heads", "2", "--window", "8"]
 RUN = ["--steps", "6", "--batch", "4", "--length", "24", "--device", "cpu", "--quiet"]
@@ -70,6 +74,185 @@ def test_train_resume_eval_generate(text, tmp_path):
     assert 0 < json.loads(result.stdout)["bits_per_byte"] < 9
     one, two = (run("generate", out, "--tokens", 20, "--device", "cpu", "--prompt", "name") for _ in "ab")
     assert one.stdout == two.stdout and one.stdout.startswith("name")
+
+
+CONFIG = """
+corpus = "{corpus}"
+
+[model]
+pattern = ["delta", "window", "gated_delta"]
+width = 16
+heads = 2
+window = 8
+beta_range = 2.0
+conv_size = 3
+expand_v = 1.0
+output_gate = false
+tie_embeddings = true
+
+[train]
+steps = 6
+batch = 4
+length = 24
+betas = [0.8, 0.9]
+min_learning_rate = 0
+log_every = 2
+device = "cpu"
+"""
+
+
+class TestConfiguration:
+    """--config: every field of the model and of the training, below the command line."""
+
+    @pytest.fixture
+    def path(self, text, tmp_path):
+        path = tmp_path / "run.toml"
+        path.write_text(CONFIG.format(corpus=text))
+        return path
+
+    def test_every_field_can_be_set(self, path, tmp_path):
+        """One file with all of them, each at another value than its default, gives that model and that training."""
+        model = ModelConfig(
+            vocab_size=256, width=24, layers=2, heads=3, head_dim=10, attention_heads=2, mixer="gla", hybrid="window",
+            window=9, activation="relu", qk_norm="l1", conv_size=2, beta_range=1.5, delta_steps=2, value_heads=6,
+            expand_v=0.5, output_gate=True, mlp_ratio=1.0, hidden=40, mamba_expand=3, mamba_state=4,
+            tie_embeddings=True, rope_base=100.0, norm_eps=1e-4, backend="recurrent", pattern=("delta", "window"),
+        )  # fmt: skip
+        training = TrainConfig(
+            steps=7, batch=6, length=20, learning_rate=0.5, min_learning_rate=0.25, warmup=3, weight_decay=0.2,
+            betas=(0.5, 0.6), clip=2.0, accumulate=3, evaluate_every=4, evaluation_tokens=50, checkpoint_every=8,
+            keep=9, log_every=5, precision="float32", device="cpu", compile=True, parallel="fsdp", seed=11,
+        )  # fmt: skip
+        lines = []
+        for table, config, left_out in (("model", model, {"vocab_size"}), ("train", training, set())):
+            default = type(config)()
+            lines.append(f"[{table}]")
+            for field in fields(config):
+                value = getattr(config, field.name)
+                if field.name not in left_out:
+                    assert value != getattr(default, field.name), field.name
+                    value = list(value) if isinstance(value, tuple) else value
+                    lines.append(f"{field.name} = {json.dumps(value)}")  # which is TOML for all of these
+        path.write_text("\n".join(lines))
+        read = read_settings(path)
+        assert model_config(read, 256) == model and train_config(read) == training
+
+    def test_a_run_of_it_goes_on_by_itself(self, path, text, tmp_path):
+        out = tmp_path / "run"
+        result = run("train", "--out", out, "--config", path)
+        assert result.exit_code == 0, result.output
+        checkpoint = read(latest(out)).about
+        model = checkpoint["model"]
+        assert (model["pattern"], model["layers"]) == (["delta", "window", "gated_delta"], 3)
+        assert model["beta_range"] == 2.0 and model["output_gate"] is False and model["tie_embeddings"] is True
+        assert checkpoint["train"]["betas"] == [0.8, 0.9] and checkpoint["train"]["min_learning_rate"] == 0
+        result = run("train", "--out", out, "--resume", "--steps", 9, "--change", "steps", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        after = read(latest(out)).about
+        assert after["step"] == 9 and after["model"] == model
+        assert after["train"] == checkpoint["train"] | {"steps": 9}
+
+    def test_the_command_line_goes_first(self, path, tmp_path):
+        out = tmp_path / "run"
+        result = run("train", "--out", out, "--config", path, "--steps", 4, "--pattern", "linear,window,attention")
+        assert result.exit_code == 0, result.output
+        about = read(latest(out)).about
+        assert about["step"] == 4 and about["model"]["pattern"] == ["linear", "window", "attention"]
+        assert about["model"]["conv_size"] == 3
+
+    def test_a_changed_file_is_refused_by_the_name_of_the_setting(self, path, tmp_path):
+        out = tmp_path / "run"
+        assert run("train", "--out", out, "--config", path).exit_code == 0
+        path.write_text(path.read_text().replace("steps = 6", "steps = 12"))
+        message = error_of("train", "--out", out, "--config", path, "--resume")
+        assert "cannot resume: steps is 6 in the checkpoint, 12 here; --change steps" in message
+        path.write_text(path.read_text().replace("beta_range = 2.0", "beta_range = 1.5"))
+        message = error_of("train", "--out", out, "--config", path, "--resume", "--change", "steps")
+        assert "cannot resume: beta_range is 2.0 in the checkpoint, 1.5 here" in message
+
+    def test_a_longer_schedule_never_comes_by_itself(self, path, tmp_path):
+        """Twice as many steps would lift the learning rate of the next one again: they have to be asked for."""
+        out = tmp_path / "run"
+        assert run("train", "--out", out, "--config", path).exit_code == 0
+        before = (out / "log.jsonl").read_text()
+        error_of("train", "--out", out, "--resume", "--steps", 12, "--device", "cpu")
+        assert (out / "log.jsonl").read_text() == before and read(latest(out)).about["step"] == 6
+
+
+@pytest.mark.parametrize("part", ["", "model", "checkpoint_6.safetensors"])
+def test_eval_knows_what_a_run_was_trained_on(text, tmp_path, part, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--corpus", Path(text).name, "--out", out, *SMALL).exit_code == 0
+    place = latest(out) if part.startswith("checkpoint") else out / part
+    monkeypatch.chdir("/")
+    known = json.loads(run("eval", place, "--device", "cpu").stdout)
+    assert (known["corpus"], known["length"], known["same_text"]) == (text, 24, True)
+    given = json.loads(run("eval", place, "--device", "cpu", "--corpus", text, "--length", 24).stdout)
+    assert given == known
+    Path(text).write_text("".join(f"value_{i % 37} = name({i % 11})\n" for i in range(2000)))
+    assert json.loads(run("eval", place, "--device", "cpu").stdout)["same_text"] is False
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "prepare-data", "doctor", "course grade"])
+def test_switches_take_no_value(command):
+    """In the help, too: `--resume true` would read `true` as something else."""
+    shown = run(*command.split(), "--help").stdout
+    assert "bool" not in shown and "[no-" not in shown
+    if command == "train":
+        assert all(re.search(rf"^  --{flag}  +[A-Z]", shown, re.MULTILINE) for flag in ("resume", "quiet"))
+        assert re.search(r"^  --compile  +torch", shown, re.MULTILINE) and "[model]" in shown
+
+
+def seen(raw: str) -> list[str]:
+    """The lines that a terminal shows after `raw`, which moves with newlines and carriage returns."""
+    lines = []
+    for line in raw.replace("\r\n", "\n").split("\n"):
+        cells: list[str] = []
+        for part in line.split("\r"):
+            cells[: len(part)] = part
+        lines.append("".join(cells).rstrip())
+    return lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_progress_and_lines_stay_apart(text, tmp_path):
+    """On a terminal that shows both, and in a file, where there is no bar at all."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    arguments = ["train", "--corpus", text, "--out", str(tmp_path / "a"), *SHAPE, *RUN[:-1], "--evaluate-every", "2"]
+    command = [sys.executable, "-m", "dn_lib", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "80"}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(command, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    raw = b""
+    while True:
+        try:
+            raw += (piece := os.read(ours, 4096))
+        except OSError:  # the terminal's other end was closed
+            break
+        if not piece:
+            break
+    os.close(ours)
+    assert process.wait(60) == 0, raw
+    shown = seen(raw.decode())
+    assert "6/6" in raw.decode() and "tokens/s" in raw.decode()  # there was a bar
+    told = [line for line in shown if "validation" in line]
+    assert [re.fullmatch(r"step +(\d) +validation \d\.\d{3} bits per byte", line)[1] for line in told] == [
+        "2",
+        "4",
+        "6",
+    ]
+    arguments[4] = str(tmp_path / "b")
+    log = tmp_path / "output"
+    with log.open("w") as file:
+        subprocess.run([*command[:3], *arguments], env=environment, stdout=file, stderr=file, check=True)
+    assert "\r" not in log.read_text() and "it/s" not in log.read_text() and log.read_text().count("validation") == 3
 
 
 def test_bpe_run_keeps_its_tokenizer(text, tmp_path):

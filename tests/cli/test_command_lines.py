@@ -32,6 +32,9 @@ def places(tmp_path_factory):
     torch.manual_seed(0)
     save_model(root / "model", LanguageModel(ModelConfig(width=16, layers=2, heads=2, window=8)))
     (root / "cut.tar.xz").write_bytes(b"\xfd7zXZ\0\0")
+    (root / "wrong").mkdir()
+    for name, content in WRONG_FILES.items():
+        (root / "wrong" / f"{name}.toml").write_text(content)
     (root / "broken").mkdir()
     (root / "broken" / "corpus.json").write_text("{")
     (root / "broken" / "train.bin").write_text("x")
@@ -181,7 +184,53 @@ WRONG = [
     (f"{TRAIN} --out text.txt", "--out must be a folder, text.txt is a file"),
     (f"{TRAIN} --out text.txt/run", "text.txt"),
     (f"{TRAIN} --length 1000000", "length must be below"),
+    *[(f"{TRAIN} --beta-range {value}", "beta_range") for value in ("0", "-1", "2.1", "nan", "x")],
+    (f"{TRAIN} --pattern delta,magic", "pattern must name 2 mixers (one a layer) out of"),
+    (f"{TRAIN} --pattern delta", "pattern must name 2 mixers (one a layer) out of"),
+    (f"{TRAIN} --pattern=", "pattern must name 2 mixers (one a layer) out of"),
+    *[(f"{TRAIN} --{flag} true", "true") for flag in ("resume", "compile", "quiet")],
+    # a file of settings
+    (f"{TRAIN} --config nowhere.toml", "No such file or directory: 'nowhere.toml'"),
+    (f"{TRAIN} --config=", "--config': a path must not be empty"),
+    (f"{TRAIN} --config notes", "notes"),
+    (f"{TRAIN} --config text.txt", "--config text.txt cannot be read"),
+    (f"{TRAIN} --config cut.tar.xz", "--config cut.tar.xz cannot be read"),
+    *[
+        (f"{TRAIN} --config wrong/{name}.toml", f"--config wrong/{name}.toml{said}")
+        for name, said in {
+            "top": " must hold corpus, vocab, [model], [train] at its top, got 'width', which belongs into [model]",
+            "magic": " must hold corpus, vocab, [model], [train] at its top, got 'magic'",
+            "no_table": ": model must be a table, [model], got 'delta'",
+            "misplaced": ": [train] has no setting 'heads', which belongs into [model]; it has steps",
+            "text": ": [model] has no setting 'corpus', which belongs at the top",
+            "vocab_size": ": [model] has no setting 'vocab_size'; it has width",
+            "corpus": ": corpus must be a text, got 3",
+            "vocab": ": vocab must be 0 (plain bytes) or from 257 to 65536, got 256",
+            "vocab_true": ": vocab must be 0 (plain bytes) or from 257 to 65536, got True",
+        }.items()
+    ],
+    ("train --out run --config wrong/betas.toml", "betas must be two numbers, got [0.9]"),
+    ("train --out run --config wrong/kind.toml", "layers must be of type int, got 2.0"),
+    ("train --out run --config wrong/range.toml", "steps must be at least 1, got 0"),
+    ("train --out run --config wrong/rate.toml", "learning_rate must be a number, got 'high'"),
+    ("eval model --device cpu", "--corpus must be given: model does not say what its model was trained on"),
 ]
+
+WRONG_FILES = {
+    "top": "width = 16",
+    "magic": "magic = 1",
+    "no_table": "model = 'delta'",
+    "misplaced": "[train]\nheads = 2",
+    "text": "[model]\ncorpus = 'stdlib'",
+    "vocab_size": "[model]\nvocab_size = 300",
+    "corpus": "corpus = 3",
+    "vocab": "vocab = 256",
+    "vocab_true": "vocab = true",
+    "betas": "[train]\nbetas = [0.9]",
+    "kind": "[model]\nlayers = 2.0",
+    "range": "[train]\nsteps = 0",
+    "rate": "[train]\nlearning_rate = 'high'",
+}
 
 
 def test_there_are_enough():

@@ -29,6 +29,20 @@ def test_a_stage_that_is_wrong_or_launches_what_was_not_counted_gets_no_time():
         size.operator_model([])
 
 
+def test_rungs_have_one_inverse_and_softmax_is_named_after_its_kernel():
+    size = ladder.Size(2, 32, 1, 16, "cpu", chunk=16, decoded=2)
+    stages = {stage.name: stage for stage in size.stages()}
+    climb = ("four kernels", "three kernels", "two kernels, plain", "one kernel")
+    assert {stages[name].inverse for name in climb} == {"blocks"} and all(not stages[n].float32_flops for n in climb)
+    assert stages["T by merging"].float32_flops and stages["T by blocks"].float32_flops == 0
+    assert {name for name in stages if name.startswith("softmax")} == {
+        "softmax attention, FlashAttention", "softmax attention, cuDNN"
+    }  # fmt: skip
+    softmax = stages["softmax attention, cuDNN"]
+    right = softmax.run()
+    assert softmax.errors(right)["o"] < 0.01 and softmax.errors(right.flip(1))["o"] > 0.5
+
+
 def test_nothing_that_was_not_written_passes_for_a_result():
     size = ladder.Size(2, 32, 1, 16, "cpu", chunk=16, decoded=2)
     with poisoned():

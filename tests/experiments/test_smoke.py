@@ -73,8 +73,9 @@ def test_every_stage_of_the_ladder_is_checked_and_predicted(smoke):
     record = json.loads(smoke["ladder"][2].read_text())
     rows = {row["stage"]: row for row in record["rows"]}
     assert list(rows) == [
-        "linear attention", "T by substitution", "T by doubling", "T by merging", "four kernels",
-        "two kernels", "one kernel", "operator, training", "operator, backward", "one token",
+        "linear attention", "T by substitution", "T by doubling", "T by merging", "T by blocks", "four kernels",
+        "three kernels", "two kernels, plain", "one kernel", "two kernels", "operator, training", "operator, backward",
+        "one token", "softmax attention, FlashAttention", "softmax attention, cuDNN",
     ]  # fmt: skip
     rates = record["ceilings"]
     for row in rows.values():
@@ -82,7 +83,7 @@ def test_every_stage_of_the_ladder_is_checked_and_predicted(smoke):
         assert all(0 < error < row["limit"] for error in row["errors"].values())  # bfloat16: zero would be no check
         times = [
             max(x["bytes"] / rates["copy_bytes_per_s"], x["flops"] / rates["matmul_flops_per_s"])
-            for x in row["kernels"]
+            for x in row["kernels"] or [row]
         ]
         assert row["predicted_ms"] == pytest.approx(1e3 * sum(times), rel=1e-4)
         assert row["ratio"] == pytest.approx(row["ms"] / row["predicted_ms"], rel=1e-4)
@@ -92,7 +93,12 @@ def test_every_stage_of_the_ladder_is_checked_and_predicted(smoke):
     assert launched["two kernels"] == launched["operator, training"] == ["chunk_inverse", "chunk_scan_fwd"]
     assert launched["one kernel"] == ["one_kernel"] and launched["one token"] == ["recurrent"]
     assert set(rows["operator, backward"]["errors"]) == {"dq", "dk", "dv", "dbeta"}
-    assert rows["one kernel"]["bytes"] < rows["two kernels"]["bytes"] < rows["four kernels"]["bytes"]
+    climb = ["four kernels", "three kernels", "two kernels, plain", "one kernel"]
+    assert [len(rows[name]["kernels"]) for name in climb] == [4, 3, 2, 1]
+    assert {rows[name]["inverse"] for name in climb} == {"blocks"}  # the same on every rung
+    sizes = [rows[name]["bytes"] for name in climb]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert rows["two kernels"]["bytes"] > rows["two kernels, plain"]["bytes"]  # beta is read again, for N
 
 
 def test_tuning_checks_and_times_every_form_of_a_kernel(smoke):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from dn_lib import delta_rule
+from dn_lib import cost, delta_rule
 from dn_lib.forms.householder import ut_transform
 from dn_lib.forms.linear_attention import recurrent_linear_attention
-from dn_lib.kernels import ladder
+from dn_lib.kernels import ladder, rungs
 from dn_lib.teaching.judge.kernels import compile_ahead
 from dn_lib.teaching.judge.source import Plan
 from dn_lib.testing import delta_rule_inputs, relative_error
@@ -136,6 +136,82 @@ def test_one_kernel_and_four_agree_with_each_inverse_and_a_scale(method):
     assert all(relative_error(x, y.double()) < bound for x, y in zip(one, four[:2], strict=True))
 
 
+RUNGS = {
+    "four": lambda *inputs, **options: ladder.delta_rule_in_steps(*inputs, **options)[:2],
+    "three": rungs.delta_rule_in_three,
+    "two": rungs.delta_rule_in_two,
+    "one": ladder.delta_rule_in_one,
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 33, 3, 20, 24)], ids=str)
+def test_every_rung_with_the_operators_inverse(rung, shape, dtype):
+    """The inverse's dots are in float16 for bfloat16 inputs, in two halves for float16, in float32 for float32."""
+    q, k, v, beta = inputs(*shape, dtype)
+    o, state = RUNGS[rung](q, k, v, beta, method="blocks", block_v=16)
+    exact_o, exact_state = exact_delta(q, k, v, beta)
+    size = (exact_o.norm() + shape[3] ** -0.5 * q.double().norm() * exact_state.norm()).item()
+    assert relative_error(o, exact_o, size) < BOUND[dtype]
+    assert relative_error(state, exact_state) < BOUND[dtype]
+    assert o.dtype == dtype and state.dtype == torch.float32 and o.shape == v.shape
+
+
+@pytest.mark.parametrize("rung", ["three", "two"])
+@pytest.mark.parametrize("method", ladder.METHODS)
+def test_rungs_between_agree_with_four_kernels(rung, method):
+    q, k, v, beta = inputs(1, 70, 2, 16, 40)
+    options = dict(scale=0.3, method=method, chunk_size=32, block_v=16)
+    bound = 1e-3 if method == "doubling" else 1e-5
+    for x, y in zip(RUNGS[rung](q, k, v, beta, **options), RUNGS["four"](q, k, v, beta, **options), strict=True):
+        assert relative_error(x, y.double()) < bound
+
+
+@pytest.mark.parametrize("C", [16, 32, 64])
+def test_the_operators_inverse_is_as_safe_here(C):
+    """Identical keys and beta = 2, in bfloat16, whose T is made of float16 dots: entries of T are at most 4."""
+    k = normalize(torch.ones(1, C, 1, 16), dim=-1).to(DEVICE, torch.bfloat16)
+    beta = torch.full((1, C, 1), 2.0, device=DEVICE, dtype=torch.bfloat16)
+    T = ladder.ut_transform(k, beta, method="blocks", chunk_size=C)[0, :, 0]
+    exact = ut_transform(k[0, :, 0].double(), beta[0, :, 0].double())
+    assert relative_error(T, exact) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize("rung", ["three", "two"])
+def test_a_rung_writes_nothing_with_beta_zero_and_names_what_does_not_fit(rung):
+    q, k, v, beta = inputs(1, 20, 1, 16, 16)
+    assert all((x == 0).all() for x in RUNGS[rung](q, k, v, 0 * beta))
+    with pytest.raises(ValueError, match=r"method must be one of .*'blocks'"):
+        RUNGS[rung](q, k, v, beta, method="series")
+    with pytest.raises(ValueError, match="block_v must be a power of two"):
+        RUNGS[rung](q, k, v, beta, block_v=24)
+    with pytest.raises(ValueError, match="beta must be"):
+        RUNGS[rung](q, k, v, beta[:, :10])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is watched")
+@pytest.mark.parametrize("block_v", [32, 16])
+def test_each_rung_asks_for_the_bytes_that_are_counted(block_v):
+    """Every access of every program, against the costs with which `experiments ladder` predicts. And one change a rung:
+    a rung's launches are those of the rung before, but for what is merged."""
+    measured = pytest.importorskip("experiments.operators.ladder")
+    from dn_lib.teaching.judge.trace import observe
+
+    q, k, v, beta = inputs(1, 64, 2, 32, 32)
+    shape = cost.Shape(1, 64, 2, 32, 32, C=16, block_v=block_v, element=4)
+    models = {
+        "four": measured.four_kernels, "three": measured.three_kernels, "two": measured.two_kernels, "one": cost.fused
+    }  # fmt: skip
+    names = {}
+    for rung, model in models.items():
+        _, seen = observe(RUNGS[rung], q, k, v, beta, method="blocks", block_v=block_v)
+        assert seen.bytes() == sum(c.requested for c in model(shape)), rung
+        names[rung] = [launch.kernel for launch in seen.launches]
+    assert names["three"] == [*names["four"][:2], "walk_wu_kernel"]
+    assert names["two"] == [names["three"][0], "walk_kernel"] and names["one"] == ["one_kernel"]
+
+
 def test_delta_rule_in_one_with_beta_zero_writes_nothing():
     q, k, v, beta = inputs(1, 20, 1, 16, 16)
     assert all((x == 0).all() for x in ladder.delta_rule_in_one(q, k, v, 0 * beta))
@@ -185,16 +261,22 @@ def plans(dtype, d=32, C=32):
         "state_kernel": ((x, x, x, x, s, s, *L), wide),
         "output_kernel": ((x, x, x, s, x, 0.5, *L), wide),
         "one_kernel": ((x, x, x, beta, x, s, 0.5, *L), {"INVERSE": "ladder.inverse_by_merging", **wide}),
+        "walk_wu_kernel": ((x, x, x, x, x, s, 0.5, *L), wide),
+        "walk_kernel": ((x, x, x, x, x, s, 0.5, *L), wide),
+        "one_kernel blocks": ((x, x, x, beta, x, s, 0.5, *L), {"INVERSE": "ladder.inverse_by_blocks_half", **wide}),
     } | {
         f"ut_kernel {name}": ((x, beta, x, 64, 1, d), {"INVERSE": f"ladder.{inverse.fn.__name__}", **sizes})
-        for name, inverse in ladder.INVERSES.items()
+        for name, inverse in (*ladder.INVERSES.items(), ("blocks", ladder.inverse_by_blocks_half))
     }
 
 
 @pytest.mark.parametrize("name", plans(torch.bfloat16))
 def test_kernel_compiles_for_a_gpu_that_is_not_there(name):
     arguments, constants = plans(torch.bfloat16)[name]
-    used = compile_ahead(getattr(ladder, name.split()[0]), Plan(arguments, (), (1,), constants))
+    kernel = name.split()[0]
+    used = compile_ahead(
+        getattr(rungs if kernel.startswith("walk") else ladder, kernel), Plan(arguments, (), (1,), constants)
+    )
     assert used["warps"] == 4 and (used["shared"] > 0 or name == "scaled_add_kernel")
 
 

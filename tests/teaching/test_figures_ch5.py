@@ -11,6 +11,7 @@ import pytest
 from dn_lib import cost
 from dn_lib.teaching import plotting
 from dn_lib.teaching.figures import ch5
+from dn_lib.teaching.results import OLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +65,7 @@ def test_results_are_found_upwards_and_say_where_they_come_from(tmp_path):
     (tmp_path / "book" / "appendix").mkdir()
     found = ch5.stored("one", tmp_path / "book" / "appendix")
     assert ch5.stored("two", tmp_path) is None
-    assert ch5.origin(one=found) == "one: some GPU, 2026-01-02, commit abcdef0, torch 2.0, triton 3.0"
+    assert ch5.origin(one=found) == f"one: some GPU, 2026-01-02, commit abcdef0, torch 2.0, triton 3.0 ({OLDER})"
 
 
 def test_a_rung_names_kernels_as_they_are_called_today_and_leaves_the_result_alone():
@@ -74,9 +75,25 @@ def test_a_rung_names_kernels_as_they_are_called_today_and_leaves_the_result_alo
     assert "0.300" in lines[1] and json.dumps(LADDER) == before
 
 
-def test_the_fair_ladder_exchanges_nothing_but_the_inverse():
-    _, four, two = ch5.fair_ladder(LADDER).splitlines()
+def test_of_an_older_result_the_fair_ladder_exchanges_nothing_but_the_inverse():
+    _, four, two, note = ch5.fair_ladder(LADDER).splitlines()
     assert four.split()[-2] == "6.100" and two.split()[-2] == "0.300"  # 0.1 + 1 + 2 + 3, and 0.1 + 0.2
+    assert note.startswith("an older result")
+
+
+def test_the_fair_ladder_shows_every_rung_where_all_have_one_inverse():
+    rungs = [
+        stage(name, kernel("a", ms, ms / 2)) | {"inverse": "blocks"}
+        for name, ms in zip(ch5.RUNGS, (4, 3, 2, 1), strict=True)
+    ]
+    record = {**LADDER, "rows": [*rungs, LADDER["rows"][0]]}
+    head, *lines = ch5.fair_ladder(record).splitlines()
+    assert head.startswith("the same inverse on all")
+    assert [line[:32].strip() for line in lines] == [*ch5.RUNGS, "two kernels, the operator"]
+    assert [line.split()[-2] for line in lines] == ["4.000", "3.000", "2.000", "1.000", "0.300"]
+    mixed = [rungs[0] | {"inverse": "merging"}, *rungs[1:]]
+    assert "an older result" not in ch5.fair_ladder(record)
+    assert ch5.fair_ladder({**LADDER, "rows": mixed}) == "not measured yet"
 
 
 @pytest.mark.parametrize(
@@ -153,4 +170,7 @@ def test_which_form_draws_predictions_alone_where_nothing_is_measured():
     ax = ch5.which_form(None, None).axes[0]
     assert [line.get_label().rsplit(", ", 1)[1] for line in ax.lines] == ["predicted"] * 3
     labels = [line.get_label() for line in ch5.which_form(ch5.stored("operator", ROOT), LADDER).axes[0].lines]
-    assert "the ladder's four kernels, measured" in labels and "delta rule, the operator, measured" in labels
+    assert (
+        "the ladder's four kernels, with a float32 inverse, measured" in labels
+        and "delta rule, the operator, measured" in labels
+    )

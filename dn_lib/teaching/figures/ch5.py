@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,9 @@ from matplotlib.patches import Rectangle
 
 from dn_lib import cost
 from dn_lib.teaching import plotting
+from dn_lib.teaching.results import Record
+from dn_lib.teaching.results import origin as origin
+from dn_lib.teaching.results import stored as stored
 
 SECTOR, LINE = 32, 128  # bytes: what L2 and HBM hand out at least, and a line of the cache, four sectors
 H100 = (3.0e12, 6.8e14)  # bytes and bfloat16 operations a second, in round numbers, where nothing was measured
@@ -30,42 +32,9 @@ RENAMED = {
     "walk back": "chunk_scan_bwd",
     "gradients": "chunk_bwd_dqk",
 }
-Record = dict[str, Any] | None
 
 
 # --- Results ------------------------------------------------------------------------------------------------
-def stored(name: str, folder: Path | None = None) -> Record:
-    """The result `book/results/<name>.json`, or None: upwards from `folder`, by default the working directory.
-
-    From there the package's own copy is taken where there is no other: a wheel has one.
-
-    >>> stored("no such result") is None
-    True
-    """
-    start = (folder or Path.cwd()).resolve()
-    folders = [start, *start.parents] + ([] if folder else [Path(__file__).parents[2]])
-    places = [place / f"book/results/{name}.json" for place in folders]
-    return next((json.loads(place.read_text("utf-8")) for place in places if place.exists()), None)
-
-
-def origin(**records: Record) -> str:
-    """For each result by its name: on which device, when and at which commit it was measured.
-
-    >>> print(origin(ladder=None))
-    ladder: not measured yet; `python -m experiments --list` says what measures it on a GPU
-    """
-    lines = []
-    for name, record in records.items():
-        if record is None:
-            lines.append(f"{name}: not measured yet; `python -m experiments --list` says what measures it on a GPU")
-            continue
-        where = record.get("gpu", record)["provenance"]
-        versions = ", ".join(f"{package} {where[package]}" for package in ("torch", "triton") if package in where)
-        when = f"{where['date'][:10]}, commit {where['git_commit'][:7]}"
-        lines.append(f"{name}: {where['device']}, {when}{', ' + versions if versions else ''}")
-    return "\n".join(lines)
-
-
 def ceilings(record: Record) -> tuple[float, float]:
     """Bytes and bfloat16 operations a second: measured in the run of `record`, else those of an H100.
 
@@ -101,25 +70,41 @@ def rung(record: Record, *stages: str) -> str:
     return "\n".join(lines) if len(lines) > 1 else "not measured yet"
 
 
-def fair_ladder(record: Record) -> str:
-    """Four kernels against two with the same inverse on both: sums of kernels, each of which was timed alone.
+RUNGS = ("four kernels", "three kernels", "two kernels, plain", "one kernel")
 
-    In "four kernels" the time of the ladder's float32 inverse is replaced by that of the operator's `chunk_inverse`.
+
+def fair_ladder(record: Record) -> str:
+    """Predicted and measured milliseconds of the ladder's rungs, one change each, and of the operator.
+
+    All rungs have the operator's inverse where the result says so (`inverse`). Of an older result, whose rungs inverted
+    in float32, this shows four kernels and the operator's two, with the time of that inverse replaced by that of the
+    operator's `chunk_inverse`.
 
     >>> print(fair_ladder(None))
     not measured yet
     """
-    rows = {(row["stage"], row["d"]): row["kernels"] for row in ladder_rows(record)}
-    lines = [f"{'the same inverse on both, ms':32}{'d':>4}{'predicted':>11}{'measured':>10}{'ratio':>7}"]
-    for d in sorted({d for _, d in rows}, reverse=True):
-        if ("four kernels", d) not in rows or ("two kernels", d) not in rows:
-            continue
-        inverse, scan = rows["two kernels", d]
-        found = {"four kernels": [inverse, *rows["four kernels", d][1:]], "two kernels": [inverse, scan]}
-        for name, kernels in found.items():
-            predicted, measured = (sum(k[key] for k in kernels) for key in ("predicted_ms", "ms"))
+    rows = {(row["stage"], row["d"]): row for row in ladder_rows(record)}
+    sizes = sorted({d for _, d in rows}, reverse=True)
+    alike = {d for d in sizes if all(rows.get((name, d), {}).get("inverse") == "blocks" for name in RUNGS)}
+    lines = [f"{'the same inverse on all, ms':32}{'d':>4}{'predicted':>11}{'measured':>10}{'ratio':>7}"]
+    for d in sizes:
+        found: dict[str, list[dict[str, Any]]] = {}
+        if d in alike:
+            found = {name: [rows[name, d]] for name in RUNGS}
+            if ("two kernels", d) in rows:
+                found["two kernels, the operator"] = [rows["two kernels", d]]
+        elif ("four kernels", d) in rows and ("two kernels", d) in rows:
+            inverse, scan = rows["two kernels", d]["kernels"]
+            found = {"four kernels": [inverse, *rows["four kernels", d]["kernels"][1:]]}
+            found["two kernels, the operator"] = [inverse, scan]
+        for name, parts in found.items():
+            predicted, measured = (sum(part[key] for part in parts) for key in ("predicted_ms", "ms"))
             lines.append(f"{name:32}{d:4}{predicted:11.3f}{measured:10.3f}{measured / predicted:7.2f}")
-    return "\n".join(lines) if len(lines) > 1 else "not measured yet"
+    if len(lines) == 1:
+        return "not measured yet"
+    if not alike:
+        lines.append("an older result: its other rungs inverted in float32, or were not there yet")
+    return "\n".join(lines)
 
 
 # --- How memory is read -------------------------------------------------------------------------------------
@@ -303,7 +288,9 @@ def which_form(operator: Record, ladder: Record) -> Figure:
             (label, softmax, [(row["L"], row["others"][names]["ms"]) for row in rows if names in row["others"]])
         )
     four = [row for row in ladder_rows(ladder) if (row["stage"], row["d"]) == ("four kernels", 128)]
-    marks.append(("the ladder's four kernels, measured", plotting.OTHERS[0], [(row["L"], row["ms"]) for row in four]))
+    slow = any(row.get("inverse") != "blocks" for row in four)
+    kind = "the ladder's four kernels, with a float32 inverse" if slow else "the ladder's four kernels"
+    marks.append((f"{kind}, measured", plotting.OTHERS[0], [(row["L"], row["ms"]) for row in four]))
     for label, style, points in marks:
         if points:
             xs, ys = zip(*points, strict=True)
