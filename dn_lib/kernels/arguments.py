@@ -6,6 +6,8 @@ go through `token_offsets`, which does that for them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,3 +98,16 @@ def chunk_offsets(tokens: Tensor | None, chunk: int) -> Tensor | None:
         return None
     chunks = (tokens.diff() + chunk - 1).div(chunk, rounding_mode="floor")
     return torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def on_its_device(run: Callable) -> Callable:
+    """Makes the GPU of q the current one, as Triton expects, for the time of the call."""
+
+    @functools.wraps(run)
+    def there(*, q: Tensor, **arguments):
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return run(q=q, **arguments)
+        return run(q=q, **arguments)
+
+    return there

@@ -11,7 +11,7 @@ such as those behind the last offset of a padded buffer, get zeros: outputs and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dn_lib.forms.common import NORM_EPS
-from dn_lib.kernels.arguments import chunk_offsets, readable, token_offsets, writable
+from dn_lib.kernels.arguments import chunk_offsets, on_its_device, readable, token_offsets, writable
 from dn_lib.kernels.delta_rule import backward as bwd
 from dn_lib.kernels.delta_rule import forward as fwd
 from dn_lib.kernels.delta_rule import gates
@@ -35,20 +35,7 @@ _INVERSE = {torch.bfloat16: "half", torch.float16: "halves"}
 _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def _on_its_device(run: Callable) -> Callable:
-    """Makes the GPU of q the current one, as Triton expects, for the time of the call."""
-
-    @functools.wraps(run)
-    def on_its_device(*, q: Tensor, **arguments):
-        if q.is_cuda and q.device.index != torch.cuda.current_device():
-            with torch.cuda.device(q.device):
-                return run(q=q, **arguments)
-        return run(q=q, **arguments)
-
-    return on_its_device
-
-
-@_on_its_device
+@on_its_device
 def forward(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float,
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, final_state: bool = False,
@@ -122,7 +109,7 @@ def backward(
     return found.q, found.k, found.v, cast(Tensor, found.beta), found.initial_state
 
 
-@_on_its_device
+@on_its_device
 def gradients(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor | None, beta: Tensor | None, saved: Saved, do: Tensor,
     dstate: Tensor | None, scale: float, initial_state: bool,
@@ -160,7 +147,7 @@ def gradients(
     return finished(plan, k.dtype, **written)
 
 
-@_on_its_device
+@on_its_device
 def recurrent(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float,
     initial_state: Tensor | None = None, final_state: Tensor | None = None, cu_seqlens: Tensor | None = None,

@@ -10,32 +10,17 @@ outputs and gradients.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dn_lib.kernels.arguments import chunk_offsets, readable, token_offsets, writable
+from dn_lib.kernels.arguments import chunk_offsets, on_its_device, readable, token_offsets, writable
 from dn_lib.kernels.gla import backward as bwd
 from dn_lib.kernels.gla import forward as fwd
 from dn_lib.kernels.gla import recurrent as rec
 from dn_lib.kernels.gla.plan import SUB, Plan, Saved
 from dn_lib.kernels.launcher import launch_kernel
-
-
-def _on_its_device(run: Callable) -> Callable:
-    """Makes the GPU of q the current one, as Triton expects, for the time of the call."""
-
-    @functools.wraps(run)
-    def on_its_device(*, q: Tensor, **arguments):
-        if q.is_cuda and q.device.index != torch.cuda.current_device():
-            with torch.cuda.device(q.device):
-                return run(q=q, **arguments)
-        return run(q=q, **arguments)
-
-    return on_its_device
 
 
 class Gradients(NamedTuple):
@@ -48,7 +33,7 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-@_on_its_device
+@on_its_device
 def forward(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None, final_state: bool = False,
@@ -91,7 +76,7 @@ def forward(
 _MADE = ("scores", "q_decayed", "k_decayed", "whole", "states")
 
 
-@_on_its_device
+@on_its_device
 def backward(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, saved: Saved, do: Tensor, dstate: Tensor | None,
     scale: float, initial_state: bool,
@@ -140,7 +125,7 @@ def backward(
     return Gradients(dq, dk, dv, dg.to(g.dtype), dfirst)
 
 
-@_on_its_device
+@on_its_device
 def recurrent(
     *, plan: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None = None,
     final_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
