@@ -102,7 +102,7 @@ lab: $(READY)
 	@mkdir -p lab && cp -n book/notebooks/*.ipynb lab/ || true
 	@echo "JupyterLab opens chapter 1 in your browser; if not, follow the address below to 01_linear_attention."
 	@echo "Fill in an exercise, run its cell, and check() says what is right.  Ctrl-C here ends JupyterLab."
-	@trap : INT; $(PY) -m jupyterlab --notebook-dir=lab lab/01_linear_attention.ipynb; \
+	@trap : INT; $(PY) -m jupyterlab --LabApp.news_url=None --notebook-dir=lab lab/01_linear_attention.ipynb; \
 	  echo "Your work is in lab/, and make lab goes on with it.  After chapter 1: lab/02_delta_rule.ipynb"
 
 notebooks: $(READY)

@@ -20,6 +20,8 @@ from nbformat import NotebookNode
 from pybtex.database import Entry, parse_file
 from pybtex.plugin import find_plugin
 
+from tools.project import address
+
 ADMONITIONS = {"note": "Note", "warning": "Warning", "tip": "Tip"}
 DIRECTIVES = {"math", "exercise", "admonition", *ADMONITIONS}
 ROLES = {"eq", "cite", "ref", "doc"}
@@ -187,6 +189,28 @@ def author_year(entry: Entry) -> str:
     return f"{authors} {fields['year']}"
 
 
+def install_cell(repository: str) -> str:
+    """The first code cell of a notebook: it fetches the package, from the project's address if it has one.
+
+    >>> print(install_cell("https://example.org/a"))
+    # Fetches the package where it is missing, as on Colab. Elsewhere it does nothing.
+    import importlib.util
+    <BLANKLINE>
+    if importlib.util.find_spec("dn_lib") is None:
+        %pip install --quiet "dn-lib @ git+https://example.org/a"
+    """
+    package = f"dn-lib @ git+{repository}" if repository else "dn-lib"
+    return INSTALL.format(package=package)
+
+
+INSTALL = """\
+# Fetches the package where it is missing, as on Colab. Elsewhere it does nothing.
+import importlib.util
+
+if importlib.util.find_spec("dn_lib") is None:
+    %pip install --quiet "{package}\""""
+
+
 class Chapter:
     """Lowers one chapter; remembers what it cites."""
 
@@ -329,6 +353,8 @@ class Chapter:
                 if text:
                     cells.append(nbformat.v4.new_markdown_cell(text))
                 continue
+            if not any(made.cell_type == "code" for made in cells):
+                cells.append(nbformat.v4.new_code_cell(install_cell(address())))
             metadata = {"tags": list(cell.metadata["tags"])} if cell.metadata.get("tags") else {}
             figure = cell.metadata.get("mystnb", {})
             alt = figure.get("image", {}).get("alt")

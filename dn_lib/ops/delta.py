@@ -61,7 +61,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule over a sequence, the same function whatever the backend.
 
-    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t  (chapter 2, `eq-delta-rule`;
+    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t  (chapter 2, `eq-delta-recurrence`;
     Yang et al. 2024, transposed).  Keys should have norm 1 and beta lie in [0, 2]: beyond beta |k|^2 = 2 a
     state can grow without bound.  Keys rounded to 16 bits are only nearly of norm 1; where beta comes near 2 and keys
     repeat for thousands of tokens, pass qk_l2norm=True, which divides in float32.

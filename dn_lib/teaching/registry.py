@@ -31,7 +31,7 @@ KINDS = ("identity", "definition", "bound", "count")
 class Equation:
     """A labelled equation and how it is checked.
 
-    label: the MyST label, e.g. `"eq-delta-rule"`.
+    label: the MyST label, e.g. `"eq-delta-recurrence"`.
     kind: what the check means.
       - identity: `left` and `right` are computed independently of each other and agree.
       - definition: `left` is the library function, `right` the formula as the chapter prints it.

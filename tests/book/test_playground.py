@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from browser import PROGRAM
+from page_checks import SIDEWAYS
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -29,9 +29,11 @@ from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
 from dn_lib.forms.linear_attention import recurrent_linear_attention
 from dn_lib.teaching.figures.ch2 import LETTERS, word
 from dn_lib.teaching.plotting import MECHANISMS
+from tools.site_ext.landing import times
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
+FOLDERS = ("appendix", "reference", "solutions")
 PAGES = ("index", "playground")
 WIDTHS = {"phone": 390, "laptop": 1280, "projector": 1920}
 RULES = {"additive": "linear", "delta": "delta", "gated": "gated"}  # in the script, in MECHANISMS
@@ -81,7 +83,7 @@ def site(tmp_path_factory) -> Path:
     for name in ("conf.py", "index.md", "playground.md", "notation.md", "bibliography.md", "references.bib"):
         shutil.copy(BOOK / name, folder)
     shutil.copytree(BOOK / "_static", folder / "_static")
-    for path in [*BOOK.glob("[0-9][0-9]_*.md"), *BOOK.glob("appendix/*.md"), *BOOK.glob("solutions/*.md")]:
+    for path in [*BOOK.glob("[0-9][0-9]_*.md"), *(p for f in FOLDERS for p in BOOK.glob(f"{f}/*.md"))]:
         stub = folder / path.relative_to(BOOK)
         stub.parent.mkdir(exist_ok=True)
         text = TIMED if stub.name.startswith("01_") and stub.parent == folder else CHAPTER.format(name=stub.stem)
@@ -337,7 +339,6 @@ def test_times_on_the_landing_page_are_those_of_the_chapters(visit):
 
 
 def test_every_time_that_a_chapter_states_is_found():
-    times = runpy.run_path(str(BOOK / "conf.py"))["times"]
     for chapter in sorted(BOOK.glob("[0-9][0-9]_*.md")):
         opening = chapter.read_text("utf-8").partition("\n(sec-")[0]
         line = times(chapter)
@@ -387,23 +388,6 @@ def test_every_link_and_picture_is_there(visit, site, name):
         assert not anchor or f'id="{anchor}"' in target.read_text("utf-8"), address
 
 
-# What stands out sideways of the page, or of a box that clips or scrolls.
-SIDEWAYS = """
-() => {
-  const right = document.documentElement.clientWidth;
-  const all = [...document.querySelectorAll("article *")].filter((element) => element.getClientRects().length);
-  const shown = all.filter((element) => !element.closest("mjx-container"));  // formulas: tests/book/test_site.py
-  const wide = shown.filter((element) => {
-    const { overflowX, display } = getComputedStyle(element);
-    return overflowX !== "visible" && display !== "inline" && element.scrollWidth > element.clientWidth + 1;
-  });
-  const out = shown.filter((element) => element.getBoundingClientRect().right > right + 1);
-  const names = [...wide, ...out].map((element) => `${element.tagName}.${element.getAttribute("class")}`);
-  return document.documentElement.scrollWidth > right ? ["the page", ...names] : names;
-}
-"""
-
-
 def violations(page: Page) -> list[dict]:
     """What axe-core finds, all its rules, on the whole page.  Without preloading it asks for no file itself."""
     return Axe().run(page, options={"preload": False}).response["violations"]
@@ -416,7 +400,7 @@ def test_fits_and_is_accessible(visit, name, size, scheme):
     page = visit(name, width=WIDTHS[size], color_scheme=scheme, reduced_motion="reduce")
     expect(page.locator("html")).to_have_attribute("data-theme", scheme)
     assert page.evaluate("innerWidth") == WIDTHS[size]
-    assert page.evaluate(SIDEWAYS) == []
+    assert page.evaluate(SIDEWAYS, "mjx-container") == []
     serious = [violation for violation in violations(page) if violation["impact"] in {"serious", "critical"}]
     assert not serious, "\n".join(f"{v['id']}: {node['html'][:200]}" for v in serious for node in v["nodes"])
 
@@ -424,5 +408,5 @@ def test_fits_and_is_accessible(visit, name, size, scheme):
 def test_a_page_that_is_too_wide_and_a_pale_text_are_found(visit):
     page = visit("playground", width=390, color_scheme="light")
     page.evaluate("document.querySelector('.dn-formula').style.cssText = 'width: 800px; color: #ddd'")
-    assert page.evaluate(SIDEWAYS)
+    assert page.evaluate(SIDEWAYS, "mjx-container")
     assert "color-contrast" in [violation["id"] for violation in violations(page)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import jupytext
+import nbformat
 import pytest
 from browser import PROGRAM, Browser
 from bs4 import BeautifulSoup
+from page_checks import CUT_OFF
 
 from tools.lowering import Book, directives, prose
-from tools.site import ROOT, main
+from tools.site import ROOT, main, pages_with_code, with_stored_results
+from tools.site_ext import buttons
 
 BOOK = ROOT / "book"
 HEAD = """---
@@ -35,7 +39,7 @@ x = 1
 ````{exercise} Think (★, 5 min)
 :label: ex-1-1
 
-Show {eq}`eq-a` {cite}`yang2024parallelizing`.
+Show {eq}`eq-a` {cite}`yang2024parallelizing` {cite}`yang2024gla`.
 
 ```{admonition} Hint
 :class: dropdown
@@ -51,6 +55,8 @@ y = 2
 ```
 
 {eq}`eq-a`, {eq}`eq-b`, {ref}`the section <sec-a>`, {doc}`first <01_first>`
+
+Figure 2.1 draws what exercise 1.1 asks; there is no figure 2.7.
 
 ```{code-cell} ipython3
 ---
@@ -128,8 +134,7 @@ def write(folder: Path, first: str = FIRST) -> None:
     (folder / "solutions").mkdir(parents=True)
     for name in ("references.bib", "bibliography.md"):
         shutil.copy(BOOK / name, folder)
-    conf = (BOOK / "conf.py").read_text("utf-8")
-    (folder / "conf.py").write_text(conf.replace("Path(__file__).resolve().parents[2]", f"Path({str(ROOT)!r})"))
+    shutil.copy(BOOK / "conf.py", folder)
     shutil.copytree(BOOK / "_static", folder / "_static")
     (folder / "index.md").write_text(INDEX)
     (folder / "01_first.md").write_text(HEAD + first, encoding="utf-8")
@@ -137,7 +142,7 @@ def write(folder: Path, first: str = FIRST) -> None:
     (folder / "appendix").mkdir()
     for name in ("A_more", "B_last"):
         (folder / "appendix" / f"{name}.md").write_text(HEAD + EXTRA.format(letter=name[0]), encoding="utf-8")
-    (folder / "solutions" / "01_first.md").write_text(HEAD + "# Solutions\n\nText.\n")
+    (folder / "solutions" / "01_first.md").write_text(HEAD + "# Solutions\n\n## 1.1 Think\n\nText.\n")
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +177,80 @@ def test_appendices_are_numbered_by_their_letter(site, name):
     assert f"Figure {letter}.1" in appendix.select_one("figcaption").get_text()
 
 
-def test_hints_are_folded_and_exercises_lead_to_their_solutions(site):
+def test_hints_are_folded_and_lead_to_solutions(site):
     exercise = page(site, "01_first.html").select_one(".exercise")
-    assert not exercise.select_one("details").has_attr("open")
-    assert exercise.select_one(".solution-link a")["href"] == "solutions/01_first.html"
+    hint = exercise.select_one("details")
+    assert not hint.has_attr("open")
+    assert hint.select_one(".solution-link a")["href"] == "solutions/01_first.html#solution-1-1"
+    assert not page(site, "02_second.html").select(".solution-link")
+    section = page(site, "solutions/01_first.html").find(id="solution-1-1")
+    assert section.find_parent("section").h2.get_text().startswith("1.1 Think")
+
+
+def test_figures_and_exercises_that_a_text_names_are_links_with_previews(site):
+    second = page(site, "02_second.html")
+    links = {link.get_text(): link["href"] for link in second.select("article p a.reference")}
+    assert links["Figure 2.1"] == "#fig-2-1" and links["exercise 1.1"] == "01_first.html#ex-1-1"
+    assert "figure 2.7" not in links
+    table = (site / "_static" / "previews_data.js").read_text("utf-8").removeprefix("window.DN_PREVIEWS = ")
+    previews = json.loads(table.rstrip().removesuffix(";"))
+    figure = BeautifulSoup(previews["02_second.html#fig-2-1"], "html.parser")
+    assert (site / figure.img["src"]).is_file() and "A line." in figure.get_text()
+    assert "x = 1" in previews["01_first.html#equation-eq-a"]
+    sources = [
+        link["href"].partition("#")[2] for link in page(site, "01_first.html").select("a[href*='bibliography.html#']")
+    ]
+    assert "Parallelizing" in previews[f"bibliography.html#{sources[0]}"]
+
+
+def test_citations_of_one_author_and_year_are_told_apart(site):
+    cited = [link.get_text() for link in page(site, "01_first.html").select(".exercise a[href*='bibliography']")]
+    assert cited == ["Yang et al. 2024b", "Yang et al. 2024a"]
+
+
+class App:
+    """What `buttons.add` asks of Sphinx."""
+
+    def __init__(self, repository: str):
+        self.config = type("Config", (), {"dn_repository": repository})
+        self.dn_notebooks = {"01_first"}
+
+
+@pytest.mark.parametrize(
+    "repository, offered",
+    [
+        ("", ["Notebook"]),
+        ("https://github.com/owner/name", ["Notebook", "Colab", "Binder", "Source"]),
+        ("https://elsewhere.org/name", ["Notebook", "Source"]),
+    ],
+)
+def test_one_address_drives_what_a_page_offers(repository, offered):
+    context = {"header_buttons": [], "pathto": lambda file, resource: file}
+    buttons.add(App(repository), "01_first", "page.html", context, None)
+    assert [button["text"] for button in context["header_buttons"]] == offered
+    assert context["header_buttons"][0]["url"] == "notebooks/01_first.ipynb"
+    context = {"header_buttons": [], "pathto": lambda file, resource: file}
+    buttons.add(App(repository), "notation", "page.html", context, None)
+    assert [button["text"] for button in context["header_buttons"]] == (["Source"] if repository else [])
+
+
+def test_stored_results_are_those_of_the_same_cells(tmp_path):
+    cell = "```{code-cell} ipython3\n%s\n```\n\n"
+    path, pair = tmp_path / "01_a.md", tmp_path / "01_a.ipynb"
+    path.write_text(HEAD + "# A\n\n" + "".join(cell % line for line in ("x = 1", "y = 2", "print(3)")))
+    code = [nbformat.v4.new_code_cell(line) for line in ("print(0)", "x = 1", "print(3)")]
+    for number, stored in enumerate(code):
+        stored.outputs = [nbformat.v4.new_output("stream", text=str(number))]
+    nbformat.write(nbformat.v4.new_notebook(cells=code), pair)
+    cells = [cell for cell in with_stored_results(path, pair).cells if cell.cell_type == "code"]
+    assert [[output.text for output in cell.outputs] for cell in cells] == [["1"], [], ["2"]]
+    assert not [c for c in with_stored_results(path, tmp_path / "none.ipynb").cells if c.get("outputs")]
+
+
+def test_every_page_with_code_is_executed_beforehand():
+    pages = {path.relative_to(BOOK).as_posix() for path in pages_with_code(BOOK)}
+    assert {"01_linear_attention.md", "appendix/A_measuring.md", "solutions/01_linear_attention.md"} <= pages
+    assert "instructors.md" in pages and "notation.md" not in pages
 
 
 def test_nothing_is_loaded_from_elsewhere(site):
@@ -192,49 +267,6 @@ def test_nothing_is_loaded_from_elsewhere(site):
         assert not re.search(r"(@import|url\()\s*[\"']?https?:", path.read_text("utf-8")), path.name
 
 
-# Formulas of which a glyph is cut off: it has less than one pixel of room (the least that keeps it whole, for glyphs
-# are drawn on whole pixels) above or below within an element that clips, or stands out sideways from one that does
-# not scroll.
-CUT_OFF = """
-(() => {
-  const known = new Map();
-  const clips = (element) => {  // the elements around that hide what stands out of them, the innermost last
-    if (!element || element === document.body) return [];
-    if (!known.has(element)) {
-      const style = getComputedStyle(element), found = [...clips(element.parentElement)];
-      if (style.overflowY !== "visible") {
-        const box = element.getBoundingClientRect(), left = box.left + element.clientLeft;
-        const top = box.top + element.clientTop, scrolls = ["auto", "scroll"].includes(style.overflowX);
-        found.push({ left, right: left + element.clientWidth, top, bottom: top + element.clientHeight, scrolls });
-      }
-      known.set(element, found);
-    }
-    return known.get(element);
-  };
-  const cut = { display: 0, inline: 0 }, count = { display: 0, inline: 0, glyphs: 0 };
-  for (const formula of document.querySelectorAll("mjx-container")) {
-    const around = clips(formula), kind = formula.closest("div.math") ? "display" : "inline";
-    const glyphs = [...formula.querySelectorAll("mjx-c")].map((glyph) => glyph.getBoundingClientRect());
-    const shown = glyphs.filter((box) => box.height > 0);
-    const inside = (box) =>
-      around.every((clip) => box.top - clip.top >= 1 && clip.bottom - box.bottom >= 1) &&
-      around.slice(-1).every((clip) => clip.scrolls || (box.left > clip.left - 1 && box.right < clip.right + 1));
-    count[kind] += shown.length > 0;
-    count.glyphs += shown.length;
-    cut[kind] += !shown.every(inside);
-  }
-  const boxes = [...document.querySelectorAll(".math, mjx-container")];
-  const scrolls = (element) => ["auto", "scroll"].includes(getComputedStyle(element).overflowY);
-  const upright = boxes.filter((element) => scrolls(element) && element.scrollHeight > element.clientHeight);
-  const fits = (element) => {  // all of its glyphs are seen without scrolling
-    const { left, width } = element.getBoundingClientRect();
-    const boxes = [...element.querySelectorAll("mjx-c")].map((glyph) => glyph.getBoundingClientRect());
-    return boxes.every((box) => box.left >= left && box.right <= left + width);
-  };
-  const barred = boxes.filter((element) => element.offsetHeight > element.clientHeight && fits(element));
-  return { count, cut, upright: upright.length, barred: barred.length };
-})()
-"""
 DRAWN = """
 (async () => {
   while (!window.MathJax?.startup?.promise) await new Promise((resolve) => setTimeout(resolve, 50));
@@ -270,14 +302,14 @@ def test_no_glyph_of_any_formula_is_cut_off(site, browser):
         for density in (1, 1.25):
             browser.resize(width, density)
             assert browser.ask("[innerWidth, devicePixelRatio]") == [width, density]
-            found = browser.ask(CUT_OFF)
+            found = browser.ask(f"({CUT_OFF})()")
             assert (found["count"]["display"], found["count"]["inline"]) == (len(displayed), len(inline))
             assert found["count"]["glyphs"] > 3 * (len(displayed) + len(inline))
             assert found["cut"] == {"display": 0, "inline": 0}, f"{width} pixels wide, density {density}"
             assert not found["upright"], "a formula scrolls up and down"
             assert not found["barred"], "a formula that fits has a scroll bar"
     browser.ask("for (const sheet of document.styleSheets) sheet.disabled ||= /book[.]css/.test(sheet.href)")
-    spoilt = browser.ask(CUT_OFF)["cut"]  # as the theme alone has it
+    spoilt = browser.ask(f"({CUT_OFF})()")["cut"]  # as the theme alone has it
     assert spoilt["display"] > 10 and spoilt["inline"] > 10
 
 
