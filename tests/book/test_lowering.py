@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tools.lowering import Book, equation_labels, lower, prose
+from tools.project import ROOT, address
 
 HEAD = """---
 jupytext:
@@ -94,7 +99,7 @@ def test_citations_in_directives_and_captions_are_listed_too(cells):
         "```{code-cell} ipython3\n---\nmystnb:\n  figure: {caption: 'See {cite}`one`.', name: fig-2-1}\n---\n1\n```\n"
     )
     lowered = cells(text)
-    assert "[Solo 1977]" in lowered[0].source and "[Van Loan et al. 2020]" in lowered[2].source
+    assert "[Solo 1977]" in lowered[0].source and "[Van Loan et al. 2020]" in lowered[3].source
     assert len(lowered[-1].source.splitlines()) == 4
 
 
@@ -111,7 +116,7 @@ def test_code_cells_keep_tags_and_figures_get_alt_and_caption(cells):
         '  figure: {caption: "As in {eq}`eq-first`: so.", name: fig-2-1}\ntags: [nbval-ignore-output]\n---\n'
         "# a time\nprint(1)\n```\n"
     )
-    code, caption = cells(text)
+    _, code, caption = cells(text)
     assert code.source == "# a time\nprint(1)"
     assert code.metadata == {"tags": ["nbval-ignore-output"], "alt": "What is seen"}
     assert caption.source == "*Figure 2.1.* As in (1.1): so."
@@ -121,7 +126,29 @@ def test_lowering_is_deterministic_and_ids_count_up(cells):
     text = "# A\n\n```{code-cell} ipython3\n1\n```\n\nB {cite}`one`\n"
     once = cells(text)
     assert once == cells(text)
-    assert [cell.id for cell in once] == [f"cell-{n:03d}" for n in range(1, 5)]
+    assert [cell.id for cell in once] == [f"cell-{n:03d}" for n in range(1, 6)]
+
+
+def test_the_first_code_cell_fetches_the_package_where_it_is_missing(cells, tmp_path):
+    """As in a notebook opened with nothing installed: here pip only writes down what it was asked for."""
+    title, install, first = cells("# A\n\n```{code-cell} ipython3\nimport dn_lib\n```\n")
+    assert (title.source, first.source) == ("# 2. A", "import dn_lib")
+    asked = tmp_path / "asked"
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "import importlib.util\n"
+        "shell = InteractiveShell.instance()\n"
+        f"shell.register_magic_function(lambda line: open({str(asked)!r}, 'a').write(line), magic_name='pip')\n"
+        "found = importlib.util.find_spec\n"
+        f"shell.run_cell({install.source!r}).raise_error()\n"
+        "importlib.util.find_spec = lambda name: None if name == 'dn_lib' else found(name)\n"
+        f"shell.run_cell({install.source!r}).raise_error()\n"
+    )
+    environment = os.environ | {"IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    package = f"dn-lib @ git+{address()}" if address() else "dn-lib"
+    assert asked.read_text() == f'install --quiet "{package}"'  # once: the first time the package was there
 
 
 @pytest.mark.parametrize(
