@@ -257,7 +257,8 @@ def merge_segments(
     """Chains the affine maps of a sequence's segments: states[s+1] = M_s states[s] + X_s, in float32.
 
     transition (M): `[B * SEGMENTS, H, K, K]`, or `[B * SEGMENTS, H]` without erasure; local (X) and states:
-    `[B * SEGMENTS, H, K, V]`; first: the state (or gradient) that enters, `[B, H, K, V]`.  REVERSE: from the last segment to the first, with M^T.
+    `[B * SEGMENTS, H, K, V]`; first: the state (or gradient) that enters, `[B, H, K, V]`.  REVERSE: from the last
+    segment to the first, with M^T.
     The X of the first segment already holds what enters, and nothing follows the last segment: neither M is needed.
     One program for each sequence, head and BV value channels.
     """
