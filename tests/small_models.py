@@ -9,9 +9,13 @@ from dn_lib.layers import (
     DeltaNet,
     GatedDeltaNet,
     GatedLinearAttention,
+    KimiDeltaAttention,
+    Liger,
+    LightningAttention,
     LinearAttention,
     Mamba,
     Mamba2,
+    MixtureOfMemories,
     RetNet,
 )
 from dn_lib.models import MIXERS, LanguageModel, ModelConfig
@@ -58,7 +62,16 @@ LAYERS = {
     "mamba without conv": lambda **o: Mamba(24, conv_size=0, **o),
     "mamba2": lambda **o: Mamba2(24, 4, state_size=8, **o),
     "mamba2 without conv": lambda **o: Mamba2(24, 3, 8, state_size=6, conv_size=0, **o),
+    "kda": lambda **o: KimiDeltaAttention(24, 2, **o),
+    "kda without conv, beta to 2": lambda **o: KimiDeltaAttention(24, 2, 8, conv_size=0, rank=3, beta_range=2.0, **o),
+    "lightning": lambda **o: LightningAttention(24, 2, **o),
+    "lightning, transnormer": lambda **o: LightningAttention(24, 3, decay="transnormer", depth=0.5, conv_size=4, **o),
+    "mom": lambda **o: MixtureOfMemories(24, 2, **o),
+    "mom without conv, beta to 2": lambda **o: MixtureOfMemories(
+        24, 2, 8, memories=3, active=3, expand_v=0.5, conv_size=0, output_gate=False, beta_range=2.0, **o
+    ),
     "attention": lambda **o: Attention(24, 2, **o),
     "window": lambda **o: Attention(24, 2, window=5, **o),
+    "liger": lambda **o: Liger(24, 2, window=5, **o),
     "window of one": lambda **o: Attention(24, 2, window=1, **o),
 }

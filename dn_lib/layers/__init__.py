@@ -32,7 +32,11 @@ from dn_lib.layers.gla import GatedLinearAttention
 from dn_lib.layers.gated_delta_net import GatedDeltaNet, gated_delta_rule_in_full_precision
 from dn_lib.layers.mamba import Mamba
 from dn_lib.layers.mamba2 import Mamba2
+from dn_lib.layers.kda import KimiDeltaAttention
+from dn_lib.layers.lightning import LightningAttention, decay_slopes
+from dn_lib.layers.mom import MixtureOfMemories, balance_loss, balance_losses
 from dn_lib.layers.attention import Attention, full_attention, window_attention
+from dn_lib.layers.liger import Liger
 # isort: on
 
 from dn_lib.layers.cache import LayerCache, outside_graphs
@@ -48,6 +52,7 @@ from dn_lib.layers.common import (
     split_heads,
 )
 from dn_lib.layers.documents import Documents, as_documents, check_rows, document_numbers, open_documents, positions_of
+from dn_lib.layers.mimetic import mimetic_
 from dn_lib.layers.recurrent import MultiStepMixer, RecurrentMixer, run_operator, run_recurrence
 from dn_lib.layers.registry import Mixer, MixerKind, mixer_kind, mixer_names, register_mixer
 from dn_lib.layers.rotary import rotary_embedding
@@ -62,12 +67,16 @@ __all__ = [
     "Documents",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "LayerCache",
+    "Liger",
+    "LightningAttention",
     "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mixer",
     "MixerKind",
+    "MixtureOfMemories",
     "MultiStepMixer",
     "RMSNorm",
     "RecurrentMixer",
@@ -75,9 +84,12 @@ __all__ = [
     "ShortConvolution",
     "SwiGLU",
     "as_documents",
+    "balance_loss",
+    "balance_losses",
     "check_choice",
     "check_even",
     "check_rows",
+    "decay_slopes",
     "delta_rule_in_full_precision",
     "document_numbers",
     "full_attention",
@@ -86,6 +98,7 @@ __all__ = [
     "l1_norm",
     "l2_norm",
     "linear_attention_in_full_precision",
+    "mimetic_",
     "mixer_kind",
     "mixer_names",
     "open_documents",

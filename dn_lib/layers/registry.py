@@ -76,8 +76,8 @@ def register_mixer(
 def mixer_names() -> tuple[str, ...]:
     """The names of all registered mixers, in the order in which they were registered.
 
-    >>> mixer_names()
-    ('delta', 'linear', 'retnet', 'gla', 'gated_delta', 'mamba', 'mamba2', 'attention', 'window')
+    >>> mixer_names()[:4]
+    ('delta', 'linear', 'retnet', 'gla')
     """
     return tuple(_KINDS)
 

@@ -15,6 +15,8 @@ from dn_lib.models.config import HYBRIDS, LARGEST_SIZE, LARGEST_WINDOW, MIXERS, 
 from dn_lib.models.files import CONFIG, WEIGHTS, load_model, save_model, unwrapped
 from dn_lib.models.generation import LONGEST, generate
 from dn_lib.models.language_model import Block, LanguageModel, build_mixer, check_in_vocabulary
+from dn_lib.models.liger import to_liger
+from dn_lib.models.mimetic import mimetic_initialisation
 from dn_lib.models.wrappers import WRAPPERS, inner, plain_name
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "generate",
     "inner",
     "load_model",
+    "mimetic_initialisation",
     "plain_name",
     "save_model",
+    "to_liger",
     "unwrapped",
 ]

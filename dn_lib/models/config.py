@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dn_lib.forms.common import describe
 from dn_lib.layers.common import ACTIVATIONS, QK_NORMS
 from dn_lib.layers.gated_delta_net import value_size
+from dn_lib.layers.lightning import DECAYS
 from dn_lib.layers.registry import mixer_kind, mixer_names
 from dn_lib.ops.backend import BACKENDS
 
@@ -25,24 +26,29 @@ class ModelConfig:
 
     - `vocab_size`, `width`, `layers`, `heads`; `head_dim`, width // heads if None; `attention_heads` for
       attention layers, `heads` if None (their head size is width // attention_heads then).
-    - `mixer`: "delta", "linear", "retnet", "gla", "gated_delta", "mamba", "mamba2", "attention" or "window".
+    - `mixer`: "delta", "linear", "retnet", "gla", "gated_delta", "mamba", "mamba2", "kda", "lightning", "mom",
+      "attention", "window" or "liger".
     - `hybrid`: "none"; "window", sliding-window attention in every other layer, from the second;
       "global", full attention in layers 2 and layers/2 + 1, counted from 1.
     - `pattern`: the mixer of every layer, spelled out; `mixer` and `hybrid` are then not read.
-    - `window`: how many tokens, itself included, a token of a window layer attends to.
+    - `window`: how many tokens, itself included, a token of a layer "window" or "liger" attends to.
     - `activation`, `qk_norm` (delta, linear): "silu", "relu", "elu1", "identity"; "l2", "l1", "none".
-    - `conv_size` (all but attention): taps of the short convolution, 0 for none.
-    - `beta_range` (delta, gated_delta): beta lies in (0, beta_range); `delta_steps` (delta, linear): writes a token.
-    - `value_heads`, `heads` if None, and `expand_v`, their channels over those of a key (gated_delta).
+    - `conv_size` (all but attention, liger): taps of the short convolution, 0 for none.
+    - `beta_range` (delta, gated_delta, kda, mom): beta lies in (0, beta_range).
+    - `delta_steps` (delta, linear): writes a token.
+    - `value_heads`, `heads` if None (gated_delta); `expand_v`, the channels of a value over those of a key
+      (gated_delta, mom).
+    - `memories` beside the shared one, of which each token goes to `active_memories` (mom).
+    - `decay` (lightning): the table of fixed decays, "lightning", "transnormer", "retnet" or "none".
     - `backend` (all but mamba and attention): the operator's, "auto" for the fastest that there is; "chunkwise" where
       second derivatives or `torch.func` are wanted on a GPU.
-    - `output_gate` (delta, linear, gated_delta): None for what the mixer's paper has, none for delta and linear, one
-      for gated_delta. RetNet, GLA, Mamba and Mamba-2 always have one.
+    - `output_gate` (delta, linear, gated_delta, mom): None for what the mixer's paper has, none for delta and linear,
+      one for gated_delta and mom. RetNet, GLA, Mamba, Mamba-2, KDA and Lightning always have one.
     - `mlp_ratio`: inner size of SwiGLU over width, rounded up to a multiple of 64; 0 for no feed-forward
       part. `hidden` gives that size itself.
     - `mamba_expand`, `mamba_state` (mamba, mamba2): channels over width, states a channel. Mamba-2 is usually built
       with 128 states and heads of 64 channels.
-    - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, retnet). `norm_eps`.
+    - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, liger, retnet). `norm_eps`.
 
         >>> ModelConfig.from_dict(ModelConfig(width=64).to_dict()).width
         64
@@ -65,6 +71,9 @@ class ModelConfig:
     delta_steps: int = 1
     value_heads: int | None = None
     expand_v: float = 2.0
+    decay: str = "lightning"
+    memories: int = 4
+    active_memories: int = 2
     output_gate: bool | None = None
     mlp_ratio: float = 8 / 3
     hidden: int | None = None
@@ -97,7 +106,8 @@ class ModelConfig:
                 raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
 
     def _check_sizes(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "window", "delta_steps", "mamba_expand"):
+        at_least_one = ("vocab_size", "width", "layers", "heads", "window", "delta_steps", "mamba_expand")
+        for name in (*at_least_one, "memories", "active_memories"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         positive = ("head_dim", "attention_heads", "hidden", "mamba_state", "value_heads", "expand_v")
@@ -119,7 +129,7 @@ class ModelConfig:
 
     def _check_choices(self) -> None:
         options = {"mixer": mixer_names(), "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
-        options["backend"] = BACKENDS
+        options |= {"backend": BACKENDS, "decay": DECAYS}
         for name, allowed in options.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -148,11 +158,18 @@ class ModelConfig:
                 raise ValueError(f"head_dim must be even for {', '.join(sorted(used))}, got {head_dim}")
             if kind.name == "gated_delta":
                 self._check_values(head_dim)
+            if kind.name == "mom":
+                self._check_memories(head_dim)
 
     def _check_values(self, head_dim: int) -> None:
         value_size(head_dim, self.expand_v)
         if self.value_heads is not None and self.value_heads % self.heads:
             raise ValueError(f"value_heads must be a multiple of heads = {self.heads}, got {self.value_heads}")
+
+    def _check_memories(self, head_dim: int) -> None:
+        value_size(head_dim, self.expand_v)
+        if self.active_memories > self.memories:
+            raise ValueError(f"active_memories must be at most memories = {self.memories}, got {self.active_memories}")
 
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer, first to last."""

@@ -5,7 +5,7 @@ map of the state, S -> M_r S + X_r (`segment_affine`).  Every process gets all p
 those before it together, and knows the state that enters its own stretch.  Going back, gradients of states
 travel the other way through the transposed maps: one more all-gather.
 
-What is sent does not grow with the length of the sequence: d_k (d_k + d_v) numbers a head and process
+What is sent does not grow with the length of the sequence: d_k (d_k + d_v) numbers per head and process
 forward, d_k d_v back.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,42 +57,81 @@ def _paint(picture: np.ndarray, elements: np.ndarray, columns: int, program: int
     fresh[elements] = False
 
 
+def _paint_until(ax: Any, launch: Launch, events: list[Step], name: str, n: int) -> set[str]:
+    """What programs touched of one tensor up to step `n`, in full colour what they touch in it; returns how they do."""
+    rows, columns = _plane(launch.shapes[name])
+    picture = np.ones((rows * columns, 3))
+    for number, step in enumerate(events[: n + 1]):
+        fresh = np.ones(rows * columns, bool)
+        for event in step:
+            if isinstance(event, Access) and event.tensor == name:
+                _paint(picture, event.elements, columns, event.program, number == n, fresh)
+    kinds = {e.kind for e in events[n] if isinstance(e, Access) and e.tensor == name}
+    ax.imshow(picture.reshape(rows, columns, 3), interpolation="nearest", aspect="auto")
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set(visible=True, linewidth=3.0 if kinds - {"load"} else 0.8)
+    return kinds
+
+
+def _widths(launch: Launch, tensors: list[str]) -> list[int]:
+    return [max(_plane(launch.shapes[name])[1], 12) for name in tensors]
+
+
 def draw_step(fig: Any, launch: Launch, tensors: list[str], n: int) -> None:
     """Draw step `n` of `launch` on `fig`: full colour is touched now, pale was touched before.
 
     Each program has a colour.  A tensor that is being stored has a thick frame.
     """
     events = steps(launch)
-    widths = [max(_plane(launch.shapes[name])[1], 12) for name in tensors]
-    axes = np.atleast_1d(fig.subplots(1, len(tensors), width_ratios=widths))
+    axes = np.atleast_1d(fig.subplots(1, len(tensors), width_ratios=_widths(launch, tensors)))
     for ax, name in zip(axes, tensors, strict=True):
-        rows, columns = _plane(launch.shapes[name])
-        picture = np.ones((rows * columns, 3))
-        for step in range(n + 1):
-            fresh = np.ones(rows * columns, bool)
-            for event in events[step]:
-                if isinstance(event, Access) and event.tensor == name:
-                    _paint(picture, event.elements, columns, event.program, step == n, fresh)
-        ax.imshow(picture.reshape(rows, columns, 3), interpolation="nearest", aspect="auto")
-        kinds = {e.kind for e in events[n] if isinstance(e, Access) and e.tensor == name}
+        kinds = _paint_until(ax, launch, events, name, n)
         ax.set_title(" ".join([name, *(f"({kind})" for kind in sorted(kinds))]), fontsize=9)
-        ax.grid(False)
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set(visible=True, linewidth=3.0 if kinds - {"load"} else 0.8)
     dots = [f"[{e.m}, {e.k}] x [{e.k}, {e.n}]" for e in events[n] if isinstance(e, Dot) and e.program == 0]
     count = f"{len(dots)} dot" if len(dots) == 1 else f"{len(dots)} dots"
     then = f", then {count}: {', '.join(dict.fromkeys(dots))}" if dots else ""
     fig.suptitle(f"{launch.kernel}, step {n + 1} of {len(events)}{then}", fontsize=10)
 
 
+def stages(count: int) -> list[int]:
+    """The steps of `count` that stand for an animation where nothing moves: at most three, the last among them.
+
+    >>> stages(2), stages(9)
+    ([0, 1], [0, 4, 8])
+    """
+    return sorted({0, count // 2, count - 1})
+
+
+def draw_strip(fig: Any, launch: Launch, tensors: list[str], shown: Sequence[int]) -> None:
+    """The steps `shown` of `launch` one below the other, a column for each tensor, which is what print gets."""
+    events = steps(launch)
+    axes = fig.subplots(len(shown), len(tensors), width_ratios=_widths(launch, tensors), squeeze=False)
+    for row, n in zip(axes, shown, strict=True):
+        for ax, name in zip(row, tensors, strict=True):
+            _paint_until(ax, launch, events, name, n)
+        row[0].set_ylabel(f"step {n + 1}", fontsize=9)
+    for ax, name in zip(axes[0], tensors, strict=True):
+        ax.set_title(name, fontsize=9)
+    named = ", ".join(str(n + 1) for n in shown)
+    fig.suptitle(f"{launch.kernel}, steps {named} of {len(events)}; full colour is touched now", fontsize=10)
+
+
 def animate(launch: Launch, tensors: list[str] | None = None, *, limit: int = 24, height: float = 3.0) -> Any:
     """An animated figure of `launch`, at most `limit` steps of it, as the last expression of a cell.
 
-    tensors: names of those to draw, in order; all by default.
+    tensors: names of those to draw, in order; all by default.  Where nothing moves, three steps stand one below the
+    other.
     """
     from dn_lib.teaching import plotting
 
-    tensors = tensors or list(launch.shapes)
+    names = tensors or list(launch.shapes)
     shown = range(min(len(steps(launch)), limit))
-    return plotting.animation(lambda fig, n: draw_step(fig, launch, tensors, n), shown, fps=2, height=height)
+    return plotting.animation(
+        lambda fig, n: draw_step(fig, launch, names, n),
+        shown,
+        fps=2,
+        height=height,
+        still=lambda fig: draw_strip(fig, launch, names, stages(len(shown))),
+    )

@@ -66,7 +66,10 @@ DESCRIBES: dict[str, tuple[str, ...]] = {
     "segments": OPERATOR,
     "throughput": (*MODEL, "training/loop.py", "training/optimiser.py"),
     "tiles_sm90": OPERATOR,
-    "two_gpus": (*TRAINING, "training/distributed.py", "parallel/"),
+    "two_gpus": (*TRAINING, "training/distributed.py", "parallel/affine.py"),
+    "context_parallel": (*MODEL, "models/context_parallel.py", "parallel/"),
+    "serving": ("forms/serving.py", "forms/gated.py", "forms/common.py"),
+    "reproduce": (*MODEL, "data/recall.py", "data/mad.py", "data/automata.py", "data/state_tracking.py"),
 }
 """The sources, from the package's root, that each result speaks about; a folder ends in a slash."""
 

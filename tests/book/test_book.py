@@ -245,8 +245,9 @@ def test_notebooks_are_executed_and_the_same_twice(tmp_path):
         make_notebooks(["--sources-dir", str(tmp_path), "--out-dir", str(out)])
         made.append((out / "01_tiny.ipynb").read_bytes())
     assert made[0] == made[1]
-    (cell,) = code_cells(nbformat.reads(made[0].decode(), as_version=4))
-    assert (cell.execution_count, cell.outputs[0].text) == (1, "42\n")
+    install, cell = code_cells(nbformat.reads(made[0].decode(), as_version=4))
+    assert (install.execution_count, install.outputs) == (1, [])  # the package is there
+    assert (cell.execution_count, cell.outputs[0].text) == (2, "42\n")
 
 
 UNSHOWABLE = """class Unshowable:

@@ -192,13 +192,7 @@ def test_chapters_that_cite_are_found():
     assert {"hybrid_training", "throughput", "two_gpus"} <= CITING["06_training"]
 
 
-WAITING = {  # chapters that do not print `origin` for what they cite yet
-    name: pytest.mark.xfail(strict=True, reason="prints no line of origin for this result yet")
-    for name in ("02_delta_rule", "04_chunkwise")
-}
-
-
-@pytest.mark.parametrize("chapter", [pytest.param(name, marks=WAITING.get(name, ())) for name in CITING])
+@pytest.mark.parametrize("chapter", CITING)
 def test_a_chapter_says_of_each_result_that_it_cites_whether_it_is_older(chapter):
     """`origin` prints a line for each; if this fails, execute the chapter anew, or measure the result anew."""
     assert unmarked(CITING[chapter], shown(BOOK / "notebooks" / f"{chapter}.ipynb")) == []

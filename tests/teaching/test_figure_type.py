@@ -15,12 +15,13 @@ from PIL import Image
 
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.teaching import plotting
-from dn_lib.teaching.figures import ch1, ch2, ch3, ch4
+from dn_lib.teaching.figures import appendix, ch1, ch2, ch3, ch4, ch5
+from dn_lib.teaching.results import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "dn_lib" / "teaching" / "figures"
-MODULES = [ROOT / "dn_lib/teaching/plotting.py", *FIGURES.glob("ch[1246].py"), *FIGURES.glob("ch3/*.py")]
-CHAPTERS = sorted(path for path in (ROOT / "book").glob("0[12346]_*.md"))
+MODULES = [*(ROOT / "dn_lib" / "teaching" / name for name in ("plotting.py", "pictures.py")), *FIGURES.rglob("*.py")]
+CHAPTERS = sorted([*(ROOT / "book").glob("0?_*.md"), *(ROOT / "book" / "appendix").glob("*.md")])
 SIZES = {"fontsize", "labelsize", "size", "title_fontsize", "titlesize", "legend_fontsize"}
 RELATIVE = {"x-small", "xx-small", "smaller", "small"}  # "small" of the style's 11 points would pass, of 10 not
 
@@ -118,7 +119,7 @@ DRAWN = {
         {c: (torch.ones(31), torch.ones(31), torch.tensor(0.9), torch.ones(31)) for c in (0.2, 0.6, 0.9)}
     ),
     "after sweeps": lambda: ch2.capacity_after_sweeps(
-        [16, 64, 96, 128], [0.1, 1.0, 1.5, 2.0], {n: [0.0, 0.5, 0.8, 1.0] for n in (1, 5, 20)}, [0.0, 0.0, 0.3, 0.5], 64
+        [16, 64, 96, 128], [{"added": 0.5, 1: 0.1, 5: 0.2, 20: 0.3, "best": 0.0}] * 4, 64
     ),
     "kept": lambda: ch4.kept_bytes({"recurrence": recurrent_delta_rule}, [8, 16], d=4)[0],
     "decoding": lambda: ch1.decoding([16, 32], [(1, 2), (2, 1)], [(1.0, 2.0), (2.0, 1.0)]),
@@ -154,6 +155,21 @@ DRAWN = {
     "recovered": lambda: ch4.recovered_states(512, 8, 16)[0],
     "mirror": ch4.mirror,
     "processes": lambda: ch4.two_processes({"affine": 3, "forward": 2, "gradient": 4, "backward": 6}),
+    "sectors": ch5.coalescing,
+    "heads": ch5.tensor_of_heads,
+    "roofline": lambda: ch5.roofline(stored("ladder", ROOT)),
+    "bytes": lambda: ch5.bytes_of_forms(None),
+    "methods": lambda: ch5.inverse_errors([0.0, 1.0], {name: [1e-7, 1.0] for name in "abc"}),
+    "which form": lambda: ch5.which_form(stored("operator", ROOT), stored("ladder", ROOT)),
+    "accumulator": appendix.accumulator_layout,
+    "timeline": appendix.timeline,
+    "weak rows": appendix.weak_rows_figure,
+    "predicted": lambda: appendix.measured_against_predicted(stored("ladder", ROOT)),
+    "lead": lambda: appendix.lead(stored("operator", ROOT)),
+    "paper": lambda: appendix.paper_figure(stored("paper_figure", ROOT), {d: [1.0] * 6 for d in (64, 128, 256)}),
+    "sweeps": lambda: appendix.operator_sweeps(stored("error_microscope", ROOT)),
+    "outputs": lambda: appendix.each_output(stored("error_microscope", ROOT)),
+    "inverses": lambda: appendix.inverses(stored("error_microscope", ROOT)),
 }
 
 
@@ -163,9 +179,9 @@ def test_every_letter_can_be_read(name):
 
 
 def test_no_drawing_is_left_out():
-    """Every function of chapters 1 to 4 that makes a figure is named in the table above."""
+    """Every function of chapters 1 to 5 and the appendices that makes a figure is named in the table above."""
     table = Path(__file__).read_text("utf-8").partition("DRAWN = {")[2].partition("\n}\n")[0]
-    for chapter in (ch1, ch2, ch3, ch4):
+    for chapter in (ch1, ch2, ch3, ch4, ch5, appendix):
         for name, function in vars(chapter).items():
             makes = getattr(function, "__annotations__", {}).get("return", "")
             if not name.startswith("_") and "Figure" in str(makes):

@@ -14,7 +14,7 @@ from PIL import Image
 from dn_lib.data.recall import multi_query_associative_recall, recall_with_updates
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.teaching import plotting
-from dn_lib.teaching.figures import ch2
+from dn_lib.teaching.figures import ch2, ch2_measured
 
 LINEAR, DELTA = (plotting.MECHANISMS[name]["color"].lower() for name in ("linear", "delta"))
 
@@ -81,8 +81,8 @@ def test_paths_are_in_the_mechanisms_colours():
 
 
 def test_capacity_after_sweeps_is_on_the_axes_of_chapter_1():
-    counts, swept = [1, 32, 64, 128], {1: [0.0, 0.3, 0.6, 1.1], 5: [0.0, 0.0, 0.2, 1.0], 20: [0.0, 0.0, 0.1, 1.0]}
-    ax = ch2.capacity_after_sweeps(counts, [0.0, 0.5, 1.0, 2.0], swept, [0.0, 0.0, 0.0, 0.5], 64).axes[0]
+    counts, one = [1, 32, 64, 128], {"added": 1.0, "best": 0.0, 1: 0.6, 5: 0.2, 20: 0.1}
+    ax = ch2.capacity_after_sweeps(counts, [one] * 4, 64).axes[0]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("stored pairs n", "squared error")
     assert [to_hex(line.get_color()) for line in ax.lines][1:5] == [LINEAR, DELTA, DELTA, DELTA]
 
@@ -154,7 +154,7 @@ def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_miss
     ch2.mqar(None).canvas.draw()
     row = {"model": "DeltaNet", "width": 64, "accuracy": [0.5, 1.0], "steps": [10, 20]}
     record = {
-        "provenance": {"device": "a device", "date": "2026-01-02T03:04"},
+        "provenance": {"device": "a device", "date": "2026-01-02T03:04", "git_commit": "0123456789"},
         "settings": {"paper": {"widths": [64, 128], "accuracy": {"Mamba": [81, 100]}}},
         "results": [row],
     }
@@ -162,7 +162,9 @@ def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_miss
     (tmp_path / "book" / "results" / "mqar.json").write_text(json.dumps(record))
     found = ch2.mqar_record(tmp_path / "book" / "notebooks")
     assert found == record
-    assert "a device at 2026-01-02" in ch2.mqar_table(found) and " 50.0 100.0  after 10 20" in ch2.mqar_table(found)
+    assert "mqar: a device, 2026-01-02, commit 0123456" in ch2.mqar_table(
+        found
+    ) and " 50.0 100.0  after 10 20" in ch2.mqar_table(found)
     curve = {"steps": [50, 70, 80, 100], "accuracy": [0.1, 0.5, 0.6, 0.625]}
     run = {"model": "DeltaNet", "width": 64, "training": {"steps": 100}, "steps_taken": 100, "curve": curve}
     lines = ch2.mqar_table(record | {"rows": [run, run | {"steps_taken": 90}]}).splitlines()
@@ -185,3 +187,130 @@ def test_the_other_figures_can_be_drawn():
     fig = ch2.wearing_out(worn, (0, 8, 16), {"linear": [1.0] * 3, "delta": [1.0] * 3, "gated": [1.0] * 3})
     assert [label.get_text() for label in fig.axes[1].get_xticklabels()] == ["none", "8", "16"]
     fig.canvas.draw()
+
+
+# --- What the figures measure ----------------------------------------------------------------------------
+def test_states_grow_exponentially_only_where_beta_times_the_squared_length_is_above_two():
+    sizes = list(ch2_measured.state_sizes().values())
+    assert [len(series) for series in sizes] == [60] * 4
+    # With beta |k|^2 <= 2 a write adds at most beta |k| |v| to the norm, and here |v| is 2 in the mean.
+    assert all(series[-1] < 2 * 60 * 2 for series in sizes[:2])
+    assert sizes[2][-1] > 1e3 and sizes[3][-1] > 1e9
+
+
+def test_recall_errors_are_those_of_the_states():
+    keys, values = ch2_measured.lists_of_pairs([3, 5], d=8, trials=2)[5]
+    assert keys.shape == values.shape == (2, 5, 8)
+    assert torch.allclose(keys.norm(dim=-1), torch.ones(2, 5).double())
+    found = ch2_measured.recall_errors(keys, values, beta=0.5, sweeps=(1, 2))
+    S = torch.zeros(2, 8, 8).double()
+    for sweep in (1, 2):
+        for t in range(5):
+            k, v = keys[:, t], values[:, t]
+            S = S + 0.5 * torch.einsum("na,nb->nab", k, v - torch.einsum("na,nab->nb", k, S))
+        error = (keys @ S - values).square().sum(-1).mean()
+        # Sums of a few dozen numbers of size one: rounding stays near 2^-52.
+        assert abs(found[sweep] - error) < 1e-12
+    assert abs(found["added"] - (keys @ (keys.mT @ values) - values).square().sum(-1).mean()) < 1e-12
+    assert found["best"] < 1e-20  # five independent keys in eight dimensions
+
+
+def test_sweeps_fall_as_the_eigenvalue_says_and_below_the_bound():
+    fixed, random, rate, bound = ch2_measured.sweeps_measured((0.6,))[0.6]
+    assert fixed[0] == random[0] == 1 and len(fixed) == len(random) == len(bound) == 31
+    # By the tenth sweep the faster parts, at most 0.4^2 a sweep here, are below a thousandth of the slowest.
+    assert abs((fixed[20] / fixed[10]) ** 0.1 - rate) < 1e-2
+    assert (random[1:6] < bound[1:6]).all() and (bound[1:] < bound[:-1]).all()
+
+
+class Lookup(torch.nn.Module):
+    """Logits of a token that depend on that token alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(8, 8)
+
+    def forward(self, tokens, asked):
+        return self.table(tokens[asked])
+
+
+def test_training_learns_a_lookup_and_looks_only_where_it_is_asked():
+    torch.manual_seed(0)
+
+    def draw():
+        tokens = torch.randint(8, (16, 4))
+        labels = (tokens + 1) % 8
+        labels[:, 0] = -100
+        return tokens, labels
+
+    history = ch2_measured.train(Lookup(), draw, steps=60, lr=0.3)
+    assert len(history) == 60 and history[0] < 0.5 and history[-1] == 1.0
+
+
+class Bits:
+    """A model of parity that says `always` after a last bit 1, and is right after a 0."""
+
+    def __init__(self, labels, always):
+        self.labels, self.always = labels, always
+
+    def embed(self, tokens):
+        return tokens[..., None].double()
+
+    def beta(self, x):
+        return 2 * x[..., 0], x
+
+    def k(self, pair):
+        return torch.cat([pair, 1 - pair], dim=-1)
+
+    def __call__(self, tokens, asked):
+        said = torch.where(tokens == 1, self.always, self.labels)
+        return torch.nn.functional.one_hot(said[asked], 2).float()
+
+
+def test_parity_is_told_by_last_bit_and_parity():
+    bits = torch.randint(2, (50, 20), generator=torch.Generator().manual_seed(0))
+    tokens = torch.nn.functional.pad(bits, (1, 0), value=2)
+    labels = torch.nn.functional.pad(bits.cumsum(1) % 2, (1, 0), value=-100)
+    model = Bits(labels, always=0)
+    right = ch2_measured.right_answers(model, tokens, labels)
+    assert right.shape == (50, 20) and torch.equal(right == 0, (bits == 1) & (labels[:, 1:] == 1))
+    lines = ch2_measured.parity_table(model, tokens, labels, [(5, 10), (11, 20)]).splitlines()
+    assert lines[0] == "beta of a 0: 0.000, of a 1: 2.000; |cosine| of their keys 0.00"
+    assert [line.split()[-4:] for line in lines[2:]] == [["1.00", "1.00", "1.00", "0.00"]] * 2
+    assert lines[2].startswith("bits 5 to 10 ")
+
+
+def test_recall_table_says_what_each_model_answers():
+    g = torch.Generator().manual_seed(0)
+    tokens, labels = recall_with_updates(50, 4, vocab=64, generator=g)
+    right = labels[labels >= 0]
+
+    class Model(Writer):
+        def __call__(self, seen, asked):
+            return torch.nn.functional.one_hot(right, 64).float()
+
+    models = {("updates", rule): Model() for rule in ("linear", "delta")}
+    lines = ch2_measured.recall_table(models, {("updates", "delta"): 0.5}, (tokens, labels, 4)).splitlines()
+    assert lines[0].split() == ["updates", "delta", "rule", "accuracy", "0.500"]
+    assert lines[2].endswith("newer 100%, older 0% of the answers")
+    assert [line.split()[-3:] for line in lines[-3:]] == [
+        ["0.25", "0.75", "0.25"],  # beta
+        ["0.00", "5.00", "0.00"],  # |v|
+        ["0.00", "1.00", "0.00"],  # |cosine|
+    ]
+
+
+def test_directions_wear_out_as_the_formula_says():
+    worn = ch2_measured.worn_directions([(16, 1.0), (16, 0.0)], later=10, runs=2000)
+    # The mean of 2000 runs of numbers in [0, 1] is within 0.04 of the expectation (Hoeffding: 2 exp(-6.4) = 0.3%).
+    for m in (1, 10):
+        assert abs(worn[16, 1.0][m] - (1 - 1 / 16) ** m) < 0.04
+    assert torch.allclose(worn[16, 0.0], torch.ones(11).double())
+
+
+def test_a_gate_clears_what_the_delta_rule_has_to_wear_out():
+    crowded = ch2_measured.crowded_memories((0, 256))
+    linear, delta, gated = crowded["linear"], crowded["delta"], crowded["gated"]
+    assert linear[1] > 30 * linear[0]
+    assert 1.5 < delta[1] / delta[0] < 2.5  # to first order twice
+    assert abs(gated[1] / gated[0] - 1) < 0.2 and abs(gated[0] - delta[0]) < 1e-12

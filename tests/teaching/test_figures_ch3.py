@@ -192,3 +192,10 @@ def test_errors_are_drawn_on_one_scale():
     for fig in (ch3.errors_against_cosine(length=16), ch3.errors_against_length(sizes=(4, 8))):
         left, right = fig.axes
         assert left.get_ylim() == right.get_ylim()
+
+
+def test_multiplications_are_those_of_the_formulas():
+    k, beta = ch3.correlated_keys(16, 8, cosine=0.5), torch.rand(16, dtype=torch.float64)
+    assert ch3.multiplications(k, beta, "substitution") == 16 * 15 * 31 // 6
+    assert ch3.multiplications(k, beta, "doubling") == 2 * 3 * 16**3
+    assert ch3.multiplications(k, beta, "blocked") == 16 * (16**2 - 1) // 3

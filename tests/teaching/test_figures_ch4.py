@@ -15,7 +15,7 @@ from dn_lib.forms import chunkwise_backward as bw
 from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.forms.householder import scaled_inverse
 from dn_lib.teaching import plotting
-from dn_lib.teaching.figures import ch4
+from dn_lib.teaching.figures import ch4, ch4_measured
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 
@@ -180,3 +180,76 @@ def test_the_exchange_on_two_gpus_was_as_exact_as_the_text_says():
     stored = json.loads((RESULTS / "two_gpus.json").read_text())
     assert stored["backend"] == "nccl" and "H200" in stored["provenance"]["device"]
     assert stored["checks"]["sequence"]["float32"]["worst"] < 1e-6
+
+
+def test_the_animation_of_chunks_is_small():
+    shown = ch4.chunk_animation(length=12, chunk_size=4)
+    assert len(shown.data) < 300_000
+
+
+def test_letters_are_answered_as_each_mechanism_would():
+    maps = ch4.letter_maps("aab", "aab", beta=1.0, d=64)
+    assert all(torch.equal(picture, picture.tril()) for picture in maps.values())
+    assert torch.allclose(maps["linear"][1, :2], torch.ones(2).double())  # both times that a was stored
+    # Written again with beta = 1, the later value replaces the earlier one.
+    assert torch.allclose(maps["delta rule"][1, :2], torch.tensor([0.0, 1.0]).double(), atol=1e-12)
+    assert torch.allclose(maps["softmax"].sum(1), torch.ones(3).double())
+
+
+def test_reads_through_the_errors_are_exact_where_the_product_with_the_state_is():
+    errors = ch4_measured.rounded_reads(torch.float16)
+    for through_r, through_u in errors.values():
+        assert through_r < through_u
+    # One rounding of a small number to float16, against the rounding of numbers that are a thousand times larger.
+    assert errors["exact"][0] < 2**-11 and errors["exact"][1] > 0.1
+    exact = ch4_measured.rounded_reads(torch.float64)
+    assert max(max(pair) for pair in exact.values()) < 1e-10  # without rounding both ways give one number
+
+
+def test_times_are_measured_for_each_size_and_form():
+    times = ch4_measured.chunk_times([8, 16], length=32, d=4, device="cpu", seconds=0.001)
+    assert len(times) == 2 and min(times) > 0
+    forms = {"chunkwise": cw.chunkwise_delta_rule}
+    took = ch4_measured.training_times(forms, length=32, d=4, device="cpu", seconds=0.001)
+    assert list(took) == ["chunkwise"] and took["chunkwise"] > 0
+
+
+def test_states_may_be_composed_and_those_of_linear_attention_summed():
+    errors = ch4_measured.summed_states([1, 32], d=16, heads=2)
+    assert max(errors["delta rule, composed"] + errors["linear attention, summed"]) < 1e-12
+    first, second = errors["delta rule, summed"]
+    assert 1e-3 < first < 0.2 and second > 0.3
+
+
+def test_errors_of_an_exchange_are_zero_for_one_process_and_seen_where_there_are_some():
+    job = ch4_measured.exchange_job([5, 8], batch=1, d_k=4, d_v=3)
+    assert job["q"].shape == job["k"].shape == (1, 13, 4) and job["v"].shape == job["do"].shape == (1, 13, 3)
+    leaves = [job[name].clone().requires_grad_() for name in ("q", "k", "v", "beta", "initial_state")]
+    o, state = recurrent_delta_rule(*leaves[:4], initial_state=leaves[4])
+    names = ("dq", "dk", "dv", "dbeta", "dinitial_state")
+    gradients = torch.autograd.grad((o, state), leaves, (job["do"], job["dstate"]))
+    whole = {"o": o.detach(), "state": state.detach()} | dict(zip(names, gradients, strict=True))
+    parts = [{name: x[:, cut] for name, x in whole.items()} for cut in (slice(5), slice(5, None))]
+    for part in parts:
+        part |= {"state": whole["state"], "dinitial_state": whole["dinitial_state"]}
+    errors = ch4_measured.exchange_errors(job, parts)
+    assert set(errors) == set(whole) and max(errors.values()) < 1e-12
+    parts[1]["dk"] = -parts[1]["dk"]
+    errors = ch4_measured.exchange_errors(job, parts)
+    assert errors.pop("dk") > 0.1 and max(errors.values()) < 1e-12
+
+
+def test_packed_gradients_are_those_of_each_document():
+    job, lengths = ch4_measured.exchange_job([5, 8], batch=1, d_k=4, d_v=3), [5, 8]
+    q, k, v, beta, dO = (job[name][0] for name in ("q", "k", "v", "beta", "do"))
+    starts, dS = torch.randn(2, 2, 4, 3, dtype=torch.float64)
+    packed = ch4_measured.packed_gradients(
+        recurrent_delta_rule, (q, k, v, beta), starts, dO, dS, torch.tensor([0, 5, 13])
+    )
+    for n, parts in enumerate(zip(*(x.split(lengths) for x in (q, k, v, beta, dO)), strict=True)):
+        leaves = [x.clone().requires_grad_() for x in (*parts[:4], starts[n])]
+        outputs = recurrent_delta_rule(*leaves[:4], initial_state=leaves[4])
+        alone = torch.autograd.grad(outputs, leaves, (parts[4], dS[n]))
+        for whole, wanted in zip(packed[:4], alone[:4], strict=True):
+            assert torch.allclose(whole.split(lengths)[n], wanted, atol=1e-12)
+        assert torch.allclose(packed[4][n], alone[4], atol=1e-12)

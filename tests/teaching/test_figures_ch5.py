@@ -70,15 +70,17 @@ def test_results_are_found_upwards_and_say_where_they_come_from(tmp_path):
 
 def test_a_rung_names_kernels_as_they_are_called_today_and_leaves_the_result_alone():
     before = json.dumps(LADDER)
-    lines = ch5.rung(LADDER, "two kernels").splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["chunk_inverse", "chunk_scan_fwd"]
-    assert "0.300" in lines[1] and json.dumps(LADDER) == before
+    total, *kernels = ch5.rung(LADDER, "two kernels").rows
+    assert [row[0] for row in kernels] == ["`chunk_inverse`", "`chunk_scan_fwd`"]
+    assert total[:4] == ("two kernels", "16 x 2048 x 16 x 128", "0.150", "0.300") and json.dumps(LADDER) == before
 
 
 def test_of_an_older_result_the_fair_ladder_exchanges_nothing_but_the_inverse():
-    _, four, two, note = ch5.fair_ladder(LADDER).splitlines()
-    assert four.split()[-2] == "6.100" and two.split()[-2] == "0.300"  # 0.1 + 1 + 2 + 3, and 0.1 + 0.2
-    assert note.startswith("an older result")
+    table = ch5.fair_ladder(LADDER)
+    four, two = table.rows
+    assert four[-2] == "6.100" and two[-2] == "0.300"  # 0.1 + 1 + 2 + 3, and 0.1 + 0.2
+    (note,) = table.notes
+    assert note.startswith("An older result")
 
 
 def test_the_fair_ladder_shows_every_rung_where_all_have_one_inverse():
@@ -87,13 +89,12 @@ def test_the_fair_ladder_shows_every_rung_where_all_have_one_inverse():
         for name, ms in zip(ch5.RUNGS, (4, 3, 2, 1), strict=True)
     ]
     record = {**LADDER, "rows": [*rungs, LADDER["rows"][0]]}
-    head, *lines = ch5.fair_ladder(record).splitlines()
-    assert head.startswith("the same inverse on all")
-    assert [line[:32].strip() for line in lines] == [*ch5.RUNGS, "two kernels, the operator"]
-    assert [line.split()[-2] for line in lines] == ["4.000", "3.000", "2.000", "1.000", "0.300"]
+    table = ch5.fair_ladder(record)
+    assert table.head[0].startswith("the same inverse on all") and not table.notes
+    assert [row[0] for row in table.rows] == [*ch5.RUNGS, "two kernels, the operator"]
+    assert [row[-2] for row in table.rows] == ["4.000", "3.000", "2.000", "1.000", "0.300"]
     mixed = [rungs[0] | {"inverse": "merging"}, *rungs[1:]]
-    assert "an older result" not in ch5.fair_ladder(record)
-    assert ch5.fair_ladder({**LADDER, "rows": mixed}) == "not measured yet"
+    assert str(ch5.fair_ladder({**LADDER, "rows": mixed})) == "not measured yet"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,4 @@ def test_which_form_draws_predictions_alone_where_nothing_is_measured():
     ax = ch5.which_form(None, None).axes[0]
     assert [line.get_label().rsplit(", ", 1)[1] for line in ax.lines] == ["predicted"] * 3
     labels = [line.get_label() for line in ch5.which_form(ch5.stored("operator", ROOT), LADDER).axes[0].lines]
-    assert (
-        "the ladder's four kernels, with a float32 inverse, measured" in labels
-        and "delta rule, the operator, measured" in labels
-    )
+    assert "four kernels, float32 inverse, measured" in labels and "delta rule, the operator, measured" in labels

@@ -113,6 +113,12 @@ def test_the_profiler_of_the_caller_is_put_back():
             by_gradient,
             "lets autograd differentiate",
         ),
+        (
+            method.no_division(lambda: (torch.zeros(3, dtype=torch.float64),), "beta", ""),
+            lambda beta: (beta + 1) / 2 + beta * torch.inf,  # a quotient that is a number
+            lambda beta: 1 / (1 / beta),
+            "divides by beta, where it is 0",
+        ),
         (method.no_square(lambda: inputs(40), 40, "L x L", ""), loop, by_numpy, "leaves PyTorch (`numpy`)"),
     ],
 )

@@ -761,7 +761,7 @@ def _decayed(
     read_from: int | None = 1,
     carry="all",
     write="late",
-    mask=True,
+    mask: bool | str = True,
     one_sided="no",
 ):
     state, outputs = torch.zeros(k.shape[-1], v.shape[-1]).to(v), []
@@ -774,7 +774,7 @@ def _decayed(
         reach = gamma ** (i[:, None] + read_from) if read_from is not None else 1.0
         fade = {"no": fade, "reader": gamma ** (i[:, None] + 1), "end": gamma ** (n - 1 - i)}[one_sided]
         scores = (q_c @ k_c.T) * fade
-        outputs.append((reach * q_c) @ state + (scores.tril() if mask else scores) @ v_c)
+        outputs.append((reach * q_c) @ state + (scores.tril() if mask is True else scores) @ v_c)
         left = {"late": n - 1 - i, "long": n - i, "early": i, "none": 0 * i}[write]
         new = (gamma ** left[:, None] * k_c).T @ v_c
         factor = gamma ** {"all": n, "none": 0, "one": 1, "sum": n}[carry]
@@ -792,7 +792,7 @@ EX_1_7 = Exercise(
     tested="8 random sequences with gamma between 0.5 and 0.95, some with a short last chunk, in float64",
     extremes=(
         Extreme("chunks of one token", lambda g: (*_fixed(5), 0.7, 1), "With C = 1 it has to be the recurrence."),
-        Extreme("one token", lambda g: (*_fixed(1), 0.7, 4), "A sequence may be shorter than a chunk."),
+        Extreme("a sequence of one token", lambda g: (*_fixed(1), 0.7, 4), "A sequence may be shorter than a chunk."),
         Extreme(
             "gamma = 0.001 and chunks of 128 tokens",
             lambda g: (*_fixed(300), 1e-3, 128),
@@ -842,6 +842,11 @@ EX_1_7 = Exercise(
             partial(_decayed, mask=False),
             "Inside a chunk there is no mask: tokens see the future, with negative powers of gamma.",
             "For which pairs i, j of a chunk has token j been written when token i is read?",
+        ),
+        Mutant(
+            partial(_decayed, mask="no, but ages are cut off at 0"),
+            "Inside a chunk there is no mask: later tokens are read as if they had just been written.",
+            "Cutting the exponent off at 0 makes a power 1, not 0. Which pairs need a 0?",
         ),
         Mutant(
             partial(_decayed, inside=False),

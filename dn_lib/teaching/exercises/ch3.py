@@ -16,6 +16,7 @@ from dn_lib.teaching.judge.method import (
     SOLVERS,
     Record,
     Rule,
+    no_division,
     no_library,
     no_operations,
     no_second_implementation,
@@ -448,6 +449,11 @@ SUBSTITUTION = Exercise(
             lambda: (_chunk(12),),
             _multiplies_full_matrices,
             "Substitution needs one product of a vector with a matrix per row. Use the rows that are finished.",
+        ),
+        no_division(
+            lambda: _chunk(12, beta=0.0),
+            "beta",
+            "It comes out right here by luck; a gradient would not. Multiply by beta.",
         ),
     ),
     mutants=(

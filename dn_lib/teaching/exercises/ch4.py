@@ -68,14 +68,15 @@ def _chunk_step_variant(
     twice=False,
     written="both",
     raw=False,
-    inside=False,
+    inside="",
     alone=False,
     turned=False,
 ):
     T = ut_transform(k, beta)
     T = T if weighted else T / beta
-    T = T * beta if inside else torch.diag(beta) if alone else T.mT if turned else T
-    pseudo = T @ v - subtract * (k if raw else T @ k) @ S
+    T = torch.diag(beta) if alone else T.mT if turned else T
+    in_w, in_u = (T * beta if letter in inside else T for letter in "WU")
+    pseudo = in_u @ v - subtract * (k if raw else in_w @ k) @ S
     pseudo = beta[:, None] * pseudo if twice else pseudo
     after = S + k.mT @ (v if written == "outputs" else pseudo)
     return q @ (after if new else S) + (q @ k.mT).tril(diagonal) @ (v if written == "state" else pseudo), after
@@ -119,8 +120,18 @@ exercise_1 = Exercise(
             "Is T lower or upper triangular, and what does that say of time?",
         ),
         Mutant(
-            lambda q, k, v, beta, S: _chunk_step_variant(q, k, v, beta, S, inside=True),
+            lambda q, k, v, beta, S: _chunk_step_variant(q, k, v, beta, S, inside="WU"),
             "Beta comes in twice: T has it already, and multiplies what has been scaled by beta before.",
+            "T contains the last factor diag(beta). What does it multiply?",
+        ),
+        Mutant(
+            lambda q, k, v, beta, S: _chunk_step_variant(q, k, v, beta, S, inside="W"),
+            "In W beta comes in twice: T has it already, and multiplies keys that have been scaled before.",
+            "T contains the last factor diag(beta). What does it multiply?",
+        ),
+        Mutant(
+            lambda q, k, v, beta, S: _chunk_step_variant(q, k, v, beta, S, inside="U"),
+            "In U beta comes in twice: T has it already, and multiplies values that have been scaled before.",
             "T contains the last factor diag(beta). What does it multiply?",
         ),
         Mutant(

@@ -20,6 +20,7 @@ from dn_lib.forms.linear_attention import linear_attention_step, recurrent_linea
 from dn_lib.teaching import plotting
 from dn_lib.teaching.figures.ch1 import GREY, capacity_axes
 from dn_lib.teaching.plotting import MECHANISMS, OTHERS
+from dn_lib.teaching.results import origin
 
 NAMES = {"linear": "linear attention", "delta": "delta rule", "gated": "gated delta rule"}
 
@@ -213,21 +214,20 @@ def convergence(measured: Mapping[float, tuple[Tensor, Tensor, Tensor, Tensor]])
     return fig
 
 
-def capacity_after_sweeps(
-    counts: Sequence[int],
-    additive: Sequence[float],
-    swept: Mapping[int, Sequence[float]],
-    best: Sequence[float],
-    d: int,
-) -> Figure:
-    """Recall error against stored pairs on the axes of chapter 1, with the delta rule after a few numbers of sweeps."""
+def capacity_after_sweeps(counts: Sequence[int], errors: Sequence[Mapping[str | int, float]], d: int) -> Figure:
+    """Recall error against stored pairs on the axes of chapter 1, with the delta rule after some numbers of sweeps.
+
+    errors: for each of `counts`, what `ch2_measured.recall_errors` returns, after three numbers of sweeps.
+    """
     fig, ax = plotting.figure(height=3.9)
     capacity_axes(ax, d)
-    ax.plot(counts, additive, **MECHANISMS["linear"], label="added up, $S = K^\\top V$")
+    curves = {name: [found[name] for found in errors] for name in errors[0]}
+    ax.plot(counts, curves["added"], **MECHANISMS["linear"], label="added up, $S = K^\\top V$")
+    swept = {name: curve for name, curve in curves.items() if isinstance(name, int)}
     for width, (sweeps, curve) in zip((2.6, 1.8, 1.1), swept.items(), strict=True):
         name = "one sweep" if sweeps == 1 else f"{sweeps} sweeps"
         ax.plot(counts, curve, **MECHANISMS["delta"] | {"linewidth": width}, label=f"delta rule, {name}")
-    ax.plot(counts, best, **MECHANISMS["ideal"], label="least squares: the best state")
+    ax.plot(counts, curves["best"], **MECHANISMS["ideal"], label="least squares: the best state")
     # Names where there is room for them: at which point of a curve, and where the text stands.
     places = (
         (-3, (1.6 * d, 1.15)),
@@ -275,8 +275,7 @@ def mqar_table(record: dict[str, Any] | None) -> str:
     """The measurement as text: device and date, accuracy and steps of every cell, and what long runs gained last."""
     if record is None:
         return "this copy of the book holds no measurement"
-    about = record["provenance"]
-    lines = [f"measured on {about['device']} at {about['date'][:10]}", "per cent, one for each seed; steps taken"]
+    lines = [origin(mqar=record), "per cent, one for each seed; steps taken"]
     for row in record["results"]:
         accuracy = " ".join(f"{100 * a:5.1f}" for a in row["accuracy"])
         steps = " ".join(str(n) for n in row["steps"])

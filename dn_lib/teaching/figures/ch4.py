@@ -142,6 +142,45 @@ def draw_chunk_strip(fig: Figure, A: Tensor, states: Tensor, width: int, chunks:
 
 
 # ---- Attention maps --------------------------------------------------------------------------------------
+def chunk_animation(length: int = 48, chunk_size: int = 8, seed: int = 0) -> Any:
+    """The chunks of a random sequence one after the other, with the state that enters each; d = `chunk_size`.
+
+    Where nothing moves, three of the steps stand side by side.
+    """
+    g = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, length, chunk_size, generator=g, dtype=torch.float64)
+    k, beta = normalize(k + 0.5, dim=-1), torch.rand(length, generator=g, dtype=torch.float64)
+    A = cw.delta_attention_matrix(k.roll(1, 0), k, beta, scale=1.0)
+    count = length // chunk_size
+    k, v, beta = (x.unflatten(0, (count, chunk_size)) for x in (k, v, beta))
+    states, _, _ = cw.chunk_states(k, v, beta, torch.zeros(chunk_size, chunk_size, dtype=torch.float64))
+    shown = sorted({min(1, count - 1), count // 2, count - 1})
+    return plotting.animation(
+        lambda fig, i: draw_chunk(fig, A, states, chunk_size, i),
+        range(count),
+        fps=1.5,
+        height=3.6,
+        still=lambda fig: draw_chunk_strip(fig, A, states, chunk_size, shown),
+    )
+
+
+def letter_maps(stored: str, asked: str, beta: float, d: int = 32, seed: int = 3) -> dict[str, Tensor]:
+    """The maps of softmax, linear attention and the delta rule, `[L, L]`, where token t stores and asks for a letter.
+
+    Each letter has a random unit key of d entries.  The scale is 8 for softmax, so that it tells letters apart, else 1.
+    """
+    g = torch.Generator().manual_seed(seed)
+    letters = {name: normalize(torch.randn(d, generator=g, dtype=torch.float64), dim=0) for name in sorted({*stored})}
+    k, q = (torch.stack([letters[name] for name in word]) for word in (stored, asked))
+    L = len(stored)
+    eye, strength = torch.eye(L, dtype=torch.float64), torch.full((L,), beta, dtype=torch.float64)
+    return {
+        "softmax": softmax_attention(q, k, eye, scale=8.0),
+        "linear": (q @ k.T).tril(),
+        "delta rule": cw.delta_attention_matrix(q, k, strength, scale=1.0),
+    }
+
+
 def three_maps(maps: dict[str, Tensor], stored: str, asked: str) -> Figure:
     """Attention maps side by side, on one colour scale, with a letter for each key and each query.
 

@@ -19,6 +19,7 @@ from dn_lib.teaching import plotting
 from dn_lib.teaching.results import Record
 from dn_lib.teaching.results import origin as origin
 from dn_lib.teaching.results import stored as stored
+from dn_lib.teaching.tables import Table
 
 SECTOR, LINE = 32, 128  # bytes: what L2 and HBM hand out at least, and a line of the cache, four sectors
 H100 = (3.0e12, 6.8e14)  # bytes and bfloat16 operations a second, in round numbers, where nothing was measured
@@ -54,39 +55,41 @@ def ladder_rows(record: Record) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -row["d"])
 
 
-def rung(record: Record, *stages: str) -> str:
+def rung(record: Record, *stages: str) -> Table:
     """Prediction and measurement of some stages of the ladder, side by side, and of each of their kernels.
 
-    >>> print(rung(None, "two kernels"))
+    >>> rung(None, "two kernels")
     not measured yet
     """
-    lines = [f"{'times in ms':40}{'predicted':>10}{'measured':>10}{'ratio':>7}  bound by"]
+    rows = []
     for row in (row for stage in stages for row in ladder_rows(record) if row["stage"] == stage):
         parts = row["kernels"] if len(row["kernels"]) > 1 else []
         size = f"{row['B']} x {row['L']} x {row['H']} x {row['d']}"
-        named = [(f"{row['stage']}, {size}", row), *((f"    {part['kernel']}", part) for part in parts)]
-        for name, x in named:
-            lines.append(f"{name:40}{x['predicted_ms']:10.3f}{x['ms']:10.3f}{x['ratio']:7.2f}  {x['bound']}")
-    return "\n".join(lines) if len(lines) > 1 else "not measured yet"
+        named = [(row["stage"], size, row), *((f"`{part['kernel']}`", "", part) for part in parts)]
+        for name, size, x in named:
+            rows.append(
+                (name, size, f"{x['predicted_ms']:.3f}", f"{x['ms']:.3f}", f"{x['ratio']:.2f}", str(x["bound"]))
+            )
+    return Table(("times in ms", "B x L x H x d", "predicted", "measured", "ratio", "bound by"), rows)
 
 
 RUNGS = ("four kernels", "three kernels", "two kernels, plain", "one kernel")
 
 
-def fair_ladder(record: Record) -> str:
+def fair_ladder(record: Record) -> Table:
     """Predicted and measured milliseconds of the ladder's rungs, one change each, and of the operator.
 
     All rungs have the operator's inverse where the result says so (`inverse`). Of an older result, whose rungs inverted
     in float32, this shows four kernels and the operator's two, with the time of that inverse replaced by that of the
     operator's `chunk_inverse`.
 
-    >>> print(fair_ladder(None))
+    >>> fair_ladder(None)
     not measured yet
     """
     rows = {(row["stage"], row["d"]): row for row in ladder_rows(record)}
     sizes = sorted({d for _, d in rows}, reverse=True)
     alike = {d for d in sizes if all(rows.get((name, d), {}).get("inverse") == "blocks" for name in RUNGS)}
-    lines = [f"{'the same inverse on all, ms':32}{'d':>4}{'predicted':>11}{'measured':>10}{'ratio':>7}"]
+    lines = []
     for d in sizes:
         found: dict[str, list[dict[str, Any]]] = {}
         if d in alike:
@@ -99,12 +102,9 @@ def fair_ladder(record: Record) -> str:
             found["two kernels, the operator"] = [inverse, scan]
         for name, parts in found.items():
             predicted, measured = (sum(part[key] for part in parts) for key in ("predicted_ms", "ms"))
-            lines.append(f"{name:32}{d:4}{predicted:11.3f}{measured:10.3f}{measured / predicted:7.2f}")
-    if len(lines) == 1:
-        return "not measured yet"
-    if not alike:
-        lines.append("an older result: its other rungs inverted in float32, or were not there yet")
-    return "\n".join(lines)
+            lines.append((name, str(d), f"{predicted:.3f}", f"{measured:.3f}", f"{measured / predicted:.2f}"))
+    older = [] if alike else ["An older result: its other rungs inverted in float32, or were not there yet."]
+    return Table(("the same inverse on all, times in ms", "d", "predicted", "measured", "ratio"), lines, notes=older)
 
 
 # --- How memory is read -------------------------------------------------------------------------------------
@@ -126,15 +126,19 @@ PATTERNS = (
 )
 
 
-def warp_requests(patterns: Iterable[tuple[str, int, int]] = PATTERNS) -> str:
-    """What one load of a warp wants and what moves; patterns: (name, bytes between threads, bytes of a number)."""
-    lines = [f"{'what 32 threads load':58}{'wanted':>7}{'sectors':>9}{'moved':>7}{'used':>6}"]
+def warp_requests(patterns: Iterable[tuple[str, int, int]] = PATTERNS) -> Table:
+    """What one load of a warp wants and what moves; patterns: (name, bytes between threads, bytes of a number).
+
+    >>> print(warp_requests([("every second float", 8, 4)]))
+    what 32 threads load  wanted  sectors  moved  used
+    every second float     128 B        8  256 B   50%
+    """
+    rows = []
     for name, stride, itemsize in patterns:
         moved = sectors(stride * np.arange(32), itemsize)
-        wanted = 32 * itemsize
-        used = wanted / (SECTOR * len(moved))
-        lines.append(f"{name:58}{wanted:5} B{len(moved):9}{SECTOR * len(moved):5} B{used:6.0%}")
-    return "\n".join(lines)
+        wanted, bytes_moved = 32 * itemsize, SECTOR * len(moved)
+        rows.append((name, f"{wanted} B", str(len(moved)), f"{bytes_moved} B", f"{wanted / bytes_moved:.0%}"))
+    return Table(("what 32 threads load", "wanted", "sectors", "moved", "used"), rows)
 
 
 def coalescing(patterns: Iterable[tuple[str, int, int]] = PATTERNS[:3]) -> Figure:
@@ -169,13 +173,13 @@ def tensor_of_heads(L: int = 6, H: int = 3, d: int = 4, head: int = 1, rows: int
                 offset = (t * H + h) * d + i
                 place = (h * d + i, -t)
                 flat.add_patch(Rectangle(place, 1, 0.9, fc=colours[h], alpha=1.0 if mine else 0.3, ec="white"))
-                flat.text(place[0] + 0.5, place[1] + 0.45, str(offset), ha="center", va="center", fontsize=7)
+                flat.text(place[0] + 0.5, place[1] + 0.45, str(offset), ha="center", va="center", fontsize=9)
                 if mine:
                     tile.add_patch(Rectangle((i, -t), 1, 0.9, fc=colours[h], ec="white"))
-                    tile.text(i + 0.5, -t + 0.45, str(offset), ha="center", va="center", fontsize=8)
+                    tile.text(i + 0.5, -t + 0.45, str(offset), ha="center", va="center", fontsize=9)
     for ax, width, depth in ((flat, H * d, L), (tile, d, L)):
         ax.set(xlim=(-0.1, width + 0.1), ylim=(-depth + 0.8, 1.1), xticks=[])
-        ax.set_yticks([-t + 0.45 for t in range(depth)], [f"token {t}" for t in range(depth)], fontsize=8)
+        ax.set_yticks([-t + 0.45 for t in range(depth)], [f"token {t}" for t in range(depth)], fontsize=9)
         ax.tick_params(length=0)
         ax.grid(False)
         ax.spines[:].set_visible(False)
@@ -237,10 +241,10 @@ def bytes_of_forms(record: Record) -> Figure:
                 y, width, left=left, color=style["color"], alpha=0.6, edgecolor="white", hatch=["", "//", "..", "xx"][n]
             )
             label = kernel.name if len(costs) > 1 and width > 300 else ""
-            ax.text(left + width / 2, y, label, ha="center", va="center", fontsize=8, backgroundcolor="white")
+            ax.text(left + width / 2, y, label, ha="center", va="center", fontsize=9, backgroundcolor="white")
             left += width
         predicted = 1e3 * cost.roofline_time(costs, *ceilings(record))
-        ax.text(left + 60, y, f"{predicted:.2f} ms", va="center", fontsize=9)
+        ax.text(left + 90, y, f"{predicted:.2f} ms", va="center", fontsize=9)
     ax.set_yticks(range(len(forms)), list(forms))
     ax.set(xlabel="bytes for each token and head", xlim=(0, 1.15 * cost.total_bytes(forms["four kernels"]) / rows))
     ax.invert_yaxis()
@@ -289,7 +293,7 @@ def which_form(operator: Record, ladder: Record) -> Figure:
         )
     four = [row for row in ladder_rows(ladder) if (row["stage"], row["d"]) == ("four kernels", 128)]
     slow = any(row.get("inverse") != "blocks" for row in four)
-    kind = "the ladder's four kernels, with a float32 inverse" if slow else "the ladder's four kernels"
+    kind = "four kernels, float32 inverse" if slow else "delta rule, four kernels"
     marks.append((f"{kind}, measured", plotting.OTHERS[0], [(row["L"], row["ms"]) for row in four]))
     for label, style, points in marks:
         if points:
@@ -299,7 +303,7 @@ def which_form(operator: Record, ladder: Record) -> Figure:
     ax.set_xticks(lengths, [f"{L:,}" for L in lengths])
     ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     ax.minorticks_off()
-    fig.legend(fontsize=8, ncols=2, loc="outside lower center")
+    fig.legend(fontsize=9, ncols=2, loc="outside lower center", columnspacing=1.2)
     return fig
 
 

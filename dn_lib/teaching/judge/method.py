@@ -320,6 +320,22 @@ def no_operations(inputs: Callable[[], tuple], names: dict[str, str], hint: str)
     return Rule(lambda: (inputs(),), broken, hint)
 
 
+DIVISIONS = ("div", "reciprocal", "pow")
+
+
+def no_division(inputs: Callable[[], tuple], what: str, hint: str) -> Rule:
+    """The answer does not divide by `what`, which is 0 in these inputs: its own quotients are all finite."""
+
+    def broken(record: Record) -> str:
+        for operation in record.own:
+            quotients = operation.outputs if operation.name.rstrip("_") in DIVISIONS else ()
+            if any(x.is_floating_point() and not x.isfinite().all() for x in quotients):
+                return f"divides by {what}, where it is 0"
+        return ""
+
+    return Rule(lambda: (inputs(),), broken, hint)
+
+
 def no_gradients(inputs: Callable[[], tuple], hint: str) -> Rule:
     """The answer does not let PyTorch differentiate."""
 

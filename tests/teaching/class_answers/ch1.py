@@ -125,14 +125,14 @@ def returns_a_vector(implementation):
 
 
 # 1.7 -----------------------------------------------------------------------------------------------------
-def fading(inside=True, reach=1, carry="n", left="late", mask=True, write_scale=False):
+def fading(inside=True, reach=1, carry="n", left="late", mask=True, write_scale=False, cut=False):
     def answer(q, k, v, gamma, chunk_size):
         S, o = v.new_zeros(k.shape[1], v.shape[1]), []
         for start in range(0, len(q), chunk_size):
             a, b, c = (x[start : start + chunk_size] for x in (q, k, v))
             n = len(a)
             i = torch.arange(n, dtype=q.dtype)[:, None]
-            M = gamma ** (i - i.T) if inside else torch.ones(n, n, dtype=q.dtype)
+            M = gamma ** (i - i.T).clamp(min=0 if cut else -n) if inside else torch.ones(n, n, dtype=q.dtype)
             scores = a @ b.T * M
             o.append(gamma ** (i + reach) * (a @ S) + (scores.tril() if mask else scores) @ c)
             age = {"late": n - 1 - i, "long": n - i, "early": i}[left]
@@ -254,6 +254,7 @@ ANSWERS = {
         Answer("gamma once per chunk", fading(carry="one"), "once"),
         Answer("gamma on the sum", fading(carry="n", left="late", write_scale=True), "writes|sum"),
         Answer("no mask", fading(mask=False), "mask|future"),
+        Answer("no mask, exponents cut off at 0", fading(mask=False, cut=True), "no mask"),
         Answer("recurrence", fading_recurrence, "one by one|token by token"),
         Answer("divides by powers", fading_divided, "finite|overflow|NaN|power"),
         Answer("one masked matrix", fading_matrix, "L x L"),

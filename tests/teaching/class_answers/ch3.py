@@ -58,6 +58,15 @@ def by_reciprocal(k, beta):
     return T / beta[:, None] * beta[:, None]
 
 
+def by_reciprocal_rows(k, beta):
+    """Substitution in the compact form, whose diagonal is 1 / beta: right for beta = 0 as well, by luck."""
+    inverse, done = torch.diag(1 / beta) + (k @ k.T).tril(-1), []
+    for i in range(len(k)):
+        row = eye(len(k))[i]
+        done.append((row - inverse[i, :i] @ torch.stack(done) if done else row) / inverse[i, i])
+    return torch.stack(done)
+
+
 def by_powers(k, beta):
     N = -(beta[:, None] * (k @ k.T)).tril(-1)
     total = power = eye(len(k))
@@ -244,6 +253,7 @@ ANSWERS = {
         Answer("library", lambda k, b: ut_transform(k, b), "library|ut_transform"),
         Answer("series of powers", by_powers, "power|full"),
         Answer("one over beta", by_reciprocal, "beta = 0|finite|NaN"),
+        Answer("one over beta, by luck", by_reciprocal_rows, "divides by beta"),
         Answer("transposed", lambda k, b: rows(k, b).T, "transpos"),
     ],
     "3.6": [

@@ -209,6 +209,18 @@ def gated_by_library(q, k, v, beta, alpha, S):
     return recurrent_gated_delta_rule(q, k, v, alpha, beta, scale=1.0, initial_state=S)
 
 
+def beta_on_the_keys(q, k, v, b, S):
+    T = ut_transform(k, b)
+    pseudo = T @ v - T @ (b[:, None] * k) @ S
+    return q @ S + (q @ k.T).tril() @ pseudo, S + k.T @ pseudo
+
+
+def beta_on_the_values(q, k, v, b, S):
+    T = ut_transform(k, b)
+    pseudo = T @ (b[:, None] * v) - T @ k @ S
+    return q @ S + (q @ k.T).tril() @ pseudo, S + k.T @ pseudo
+
+
 ANSWERS = {
     "4.1": [
         Answer("still linear attention", lambda q, k, v, b, S: (q @ S + (q @ k.T).tril() @ v, S + k.T @ v), "linear"),
@@ -220,6 +232,8 @@ ANSWERS = {
         Answer("no mask", chunk(mask=10**6), "mask|future"),
         Answer("reads the new state", chunk(read="new"), "leaves the chunk"),
         Answer("beta twice", chunk(twice=True), "twice"),
+        Answer("beta on the keys again", beta_on_the_keys, "In W .*twice"),
+        Answer("beta on the values again", beta_on_the_values, "In U .*twice"),
         Answer("inverse alone", chunk(plain=True), "diag\\(beta\\)"),
         Answer("outputs only", lambda *x: chunk()(*x)[0], "state"),
         Answer("token by token", chunk_by_tokens, "one by one|token by token"),

@@ -1,6 +1,6 @@
 """The appendices: what was measured and how it is taken apart, errors of the kernels, and a chunk on Hopper.
 
-Tables come as text, figures as figures.  Where a result is missing the tables say so and the figures are empty.
+Where a result is missing the tables say so and the figures are empty.
 """
 
 from dn_lib.teaching.figures.appendix.common import (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dn_lib.teaching import plotting
+from dn_lib.teaching.tables import NOTHING as NOTHING
 
-NOTHING = "not measured yet"
 OUTPUTS = ("o", "dq", "dk", "dv", "dbeta")
 # Six outputs, sizes or methods side by side: none of them a mechanism of the book.
 SERIES = [plotting.STYLES[n] for n in (4, 5, 6, 7)] + [

@@ -18,6 +18,7 @@ from dn_lib.teaching.excerpts import resolve
 from dn_lib.teaching.figures.appendix.common import SERIES
 from dn_lib.teaching.figures.appendix.measuring import grid
 from dn_lib.teaching.figures.ch5 import FORMS, Record
+from dn_lib.teaching.tables import Table
 
 # --- C. A chunk on Hopper ------------------------------------------------------------------------------------------
 CHUNK, HEAD = 64, 128
@@ -40,14 +41,16 @@ def accumulator_layout(rows: int = 16, columns: int = 16) -> Figure:
     for row in range(0, 64, 16):
         warp, _ = owner(row, 0)
         whole.add_patch(Rectangle((0, row), 64, 16, fc=colours[warp], alpha=0.6, ec="white"))
-        whole.text(32, row + 8, f"warp {warp}", ha="center", va="center", fontsize=9)
+        ink = "black" if warp else "white"
+        whole.text(32, row + 8, f"warp {warp}", ha="center", va="center", fontsize=9, color=ink)
     whole.set(xlim=(0, 64), ylim=(64, 0), xlabel="64 columns", ylabel="64 rows (tokens)", title="one warpgroup")
     for row in range(rows):
         for column in range(columns):
             warp, lane = owner(row, column)
             shade = 0.85 if lane == 5 else 0.25
             corner.add_patch(Rectangle((column, row), 1, 1, fc=colours[warp], alpha=shade, ec="white"))
-            corner.text(column + 0.5, row + 0.5, str(lane), ha="center", va="center", fontsize=6.5)
+            ink = "white" if lane == 5 else "black"
+            corner.text(column + 0.5, row + 0.5, str(lane), ha="center", va="center", fontsize=9, color=ink)
     corner.set(xlim=(0, columns), ylim=(rows, 0), title="warp 0: the lane that holds each entry (lane 5 dark)")
     corner.title.set_fontsize(9)
     for ax in (whole, corner):
@@ -147,15 +150,23 @@ def schedule(chunks: int = 3, *, save: bool = True) -> list[Event]:
 
 def timeline(chunks: int = 2, *, save: bool = True) -> Figure:
     """`schedule` drawn: a lane for each part of the SM, a colour for each chunk."""
-    fig, ax = plotting.figure(height=3.6)
+    fig, ax = plotting.figure(height=4.0)
     colours = [style["color"] for style in plotting.OTHERS]
+    outside: dict[str, tuple[float, int]] = {}  # by lane: where the last label beside a box ended, and on which side
     for event in schedule(chunks, save=save):
         y, width = -LANES.index(event.lane), event.end - event.start
         colour = colours[event.chunk % len(colours)]
-        ax.add_patch(Rectangle((event.start, y - 0.4), width, 0.8, fc=colour, alpha=0.6, ec="black", lw=0.6))
-        ax.text(
-            event.start + width / 2, y, event.name, ha="center", va="center", fontsize=6.5, rotation=90 * (width < 0.5)
-        )
+        ax.add_patch(Rectangle((event.start, y - 0.32), width, 0.64, fc=colour, alpha=0.6, ec="black", lw=0.6))
+        middle = event.start + width / 2
+        if width < 0.25:  # too narrow for its label: above the box, or below it if a neighbour's is there
+            first = -1 if event.lane == "threads" else 1  # the labels of tensor cores may stand right above
+            before, side = outside.get(event.lane, (-1.0, first))
+            side = -side if before + 0.3 > event.start else first
+            outside[event.lane] = event.end, side
+            place = {"va": "bottom" if side > 0 else "top"}
+            ax.text(middle, y + 0.34 * side, event.name, ha="center", fontsize=9, **place)
+        else:
+            ax.text(middle, y, event.name, ha="center", va="center", fontsize=9, rotation=90 * (width < 0.5))
     end = max(event.end for event in schedule(chunks, save=save))
     ax.set(xlim=(0, end), ylim=(-len(LANES) + 0.4, 0.6), xlabel="microseconds, by the model")
     ax.set_yticks([-i for i in range(len(LANES))], LANES)
@@ -186,23 +197,22 @@ def backward_kernels() -> dict[str, tuple[cost.Cost, ...]]:
     return {"two kernels": cost.backward(shape), "one kernel": (hopper,)}
 
 
-def backward_table() -> str:
+def backward_table() -> Table:
     """Bytes of each tensor that the two backward passes read and write, in X for a token and head.
 
     What has one number a row (beta and its gradient) is left out of the columns.
     """
-    rows = 16 * 2048 * 16
+    per = 16 * 2048 * 16
     names = ("q", "k", "N", "Vn", "do", "dv", "states", "dstates", "dq", "dk")
-    lines = [f"{'':24}" + "".join(f"{name:>8}" for name in names) + f"{'sum':>8}"]
+    rows = []
     for title, kernels in backward_kernels().items():
         total = 0.0
         for kernel in kernels:
-            moved = [(kernel.reads.get(n, 0) + kernel.writes.get(n, 0)) / rows / X for n in names]
+            moved = [(kernel.reads.get(n, 0) + kernel.writes.get(n, 0)) / per / X for n in names]
             total += sum(moved)
-            cells = "".join(f"{x:8.1f}" if x else f"{'':8}" for x in moved)
-            lines.append(f"{kernel.name:24}{cells}{sum(moved):8.1f}")
-        lines.append(f"{'  ' + title:24}{'':80}{total:8.1f} X")
-    return "\n".join(lines)
+            rows.append((f"`{kernel.name}`", *(f"{x:.1f}" if x else "" for x in moved), f"{sum(moved):.1f}"))
+        rows.append((f"{title} in all", *("" for _ in names), f"{total:.1f}"))
+    return Table(("bytes in X", *names, "sum"), rows)
 
 
 def weak_rows(strengths: Tensor, dtype: torch.dtype, rule: str) -> Tensor:
@@ -252,13 +262,12 @@ def shared_memory(values: int = HEAD) -> dict[str, int]:
     return {name: 2 * int(count) * sizes[rows] * sizes[columns] // 1024 for name, count, rows, columns in found}
 
 
-def hopper_gain(operator: Record) -> str:
+def hopper_gain(operator: Record) -> Table:
     """Rows of the operator's result that say that they ran the kernels for Hopper; a sentence if there are none."""
-    rows = [row for row in grid(operator) if row.get("gluon") or "hopper" in str(row.get("plan", "")).lower()]
-    if not rows:
-        return "no stored row was measured with the kernels for Hopper: their gain is not measured yet"
-    lines = [f"{'B x L x H x d':>18}{'forward':>10}{'with backward':>15}   ms"]
-    for row in rows:
-        name = f"{row['B']} x {row['L']} x {row['H']} x {row['d_k']}"
-        lines.append(f"{name:>18}{row['forward']['ours_ms']:10.3f}{row['forward_backward']['ours_ms']:15.3f}")
-    return "\n".join(lines)
+    rows = []
+    for row in grid(operator):
+        if row.get("gluon") or "hopper" in str(row.get("plan", "")).lower():
+            name = f"{row['B']} x {row['L']} x {row['H']} x {row['d_k']}"
+            rows.append((name, f"{row['forward']['ours_ms']:.3f}", f"{row['forward_backward']['ours_ms']:.3f}"))
+    none = "no stored row was measured with the kernels for Hopper: their gain is not measured yet"
+    return Table(("times in ms: B x L x H x d", "forward", "with backward"), rows, empty=none)

@@ -9,54 +9,57 @@ from matplotlib.figure import Figure
 
 from dn_lib import cost
 from dn_lib.teaching import plotting
-from dn_lib.teaching.figures.appendix.common import NOTHING, SERIES
+from dn_lib.teaching.figures.appendix.common import SERIES
 from dn_lib.teaching.figures.ch5 import FORMS, Record, ladder_rows
+from dn_lib.teaching.tables import NOTHING, Table, Tables
 
 
 # --- A. Errors first ----------------------------------------------------------------------------------------
-def errors_table(errors: Record, sanitizer: Record, chapters: Record) -> str:
+def errors_table(errors: Record, sanitizer: Record, chapters: Record) -> Tables:
     """Errors of random calls, ours over fla's, what compute-sanitizer found, chapters that print otherwise on a GPU."""
-    lines = []
     summary = errors["summary"] if errors else {"errors": {}, "ratio_to_fla": {}}
+    calls, ratios = [], []
     for dtype, outputs in summary["errors"].items():
         lost, worst = sum(x["not_finite"] for x in outputs.values()), max(x["worst"] for x in outputs.values())
         median = max(x["median"] for x in outputs.values())
-        calls = outputs["o"]["calls"]
-        lines.append(f"{dtype:9} {calls} calls, not finite: {lost}, largest median {median:.0e}, worst {worst:.0e}")
-    lines.append(f"\n{'error, ours / fla':20}{'calls':>6}{'median':>8}{'most':>6}   above 1.1")
+        calls.append((dtype, str(outputs["o"]["calls"]), str(lost), f"{median:.0e}", f"{worst:.0e}"))
     for dtype, outputs in summary["ratio_to_fla"].items():
         for name, x in outputs.items():
-            above = len(x["above_1.1"])
-            lines.append(f"{dtype:9} {name:10}{x['calls']:6}{x['median']:8.2f}{x['max']:6.2f}{above:8}")
-    lines.append("")
-    for tool, found in (sanitizer["tools"] if sanitizer else {}).items():
-        lines.append(f"{tool}: {found['calls']} calls, {found['summary'][0]}")
+            above = str(len(x["above_1.1"]))
+            ratios.append((dtype, name, str(x["calls"]), f"{x['median']:.2f}", f"{x['max']:.2f}", above))
+    found = [
+        (tool, str(one["calls"]), str(one["summary"][0]))
+        for tool, one in (sanitizer["tools"] if sanitizer else {}).items()
+    ]
     moved = [name for name, cells in (chapters["gpu"]["different"] if chapters else {}).items() if cells]
-    lines.append(f"chapters whose text outputs on the GPU differ from the stored ones: {moved or 'none'}")
-    return "\n".join(lines)
+    return Tables(
+        Table(("random calls", "calls", "not finite", "largest median error", "worst error"), calls),
+        Table(("error, ours / fla", "of", "calls", "median", "most", "above 1.1"), ratios),
+        Table(("compute-sanitizer", "calls", "what it says"), found),
+        f"Chapters whose text outputs on the GPU differ from the stored ones: {', '.join(moved) or 'none'}.",
+    )
 
 
-def errors_by_keys(errors: Record) -> str:
+def errors_by_keys(errors: Record) -> Table:
     """Geometric means of our error over fla's by number format and by how alike the keys are."""
+    head = (
+        "format", "keys", "beta to", "calls", "o, ours / fla: mean", "most", "above 1.1", "worst output", "its mean",
+        "o, fla again / fla: most", "above 1.1",
+    )  # fmt: skip
     summary = errors["summary"] if errors else {}
     means = [row["ratios"] for row in summary.get("ratio_by_configuration", [])]
     if not means:
-        return NOTHING
+        return Table(head, [])
     every = [mean for ratios in means for mean in ratios.values()]
-    lines = [
-        f"{len(means)} configurations: geometric means of every output from {min(every):.2f} to {max(every):.2f}\n",
-        f"{'':34}o: ours / fla       worst output      o: fla again / fla",
-        f"{'format, keys, beta to':27}{'calls':>5}  mean  most  > 1.1    by its mean       most  > 1.1",
-    ]
+    rows = []
     for row in summary.get("ratio_by_keys", []):
         o, again, worst = row["o"], row.get("scatter"), max(row["geometric_means"].items(), key=lambda item: item[1])
-        common = {0.0: "independent", "identical": "identical"}.get(row["bias"], f"common {row['bias']}")
-        keys = f"{row['dtype']:9}{common:13}{row['beta_range']:.0f}"
-        lines.append(
-            f"{keys:27}{o['calls']:5}{o['geometric_mean']:6.2f}{o['max']:6.2f}{o['above_1.1']:6}     "
-            f"{worst[0]:9}{worst[1]:5.2f}" + (f"{again['max']:12.2f}{again['above_1.1']:6}" if again else "")
-        )
-    return "\n".join(lines)
+        keys = {0.0: "independent", "identical": "identical"}.get(row["bias"], f"common {row['bias']}")
+        ours = (str(o["calls"]), f"{o['geometric_mean']:.2f}", f"{o['max']:.2f}", str(o["above_1.1"]))
+        other = (f"{again['max']:.2f}", str(again["above_1.1"])) if again else ("", "")
+        rows.append((row["dtype"], keys, f"{row['beta_range']:.0f}", *ours, worst[0], f"{worst[1]:.2f}", *other))
+    note = f"{len(means)} configurations: geometric means of every output from {min(every):.2f} to {max(every):.2f}."
+    return Table(head, rows, notes=[note])
 
 
 # --- A. How it was measured, and how far ahead ------------------------------------------------------------------
@@ -66,25 +69,38 @@ def grid(operator: Record) -> list[dict[str, Any]]:
     return [row for row in rows if row["key"].startswith("grid") and row["status"] == "ok"]
 
 
-def how_measured(operator: Record) -> str:
+def _shape(row: dict[str, Any], head: str = "d_k") -> str:
+    return f"{row['B']} x {row['L']} x {row['H']} x {row[head]}"
+
+
+def how_measured(operator: Record) -> Table:
     """Machine, versions, clock; by how much samples of one shape differ; the largest errors."""
+    head = ("", "in the stored run")
     if operator is None:
-        return NOTHING
+        return Table(head, [])
     where, how, rows = operator["provenance"], operator["settings"], grid(operator)
     versions = {**{name: where[name] for name in ("torch", "triton")}, "fla": how["fla"].get("fla", "absent")}
-    lines = [f"{where['device']} {versions} commit {where['git_commit'][:7]}"]
-    lines.append(f"clock: {how['clock']}; order: {how['order']}")
+    lines = [
+        ("device", where["device"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("commit", where["git_commit"][:7]),
+        ("clock", how["clock"]),
+        ("order", how["order"]),
+    ]
     for what in ("forward", "forward_backward"):
         samples = [(row[what]["ours_samples_ms"], row["key"]) for row in rows]
         pairs = sorted((max(times) / min(times) - 1, key) for times, key in samples)
-        lines.append(f"our samples differ, {what}: median {pairs[len(pairs) // 2][0]:.1%}; by more than 10 %:")
-        lines += [f"    {key.removeprefix('grid ')}: {spread:.0%}" for spread, key in pairs if spread > 0.1]
+        name = what.replace("_", " + ")
+        if pairs:
+            lines.append((f"our samples differ, {name}", f"median {pairs[len(pairs) // 2][0]:.1%}"))
+        far = [f"{key.removeprefix('grid ')}: {spread:.0%}" for spread, key in pairs if spread > 0.1]
+        lines.append((f"by more than 10 %, {name}", "; ".join(far) or "no shape"))
     for side in ("ours", "fla"):
         found = [error for row in rows for error in row["errors"].get(side, {}).values()]
         if found:
-            largest = max(found)
-            lines.append(f"largest error of {side:4} in outputs and gradients, {len(rows)} shapes: {largest:.1e}")
-    return "\n".join(lines)
+            what = f"in outputs and gradients, {len(rows)} shapes"
+            lines.append((f"largest error of {side}", f"{max(found):.1e} {what}"))
+    return Table(head, lines)
 
 
 def predicted_ms(row: dict[str, Any], operator: dict[str, Any]) -> float:
@@ -94,38 +110,34 @@ def predicted_ms(row: dict[str, Any], operator: dict[str, Any]) -> float:
     return 1e3 * cost.roofline_time(cost.two_kernels(shape), *rates)
 
 
-def forward_table(operator: Record) -> str:
+def forward_table(operator: Record) -> Table:
     """The operator's forward against its prediction and others, and how far off the prediction is."""
+    head = ("forward, ms: B x L x H x d", "segments", "predicted", "ours", "fla", "softmax", "recurrent")
     if operator is None:
-        return NOTHING
-    heads = ("predicted", "ours", "fla", "softmax", "recurrent")
-    lines = [f"{'B x L x H x d':>18} segments" + "".join(f"{head:>10}" for head in heads) + "   ms, forward"]
+        return Table(head, [])
+    rows, notes = [], []
     for row in grid(operator):
         other = {name: timed.get("ms") for name, timed in row.get("others", {}).items()}
         times = [predicted_ms(row, operator), row["forward"]["ours_ms"], row["forward"].get("fla_ms")]
         times += [other.get("softmax_attention.forward"), other.get("recurrent.forward")]
-        name = f"{row['B']} x {row['L']} x {row['H']} x {row['d_k']}"
-        numbers = "".join(f"{x:10.3f}" if x is not None else f"{'-':>10}" for x in times)
-        lines.append(f"{name:>18} {row['parts']:8}{numbers}")
+        rows.append((_shape(row), str(row["parts"]), *(f"{x:.3f}" if x is not None else "-" for x in times)))
     for title, split in (("walked whole", False), ("split", True)):
-        rows = [row for row in grid(operator) if (row["parts"] > 1) == split]
-        off = sorted(row["forward"]["ours_ms"] / predicted_ms(row, operator) for row in rows)
+        some = [row for row in grid(operator) if (row["parts"] > 1) == split]
+        off = sorted(row["forward"]["ours_ms"] / predicted_ms(row, operator) for row in some)
         if off:
-            lines.append(f"sequences {title}: {len(off)} shapes, measured / predicted {off[0]:.1f} to {off[-1]:.1f}")
-    return "\n".join(lines)
+            notes.append(f"Sequences {title}: {len(off)} shapes, measured / predicted {off[0]:.1f} to {off[-1]:.1f}.")
+    return Table(head, rows, notes)
 
 
-def host_table(operator: Record) -> str:
+def host_table(operator: Record) -> Table:
     """Single sequences: what their bytes would take, and what a call takes."""
-    rows = operator["rows"] if operator else []
-    lines = [f"{'B x L x H x d, ms':>20} {'bytes, forward + backward':>26} {'forward':>9} {'with backward':>14}"]
-    for row in rows:
+    rows = []
+    for row in operator["rows"] if operator else []:
         if row["status"] == "ok" and row.get("B") == 1 and row["key"].startswith(("grid", "small")):
             bytes_ms = 1e3 * row["forward_backward"]["compulsory_bytes"] / row["copy_bytes_per_s"]
-            name = f"{row['B']} x {row['L']} x {row['H']} x {row['d_k']}"
-            times = f"{row['forward']['ours_ms']:9.3f} {row['forward_backward']['ours_ms']:14.3f}"
-            lines.append(f"{name:>20} {bytes_ms:26.3f} {times}")
-    return "\n".join(lines) if len(lines) > 1 else NOTHING
+            times = (bytes_ms, row["forward"]["ours_ms"], row["forward_backward"]["ours_ms"])
+            rows.append((_shape(row), *(f"{x:.3f}" for x in times)))
+    return Table(("times in ms: B x L x H x d", "bytes, forward + backward", "forward", "with backward"), rows)
 
 
 def lead(operator: Record) -> Figure:
@@ -151,19 +163,18 @@ def lead(operator: Record) -> Figure:
     return fig
 
 
-def lead_table(operator: Record) -> str:
+def lead_table(operator: Record) -> Table:
     """The smallest and largest leads over fla, and the geometric mean."""
     lines = []
     for what in ("forward", "forward_backward"):
+        name = what.replace("_", " + ")
         rows = sorted((row for row in grid(operator) if row[what].get("ratio")), key=lambda row: row[what]["ratio"])
         for title, some in (("least", rows[:4]), ("most", rows[-2:])):
-            shapes = [f"{row[what]['ratio']:.2f} at {row['B']}x{row['L']}x{row['H']}x{row['d_k']}" for row in some]
-            if shapes:
-                lines.append(f"{what.replace('_', ' + '):18} {title:5}: {', '.join(shapes)}")
+            lines += [(name, title, f"{row[what]['ratio']:.2f}", _shape(row)) for row in some]
         if rows:
             mean = torch.tensor([row[what]["ratio"] for row in rows]).log().mean().exp()
-            lines.append(f"{what.replace('_', ' + '):18} geometric mean of {len(rows)} shapes: {mean:.2f}")
-    return "\n".join(lines) or NOTHING
+            lines.append((name, "geometric mean", f"{mean:.2f}", f"{len(rows)} shapes"))
+    return Table(("pass", "", "fla / ours", "at B x L x H x d"), lines)
 
 
 def paper_figure(record: Record, in_paper: dict[int, list[float]]) -> Figure:
@@ -187,17 +198,21 @@ def paper_figure(record: Record, in_paper: dict[int, list[float]]) -> Figure:
     return fig
 
 
-def paper_table(record: Record) -> str:
-    """Points whose two timings differ by more than a tenth."""
-    lines = []
+def paper_table(record: Record) -> Table:
+    """Points whose two timings differ by more than a tenth, and what the result says of runs it was joined from."""
+    rows = []
     for row in (record or {"rows": []})["rows"]:
         spread = row["chunkwise_again_ms"] / row["chunkwise_ms"]
         if max(spread, 1 / spread) > 1.1:
             again = row["recurrent_ms"] / row["chunkwise_again_ms"]
-            lines.append(f"{row['key']:14} {row['speed_up']:5.1f}, by the second timing {again:5.1f}")
-    for other in (record or {"provenance": {}})["provenance"].get("also", []):
-        lines.append(f"from another run of {other['date'][:16]}: {other['rows']} - {other['remark']}")
-    return "\n".join(lines) or NOTHING
+            rows.append((row["key"], f"{row['speed_up']:.1f}", f"{again:.1f}"))
+    also = [
+        f"From another run of {other['date'][:16]}: {', '.join(other['rows'])}; {other['remark']}"
+        for other in (record or {"provenance": {}})["provenance"].get("also", [])
+    ]
+    none = NOTHING if record is None else "no point has two timings that differ by more than a tenth"
+    head = ("timings that differ by more than a tenth", "speed-up", "by the second timing")
+    return Table(head, rows, also, empty="\n".join([none, *also]))
 
 
 # --- A. A stage taken apart ---------------------------------------------------------------------------------------
@@ -248,47 +263,45 @@ def requested(row: dict[str, Any], kernel: dict[str, Any], ladder: dict[str, Any
     return counted.requested / 1e9, 1e3 * max(x / rate for x, rate in zip(work, rates, strict=True))
 
 
-def occupancy_table(ladder: Record) -> str:
+def _rounds(kernel: dict[str, Any], ladder: dict[str, Any]) -> tuple[str, ...]:
+    """Programs resident on an SM, waves, steps of a program, and microseconds of a step."""
+    step = 1e3 * kernel["ms"] / waves(kernel, ladder) / kernel["steps"]
+    return str(at_once(kernel)), str(waves(kernel, ladder)), str(kernel["steps"]), f"{step:.1f}"
+
+
+def occupancy_table(ladder: Record) -> Table:
     """Kernels that do not invert: against prediction and against what is asked for, resident programs, waves, steps."""
-    if ladder is None:
-        return NOTHING
-    lines = [
-        f"{'':52}measured /              asked              at once,",
-        f"{'stage':28}{'kernel':24}predicted   / asked    TB/s  TFLOP/s   waves x steps of us   spills",
-    ]
-    for row, kernel in kernels_of(ladder):
+    rows = []
+    for row, kernel in kernels_of(ladder) if ladder else []:
         if kernel["kernel"] in INVERTING or row["stage"] == "one token":
             continue
-        gigabytes, asked = requested(row, kernel, ladder)
-        step = 1e3 * kernel["ms"] / waves(kernel, ladder) / kernel["steps"]
-        lines.append(
-            f"{row['stage'] + ', d = ' + str(row['d']):28}{kernel['kernel']:24}"
-            f"{kernel['ratio']:9.2f}{kernel['ms'] / asked:10.2f}"
-            f"{gigabytes / kernel['ms']:8.2f}{kernel['flops'] / kernel['ms'] / 1e9:9.0f}"
-            f"{at_once(kernel):6},{waves(kernel, ladder):4} x {kernel['steps']:2} of {step:4.1f}{kernel['spills']:11}"
-        )
-    return "\n".join(lines)
+        gigabytes, asked = requested(row, kernel, ladder or {})
+        rates = (f"{gigabytes / kernel['ms']:.2f}", f"{kernel['flops'] / kernel['ms'] / 1e9:.0f}")
+        ratios = (f"{kernel['ratio']:.2f}", f"{kernel['ms'] / asked:.2f}")
+        name = (row["stage"], str(row["d"]), f"`{kernel['kernel']}`")
+        rows.append((*name, *ratios, *rates, *_rounds(kernel, ladder or {}), str(kernel["spills"])))
+    head = (
+        "stage", "d", "kernel", "measured / predicted", "measured / asked", "asked, TB/s", "TFLOP/s", "at once",
+        "waves", "steps", "us a step", "spills",
+    )  # fmt: skip
+    return Table(head, rows)
 
 
-def inverse_table(ladder: Record) -> str:
+def inverse_table(ladder: Record) -> Table:
     """Kernels that invert: against prediction, and what their float32 dots alone would take."""
-    if ladder is None:
-        return NOTHING
-    lines = [
-        f"{'':43}         at once,                      float32 dots alone:",
-        f"{'stage':28}{'kernel':15} ratio   waves x steps of us   spills   ms, share of the time",
-    ]
-    for row, kernel in kernels_of(ladder):
+    rows = []
+    for row, kernel in kernels_of(ladder) if ladder else []:
         if kernel["kernel"] not in INVERTING or row["stage"] == "operator, training":
             continue
-        step = 1e3 * kernel["ms"] / waves(kernel, ladder) / kernel["steps"]
         dots = row.get("float32_ms") if kernel["kernel"] in FLOAT32 else None
-        lines.append(
-            f"{row['stage'] + ', d = ' + str(row['d']):28}{kernel['kernel']:15}{kernel['ratio']:6.1f}"
-            f"{at_once(kernel):5},{waves(kernel, ladder):4} x {kernel['steps']:2} of {step:6.1f}{kernel['spills']:8}   "
-            + (f"{dots:5.2f}, {dots / kernel['ms']:.0%}" if dots else "")
-        )
-    return "\n".join(lines)
+        alone = (f"{dots:.2f}", f"{dots / kernel['ms']:.0%}") if dots else ("", "")
+        name = (row["stage"], str(row["d"]), f"`{kernel['kernel']}`")
+        rows.append((*name, f"{kernel['ratio']:.1f}", *_rounds(kernel, ladder or {}), str(kernel["spills"]), *alone))
+    head = (
+        "stage", "d", "kernel", "measured / predicted", "at once", "waves", "steps", "us a step", "spills",
+        "float32 dots alone, ms", "of the time",
+    )  # fmt: skip
+    return Table(head, rows)
 
 
 KINDS = {

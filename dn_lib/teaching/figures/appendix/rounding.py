@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from dn_lib.teaching import plotting
 from dn_lib.teaching.figures.appendix.common import NOTHING, OUTPUTS, SERIES
 from dn_lib.teaching.figures.ch5 import Record
+from dn_lib.teaching.tables import Table
 
 # --- B. Errors under the microscope -----------------------------------------------------------------------------
 KEYS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, "identical")  # mean cosines of the sweeps, drawn evenly spaced
@@ -35,7 +36,7 @@ def sweep(ax: Axes, microscope: Record, style: dict[str, Any], label: str, x: st
             ax.plot(crosses, [0.97] * len(crosses), "x", color=style["color"], transform=ax.get_xaxis_transform())
     ax.set(yscale="log")
     if x == "cosine":
-        ax.set_xticks(range(len(KEYS)), ["0", ".25", ".5", ".75", ".9", ".99", "1"], fontsize=8)
+        ax.set_xticks(range(len(KEYS)), ["0", ".25", ".5", ".75", ".9", ".99", "1"], fontsize=9)
     if not microscope and not ax.texts:
         ax.text(0.5, 0.5, NOTHING, ha="center", transform=ax.transAxes)
 
@@ -58,26 +59,24 @@ def operator_sweeps(microscope: Record) -> Figure:
     return fig
 
 
-def units_table(microscope: Record) -> str:
+def units_table(microscope: Record) -> Table:
     """The operator's largest error in units u of its format, for independent, similar and identical keys."""
-    if microscope is None:
-        return NOTHING
 
     def largest(form: str, axis: str, cosine: Any) -> float:
-        for row in microscope["rows"]:
+        for row in microscope["rows"] if microscope else []:
             if (row["section"], row.get("axis"), row.get("format")) == ("operator", axis, form):
                 point = next(p for p in row["points"] if p["cosine"] == cosine)
                 return max(point["errors"][name]["max"] for name in OUTPUTS)
         return float("nan")
 
-    lines = [f"{'largest error / u':20} beta up to 1: cosine 0, 0.9, identical   beta up to 2: the same"]
-    for form, u in microscope["settings"]["unit_roundoff"].items():
-        cells = [
-            "".join(f"{largest(form, axis, c) / u:{width}.1f}" for c, width in ((0.0, 16), (0.9, 7), ("identical", 7)))
-            for axis in ("cosine", "cosine, beta to 2")
-        ]
-        lines.append(f"{form:20} {cells[0]}        {cells[1]}")
-    return "\n".join(lines)
+    places = [(axis, c) for axis in ("cosine", "cosine, beta to 2") for c in (0.0, 0.9, "identical")]
+    units = microscope["settings"]["unit_roundoff"] if microscope else {}
+    rows = [(form, *(f"{largest(form, axis, c) / u:.1f}" for axis, c in places)) for form, u in units.items()]
+    head = [
+        f"beta to {2 if '2' in axis else 1}, " + ("identical keys" if c == "identical" else f"cosine {c:g}")
+        for axis, c in places
+    ]
+    return Table(("largest error / u", *head), rows)
 
 
 def each_output(microscope: Record) -> Figure:
@@ -113,22 +112,24 @@ def inverses(microscope: Record) -> Figure:
             sweep(ax, microscope, style, name, "cosine", ["T"], **kept, method=f"{name}, {form}")
         ax.set(title=f"operands in {form}", xlabel="mean cosine of keys", ylim=(1e-8, 1e4))
         if microscope:
-            ax.legend(fontsize=8, loc="upper right" if form == "float16" else "center right")
+            place, top = ("upper right", 0.94) if form == "float16" else ("center right", 0.5)  # below the crosses
+            ax.legend(fontsize=9, loc=place, bbox_to_anchor=(1, top))
     axes[0].set(ylabel="relative error of T")
     return fig
 
 
-def inverses_table(microscope: Record) -> str:
+def inverses_table(microscope: Record) -> Table:
     """Errors of T, and of o and dbeta if the inverse alone is wrong, for six ways to invert."""
-    lines = [f"{'beta up to 2':26} {'cosine 0':>24} {'cosine 0.9':>24} {'identical':>24}"]
-    lines.append(f"{'':26} " + f"{'T':>8}{'o':>8}{'dbeta':>8} " * 3)
+    rows = []
     wanted = {f"{name}, {form}" for name in METHODS for form in ("float16", "float32")}
     for row in microscope["rows"] if microscope else []:
         if row["section"] == "inverse" and row["axis"] == "cosine, beta to 2" and row["method"] in wanted:
-            cells = []
-            for point in (p for p in row["points"] if p["cosine"] in (0.0, 0.9, "identical")):
-                for name in ("T", "o", "dbeta"):
-                    found = point["errors"][name]
-                    cells.append(f"{'-' if found['not_finite'] else format(found['max'], '.0e'):>8}")
-            lines.append(f"{row['method']:26} " + " ".join("".join(cells[i : i + 3]) + " " for i in (0, 3, 6)).rstrip())
-    return "\n".join(line.rstrip() for line in lines) if len(lines) > 2 else NOTHING
+            found = [
+                point["errors"][name]
+                for point in row["points"]
+                if point["cosine"] in (0.0, 0.9, "identical")
+                for name in ("T", "o", "dbeta")
+            ]
+            rows.append((row["method"], *("-" if x["not_finite"] else format(x["max"], ".0e") for x in found)))
+    head = [f"{name}{keys}" for keys in (" at 0", " at 0.9", ", equal") for name in ("T", "o", "dbeta")]
+    return Table(("beta to 2, cosine of keys", *head), rows)

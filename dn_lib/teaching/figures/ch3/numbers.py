@@ -60,6 +60,24 @@ def largest_numbers(k: Tensor, beta: Tensor, method: str) -> list[float]:
     return seen
 
 
+def multiplications(k: Tensor, beta: Tensor, method: str) -> int:
+    """The scalar multiplications in the matrix products of `ut_transform(k, beta, method=method)`.
+
+    >>> multiplications(torch.ones(4, 1), torch.ones(4), "blocked")  # 4 (4^2 - 1) / 3
+    20
+    """
+    counted = 0
+
+    def matmul(a: Tensor, b: Tensor) -> Tensor:
+        nonlocal counted
+        product = a @ b
+        counted += product.numel() * a.shape[-1]
+        return product
+
+    hh.ut_transform(k, beta, method=method, matmul=matmul)
+    return counted
+
+
 def numbers_on_the_way(k: Tensor, beta: Tensor) -> Figure:
     """The largest number that each product of doubling and of merging returns; zeros are left out.
 
