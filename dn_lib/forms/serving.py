@@ -269,8 +269,10 @@ def quantised_delta_rule(
     for begin in range(0, k.shape[-2], every):
         part = slice(begin, begin + every)
         gates = None if g is None else g[..., part, :].expand(*k[..., part, :].shape)
-        rows = (x[..., part, :] for x in (q, k, v))
-        o, state, _ = draft_delta_rule(*rows, beta[..., part], dequantise_state(codes, scales), g=gates, scale=scale)
+        o, state, _ = draft_delta_rule(
+            q[..., part, :], k[..., part, :], v[..., part, :], beta[..., part], dequantise_state(codes, scales),
+            g=gates, scale=scale,
+        )  # fmt: skip
         codes, scales = quantise_state(state, generator=generator)
         outputs.append(o)
     return torch.cat(outputs, -2), codes, scales
