@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Compiles for GPUs that are not there, and so turns the interpreter off for its process when imported; it has tests
 # of its own, in a process of their own.
-collect_ignore_glob = ["dn_lib/kernels/aot.py", "dn_lib/kernels/hopper/aot.py"]
+collect_ignore_glob = ["dn_lib/kernels/aot.py", "dn_lib/kernels/gla/aot.py", "dn_lib/kernels/hopper/aot.py"]
 if INTERPRETS:
     # Gluon has no interpreter.
     collect_ignore_glob += ["dn_lib/kernels/hopper/*.py"]
