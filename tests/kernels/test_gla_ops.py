@@ -77,12 +77,13 @@ def test_which_kernels_run():
 
 
 @interpreted
-def test_auto_and_fla_s_signature_take_the_kernels():
+def test_auto_and_fla_s_signature_keep_to_pytorch_for_now():
+    """The kernels have not run on a GPU yet, so they are taken where they are asked for by name."""
     *inputs, first = sample(L=17, state=1)
     with using(auto="triton"):
         for function in (linear_attention, chunk_gla):
             (o, state), trace = observe(function, *inputs, initial_state=first, output_final_state=True)
-            assert [launch.kernel for launch in trace.launches] == CHUNKS
+            assert not trace.launches
             exact, last, _ = reference(*inputs, initial_state=first)
             assert relative_error(o, exact) < SINGLE and relative_error(state, last) < SINGLE
 
