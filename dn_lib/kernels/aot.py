@@ -9,6 +9,7 @@ compiled here is what a call would launch.  It must run without Triton's interpr
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +35,7 @@ from dn_lib.kernels.races import overtaken_dots
 from dn_lib.kernels.rules import CHUNK_SIZES, Target, default_chunk
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+Compile = Callable[[int, list[dict]], list[dict]]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -63,8 +66,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(fields["REG"]), "stack": int(fields["STACK"])}
 
 
-def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
-    """Compiles what forward and backward launch for each of `calls`; a row for each kernel compiled."""
+def compile_each(arch: int, calls: Iterable[tuple[dict, Callable[[], None]]]) -> list[dict]:
+    """Compiles what each call launches: what a row says of it, and the call.  A row for each kernel compiled."""
     triton.runtime.driver.set_active(cast(Any, _AbsentGPU(arch)))
     original, rows, seen = JITFunction.run, [], set()
 
@@ -76,9 +79,8 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
             row = {
                 "kernel": self.fn.__name__,
                 "arch": arch,
-                **record.call,
+                **record.about,
                 "warps": kernel.metadata.num_warps,
-                "stages": kernel.metadata.num_stages,
                 "shared": kernel.metadata.shared,
                 "seconds": round(time.perf_counter() - start, 1),
                 "overtaken": len(overtaken_dots(kernel.asm["ttgir"])),
@@ -88,19 +90,39 @@ def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
 
     JITFunction.run = record
     try:
-        # Both regimes of `plan.is_one_wave`; TMA in short calls as in long ones, and pointers.
-        for call, (sms, tma) in itertools.product(calls, ((0, True), (10**6, True), (0, False))):
-            record.call = {**call, "one_wave": sms > 0, "tma": tma}
-            with using(target=Target(arch, sms), tma=tma, gluon=False, segments=call["segments"]):
-                _launch(**call)
+        for record.about, call in calls:
+            call()
     finally:
         JITFunction.run = original
     return rows
 
 
+# SMs of the GPU, for both regimes of `plan.is_one_wave`, and whether TMA is used in short calls as in long ones.
+BY_TMA = ((0, True), (10**6, True))
+BY_POINTERS = ((0, False),)
+
+
+def compile_calls(
+    arch: int, calls: list[dict], ways: tuple[tuple[int, bool], ...] = BY_TMA + BY_POINTERS
+) -> list[dict]:
+    """A row for each kernel that forward, backward and the recurrence launch for `calls`, each in all of `ways`."""
+    return compile_each(
+        arch,
+        (
+            ({**call, "one_wave": sms > 0, "tma": tma}, functools.partial(_launch_on, Target(arch, sms), tma, call))
+            for call, (sms, tma) in itertools.product(calls, ways)
+        ),
+    )
+
+
+def _launch_on(target: Target, tma: bool, call: dict) -> None:
+    with using(target=target, tma=tma, gluon=False, segments=call["segments"]):
+        _launch(**call)
+
+
 def _launch(
-    dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, gate: bool, erase: bool, group: int,
-    **_,
+    dtype: str, K: int, V: int, norm: bool, state: bool, varlen: bool, chunk: int, gate: bool = False,
+    erase: bool = True, group: int = 1, **_,
 ):  # fmt: skip
     L, H, kind = max(2 * chunk, 1024), group, DTYPES[dtype]
     q, k = (torch.zeros(1, L, 1, K, dtype=kind) for _ in range(2))
@@ -149,23 +171,25 @@ def configurations(everything: bool) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _compile_one(job: tuple[int, dict]) -> list[dict]:
+def _compile_one(compile_calls: Compile, job: tuple[int, dict]) -> list[dict]:
     return compile_calls(job[0], [job[1]])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run(about: str, compile_calls: Compile, configurations: Callable[[bool], list[dict]]) -> None:
+    """The command line of a family of kernels.  Exits with a message if one of them cannot be run as it is."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--all", action="store_true", help="every configuration, not just one of each kind")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="80 and/or 90")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     jobs = [(arch, call) for arch in options.arch or [80, 90] for call in configurations(options.all)]
+    compile_one = functools.partial(_compile_one, compile_calls)
     if options.all:
         with multiprocessing.get_context("spawn").Pool() as pool:
-            done = pool.imap(_compile_one, jobs)
+            done = pool.imap(compile_one, jobs)
             rows = [row for part in tqdm(done, total=len(jobs), disable=options.json) for row in part]
     else:
-        rows = [row for job in jobs for row in _compile_one(job)]
+        rows = [row for job in jobs for row in compile_one(job)]
     if options.json:
         print(json.dumps(rows))
     else:
@@ -173,13 +197,11 @@ def main() -> None:
         print(*heading, sep="\t")
         for row in rows:
             print(*(row[name] for name in heading), sep="\t")
-    over = [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]]
-    overtaken = [row for row in rows if row["overtaken"]]
-    if overtaken:
+    if overtaken := [row for row in rows if row["overtaken"]]:
         sys.exit(f"in {len(overtaken)} kernels a copy may overtake a dot, in the first: {overtaken[0]}")
-    if over:
+    if over := [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]]:
         sys.exit(f"{len(over)} kernels need more shared memory than their GPU has, the first: {over[0]}")
 
 
 if __name__ == "__main__":
-    main()
+    run((__doc__ or "").splitlines()[0], compile_calls, configurations)

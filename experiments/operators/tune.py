@@ -169,9 +169,9 @@ def compile_one(c: Candidate, arch: int, everything: bool = False) -> dict | str
     try:
         with chosen(c, 2 if c.split else 1):
             with through(only):
-                rows = aot.compile_calls(arch, calls)
+                rows = aot.compile_calls(arch, calls, aot.BY_TMA)
             if everything:
-                aot.compile_calls(arch, calls)
+                aot.compile_calls(arch, calls, aot.BY_TMA)
         return {name: max(row[name] for row in rows) for name in ("registers", "stack", "shared")}
     except Exception as error:
         return first_line(error)

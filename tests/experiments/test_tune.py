@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
 tune = pytest.importorskip("experiments.operators.tune")
+from experiments.harness.provenance import ROOT  # noqa: E402 - needs what the line above asks for
 
 
 def test_tuning_tries_what_the_rule_has_chosen_and_marks_the_fastest():
@@ -39,3 +45,22 @@ def test_a_candidate_sets_the_tiles_of_its_own_launch(d):
             launches = plan.plan_call(x, x, x, training=True, chunk=64).launches
         assert launches[c.launch].kernel == c.kernel and launches[c.launch].tiles == c.tiles
         assert launches[c.launch].tma == (c.tiles.tma and c.kernel != "chunk_inverse")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton's ptxas is for Linux on x86-64"
+)
+def test_a_candidate_is_compiled_ahead(tmp_path):
+    """In a process of its own, without the interpreter, as on a GPU's machine; an error would be a text."""
+    code = (
+        "import json\n"
+        "from experiments.operators import tune\n"
+        "found = next(c for c in tune.candidates(64, False) if c.kernel == 'chunk_inverse')\n"
+        "print(json.dumps(tune.compile_one(found, 90)))\n"
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(found, dict), found
+    assert 0 < found["registers"] <= 255 and found["shared"] > 0 and found["stack"] >= 0

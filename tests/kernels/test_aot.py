@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dn_lib.kernels.gla.plan import KERNELS as GLA_KERNELS
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "inverse_norms",
@@ -37,14 +39,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The rows for one architecture, compiled once."""
+    """The rows for one architecture and family of kernels, compiled once."""
     cache = tmp_path_factory.mktemp("triton")
 
     @functools.cache
-    def rows(arch: int) -> list[dict]:
+    def rows(arch: int, module: str = "dn_lib.kernels.aot") -> list[dict]:
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
         environment.pop("TRITON_INTERPRET", None)  # as from a user's shell: the module turns the interpreter off
-        command = [sys.executable, "-m", "dn_lib.kernels.aot", "--json", "--arch", str(arch)]
+        command = [sys.executable, "-m", module, "--json", "--arch", str(arch)]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
@@ -61,6 +63,18 @@ def test_every_kernel_compiles_and_fits(compiled, arch):
         assert row["shared"] <= SHARED[arch], row
         assert 0 < row["registers"] <= 255 and row["stack"] >= 0, row
         assert row["overtaken"] == 0, row
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_gla_s_kernels_compile_and_fit(compiled, arch):
+    """Without local memory on Hopper, with little before."""
+    rows = compiled(arch, "dn_lib.kernels.gla.aot")
+    assert {row["kernel"] for row in rows} == set(GLA_KERNELS)
+    for row in rows:
+        assert row["arch"] == arch and row["shared"] <= SHARED[arch], row
+        assert 0 < row["registers"] <= 255, row
+        assert row["overtaken"] == 0, row
+        assert row["stack"] <= (16 if arch == 90 else 128), row
 
 
 def test_both_regimes_and_options_are_among_them(compiled):

@@ -51,7 +51,7 @@ def add(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree:
         return
     notebook = f"{page.rpartition('/')[2]}.ipynb"
     offered = []
-    if page in app.dn_notebooks:  # type: ignore[attr-defined]
+    if page in app.dn_notebooks:  # type: ignore[attr-defined] - ours, kept on it
         url = context["pathto"](f"notebooks/{notebook}", 1)
         offered.append(link(url, "Notebook", "Download this page as a notebook, with its results", "fas fa-download"))
         for text, url, tooltip in launchers(app.config.dn_repository, notebook):
@@ -65,9 +65,9 @@ def find(app: Sphinx) -> None:
     """Which pages have a notebook: those with a pair of the same name."""
     pairs = {path.stem for path in Path(app.srcdir).glob("notebooks/*.ipynb")}
     pages = {page for page in app.project.docnames if not page.startswith("solutions/")}
-    app.dn_notebooks = {page for page in pages if page.rpartition("/")[2] in pairs}  # type: ignore[attr-defined]
+    app.dn_notebooks = {page for page in pages if page.rpartition("/")[2] in pairs}  # type: ignore[attr-defined] - ours, kept on it
     if app.builder.format == "html":
-        for page in app.dn_notebooks:  # type: ignore[attr-defined]
+        for page in app.dn_notebooks:  # type: ignore[attr-defined] - ours, kept on it
             name = f"{page.rpartition('/')[2]}.ipynb"
             (Path(app.outdir) / "notebooks").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(app.srcdir) / "notebooks" / name, Path(app.outdir) / "notebooks" / name)

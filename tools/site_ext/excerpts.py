@@ -44,7 +44,7 @@ def collect(app: Sphinx, doctree: nodes.document, page: str) -> None:
         signature = next(iter(entry.findall(addnodes.desc_signature)))
         if signature["ids"]:
             sections.append([signature["ids"][0], signature["fullname"], " ".join(words(entry.children[-1]).split())])
-    app.dn_excerpts[page] = sections  # type: ignore[attr-defined]
+    app.dn_excerpts[page] = sections  # type: ignore[attr-defined] - ours, kept on it
 
 
 def on_search_page(app: Sphinx, page: str, template: str, context: Any, doctree: nodes.document | None) -> None:
@@ -55,13 +55,13 @@ def on_search_page(app: Sphinx, page: str, template: str, context: Any, doctree:
 
 def write(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
-        table = json.dumps(app.dn_excerpts, ensure_ascii=False, sort_keys=True)  # type: ignore[attr-defined]
+        table = json.dumps(app.dn_excerpts, ensure_ascii=False, sort_keys=True)  # type: ignore[attr-defined] - ours, kept on it
         path = Path(app.outdir) / "_static" / "excerpts_data.js"
         path.write_text(f"window.DN_EXCERPTS = {table};\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.dn_excerpts = {}  # type: ignore[attr-defined]
+    app.dn_excerpts = {}  # type: ignore[attr-defined] - ours, kept on it
     app.connect("doctree-resolved", collect, priority=400)
     app.connect("html-page-context", on_search_page)
     app.connect("build-finished", write)

@@ -36,7 +36,7 @@ def last_hint(exercise: nodes.Element) -> nodes.Element:
     for node in siblings[siblings.index(exercise) + 1 :]:
         if not is_hint(node):
             break
-        found.append(node)  # type: ignore[arg-type]
+        found.append(node)  # type: ignore[arg-type] - Sphinx's types are looser
     return found[-1] if found else exercise
 
 

@@ -64,7 +64,7 @@ def give_terms_addresses(app: Sphinx, doctree: nodes.document) -> None:
         address = make_id(app.env, doctree, "term", term.astext())
         term["ids"].append(address)
         table |= dict.fromkeys(names(term.astext()), address)
-    app.env.dn_terms = table  # type: ignore[attr-defined]
+    app.env.dn_terms = table  # type: ignore[attr-defined] - ours, kept on it
 
 
 def link_terms(app: Sphinx, doctree: nodes.document, page: str) -> None:
@@ -129,7 +129,7 @@ def html(app: Sphinx, node: nodes.Node) -> str:
     copy = node.deepcopy()
     for link in list(copy.findall(nodes.reference)):
         link.replace_self(nodes.inline("", "", *link.children))
-    return str(app.builder.render_partial(copy)["fragment"]).strip()  # type: ignore[attr-defined]
+    return str(app.builder.render_partial(copy)["fragment"]).strip()  # type: ignore[attr-defined] - the HTML builder has it
 
 
 def picture(app: Sphinx, image: nodes.image) -> str:
@@ -143,7 +143,7 @@ def collect(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Everything on `page` that a link may lead to and that fits a small box, into the table."""
     if app.builder.format != "html":
         return
-    table: dict[str, str] = app.dn_previews  # type: ignore[attr-defined]
+    table: dict[str, str] = app.dn_previews  # type: ignore[attr-defined] - ours, kept on it
     where = app.builder.get_target_uri(page)
     for equation in doctree.findall(nodes.math_block):
         for address in equation.get("ids", []):
@@ -172,13 +172,13 @@ def collect(app: Sphinx, doctree: nodes.document, page: str) -> None:
 
 def write(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
-        table = json.dumps(app.dn_previews, ensure_ascii=False, sort_keys=True)  # type: ignore[attr-defined]
+        table = json.dumps(app.dn_previews, ensure_ascii=False, sort_keys=True)  # type: ignore[attr-defined] - ours, kept on it
         path = Path(app.outdir) / "_static" / "previews_data.js"
         path.write_text(f"window.DN_PREVIEWS = {table};\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.dn_previews = {}  # type: ignore[attr-defined]
+    app.dn_previews = {}  # type: ignore[attr-defined] - ours, kept on it
     app.add_js_file("previews.js", loading_method="defer")
     app.connect("doctree-read", give_terms_addresses)
     app.connect("doctree-resolved", link_terms)

@@ -97,7 +97,7 @@ def rewrite(lines: list[str], labels: set[str] | dict[str, str]) -> list[str]:
 
 
 def on_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = rewrite(lines, app.dn_labels)  # type: ignore[attr-defined]
+    lines[:] = rewrite(lines, app.dn_labels)  # type: ignore[attr-defined] - ours, kept on it
 
 
 def short_types(text: str | None) -> str | None:

@@ -8,51 +8,22 @@ interpreter, so in a process of its own.  Lists registers, stack and shared memo
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
-import json
-import sys
-import time
-from typing import Any, cast
+from typing import Any
 
-from dn_lib.kernels.aot import DTYPES, SHARED_LIMIT, _AbsentGPU, resources  # first: it turns the interpreter off
+from dn_lib.kernels.aot import DTYPES, compile_each, run  # first: it turns the interpreter off
 
 import torch  # isort: skip
-import triton  # isort: skip
-from triton.runtime.jit import JITFunction  # isort: skip
 
 from dn_lib.kernels.gla import launch  # isort: skip
 from dn_lib.kernels.gla.plan import plan_call  # isort: skip
-from dn_lib.kernels.races import overtaken_dots  # isort: skip
 from dn_lib.kernels.rules import CHUNK_SIZES, Target, default_chunk  # isort: skip
 
 
 def compile_calls(arch: int, calls: list[dict]) -> list[dict]:
-    """Compiles what forward, backward and the recurrence launch for each of `calls`; a row for each kernel compiled."""
-    triton.runtime.driver.set_active(cast(Any, _AbsentGPU(arch)))
-    original, rows, seen = JITFunction.run, [], set()
-
-    def record(self, *args, grid, warmup, **kwargs):
-        start = time.perf_counter()
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel is not None and kernel.hash not in seen:
-            seen.add(kernel.hash)
-            rows.append(
-                {
-                    "kernel": self.fn.__name__, "arch": arch, **record.call, "warps": kernel.metadata.num_warps,
-                    "shared": kernel.metadata.shared, "seconds": round(time.perf_counter() - start, 1),
-                    "overtaken": len(overtaken_dots(kernel.asm["ttgir"])), **resources(kernel.asm["cubin"]),
-                }
-            )  # fmt: skip
-        return kernel
-
-    JITFunction.run = record
-    try:
-        for record.call in calls:
-            _launch(arch, **record.call)
-    finally:
-        JITFunction.run = original
-    return rows
+    """A row for each kernel that forward, backward and the recurrence launch for `calls`."""
+    return compile_each(arch, ((call, functools.partial(_launch, arch, **call)) for call in calls))
 
 
 def _launch(
@@ -97,26 +68,5 @@ def configurations(everything: bool) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every configuration, not just one of each kind")
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="80 and/or 90")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    options = parser.parse_args()
-    rows = [
-        row for arch in options.arch or [80, 90] for row in compile_calls(arch, configurations(options.all))
-    ]  # fmt: skip
-    if options.json:
-        print(json.dumps(rows))
-    else:
-        print(*rows[0], sep="\t")
-        for row in rows:
-            print(*row.values(), sep="\t")
-    if overtaken := [row for row in rows if row["overtaken"]]:
-        sys.exit(f"in {len(overtaken)} kernels a copy may overtake a dot, in the first: {overtaken[0]}")
-    if over := [row for row in rows if row["shared"] > SHARED_LIMIT[row["arch"]]]:
-        sys.exit(f"{len(over)} kernels need more shared memory than their GPU has, the first: {over[0]}")
-
-
 if __name__ == "__main__":
-    main()
+    run((__doc__ or "").splitlines()[0], compile_calls, configurations)
