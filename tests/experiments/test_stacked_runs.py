@@ -220,8 +220,10 @@ def test_a_recorded_step_is_the_step(mixer):
     """Played back as a CUDA graph, a job computes what it computes launch by launch, and what a CPU computes.
 
     Both on the GPU take the same kernels in float32; sums whose order is left to the hardware differ by 2^-24 a term,
-    which nine steps carry on: 1e-4 of a loss.  The CPU's order is another throughout, and the Triton kernels take it in
-    chunks: 1e-3.
+    which twelve steps carry on: 1e-4 of a loss.  The CPU's order is another throughout.  The first loss, before any
+    step, shows that alone: 1e-5.  The second has one step of AdamW behind it, which divides small gradients by their
+    size: 1e-3.  Later losses can't be held to the CPU's: these runs learn fast, and on a CPU alone, weights that begin
+    2^-17 apart end with losses up to 5% apart.
     """
     task, jobs = small_task(train=64, test=16), []
     # The Triton kernels take heads of 16 and more.
@@ -234,5 +236,6 @@ def test_a_recorded_step_is_the_step(mixer):
     recorded, launched, on_cpu = (job.history[0].cpu() for job in jobs)
     assert jobs[0].steps_by == "CUDA graph" and jobs[1].steps_by == "eager"
     torch.testing.assert_close(recorded, launched, rtol=1e-4, atol=0)
-    torch.testing.assert_close(recorded, on_cpu, rtol=1e-3, atol=0)
+    torch.testing.assert_close(recorded[:, 0], on_cpu[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(recorded[:, 1], on_cpu[:, 1], rtol=1e-3, atol=0)
     assert recorded[:, -1].lt(recorded[:, 0]).any()  # something was learned: the steps are steps

@@ -156,7 +156,7 @@ def test_a_model_collects_one_balance_loss_a_layer_and_spreads_its_tokens():
     optimiser = torch.optim.Adam([router.weight for router in routers], lr=0.05)
     history = []
     for _ in range(12):
-        with balance_losses() as losses:
+        with balance_losses(model) as losses:
             model(tokens)
         history.append([loss.item() for loss in losses])
         optimiser.zero_grad()
@@ -166,6 +166,28 @@ def test_a_model_collects_one_balance_loss_a_layer_and_spreads_its_tokens():
     assert min(history[0]) > 3 and max(history[-1]) < 2  # 4: one memory has all; 1: all alike
     model(tokens)
     assert len(losses) == 2  # outside of the context nothing is collected
+    with pytest.raises(ValueError, match="^model must have a MixtureOfMemories"), balance_losses(torch.nn.ReLU()):
+        pass
+    with balance_losses(model), pytest.raises(ValueError, match="^model: .* already"), balance_losses(model):
+        pass
+    with balance_losses(model) as losses:  # the refusal left the first one's list in order
+        model(tokens)
+    assert len(losses) == 2
+
+
+def test_a_compiled_model_collects_the_same_losses():
+    torch.manual_seed(6)
+    model = LanguageModel(ModelConfig(width=16, layers=2, mixer="mom", memories=3, active_memories=1, mlp_ratio=0))
+    tokens = torch.randint(256, (2, 40))
+    compiled = torch.compile(model, backend="aot_eager")  # the PyTorch form reads its offsets, and so breaks the graph
+    with balance_losses(model) as plain:
+        model(tokens)
+    with balance_losses(compiled) as found:
+        compiled(tokens)
+    compiled(tokens)
+    torch.testing.assert_close(torch.stack(found), torch.stack(plain), rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(sum(plain), model.blocks[0].mixer.router.weight)
+    torch.testing.assert_close(torch.autograd.grad(sum(found), model.blocks[0].mixer.router.weight), expected)
 
 
 # --- Options --------------------------------------------------------------------------------------------
