@@ -176,6 +176,22 @@ def test_half_precision_has_a_limit_near_beta_two():
         assert n > factor * t
 
 
+def test_the_table_says_safe_where_the_error_leaves_a_factor_of_two_and_fails_where_it_is_twice_the_limit():
+    table = ch3.safety_table(64)
+    methods = dict(zip(table.head[2:], ("substitution", "solve", "doubling", "merged T", "blocked"), strict=True))
+    assert list(methods)[-2:] == ["merging T", "merging N"] and len(table.rows) == len(ch3.SAFE)
+    for (_, allowed, *verdicts), ((top, dtype), limit) in zip(table.rows, ch3.SAFE.items(), strict=True):
+        assert float(allowed.strip("%")) / (100 if "%" in allowed else 1) == pytest.approx(limit)
+        for method, verdict in zip(methods.values(), verdicts, strict=True):
+            error = ch3.worst_error(64, method, dtype, ch3.STRENGTHS[top], ch3.COSINES)
+            if method == "solve" and dtype != torch.float32:
+                assert verdict == "-"
+            else:
+                assert verdict == ("safe" if error < limit / 2 else "fails")
+                assert not limit / 2 <= error <= 2 * limit
+    assert [row[-1] for row in table.rows] == 5 * ["safe"] + ["fails"]
+
+
 def test_up_to_beta_one_the_merges_are_about_equally_good():
     strengths = ch3.STRENGTHS["beta up to 1"]
     n, t = (ch3.worst_error(64, name, torch.float16, strengths, ch3.COSINES) for name in ("blocked", "merged T"))

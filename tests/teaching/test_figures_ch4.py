@@ -253,3 +253,11 @@ def test_packed_gradients_are_those_of_each_document():
         for whole, wanted in zip(packed[:4], alone[:4], strict=True):
             assert torch.allclose(whole.split(lengths)[n], wanted, atol=1e-12)
         assert torch.allclose(packed[4][n], alone[4], atol=1e-12)
+
+
+def test_the_stored_exchange_says_what_it_found_and_where():
+    record = json.loads((RESULTS / "two_gpus.json").read_text("utf-8"))
+    found, where = ch4_measured.exchange_on_gpus(record).split("\n", 1)
+    errors = record["checks"]["sequence"]["float32"]["errors"]
+    assert found.endswith(f"{max(max(process.values()) for process in errors):.0e}") and "nccl" in found
+    assert record["provenance"]["device"] in where

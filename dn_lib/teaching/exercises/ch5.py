@@ -89,7 +89,7 @@ EX_5_1 = Exercise(
         ),
         (
             [("x_ptr + offsets, mask=offsets < n, other=0.0", "x_ptr + offsets")],
-            "The store has a mask, the load has none: it reads past the end of x.",
+            "Of load and store one has no mask: it reaches past the end of its tensor.",
             "Both touch memory.",
         ),
         (
@@ -149,6 +149,11 @@ EX_5_2 = Exercise(
             [("(rows[:, None] < R) & ", ""), ("mask=rows < R", "mask=rows >= 0")],
             "The rows have no mask: the last program reaches past the last row.",
             "How many rows do all programs together have, and how many does the matrix?",
+        ),
+        (
+            [("tl.load(s_ptr + rows, mask=rows < R, other=0.0)", "tl.load(s_ptr + tl.arange(0, ROWS))")],
+            "Every program reads the first numbers of s: they belong to the rows of program 0.",
+            "Row r is multiplied by s[r]. Which rows does program 1 own?",
         ),
         (
             [("rows[:, None] * n +", "rows[:, None] * COLUMNS +")],
@@ -226,6 +231,11 @@ EX_5_3 = Exercise(
             ],
             "Sequence and head are exchanged: program_id(1) is b H + h.",
             "Which of the two grows by one from one program to the next?",
+        ),
+        (
+            [("source = ((b * L + tokens) * H + h)", "source = (b * L * H + tokens + h)")],
+            "In x, the tokens of a head are read d apart: between two of them lie the channels of the other heads.",
+            "In memory, what stands between token t of head h and token t + 1 of head h?",
         ),
     ),
 )
@@ -365,6 +375,11 @@ EX_5_5 = Exercise(
             "The masked scores are minus infinity, as before a softmax: here there is none, and they have to be 0.",
             "These scores are multiplied with values as they are.",
         ),
+        (
+            [("i[None, :], P, 0.0)", "i[None, :], P * D**-0.5, 0.0)")],
+            "The scores are divided by the root of D: P = tril(Q K^T) has no scale.",
+            "What does the equation say, and what comes with it in softmax attention only?",
+        ),
     ),
 )
 
@@ -411,6 +426,23 @@ EX_5_6 = Exercise(
             lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v) * (d_v // bv) * e + d_k * d_v * 4),
             "v and o are counted once for every block of values, but a program takes only its own columns.",
             "Which columns of v does a program load?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k + 2 * d_v * (d_v // bv)) * e + d_k * d_v * 4),
+            "It is q and k that every block of values reads again, and not v and o.",
+            "Which tensors do two programs of one head both need?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: B * H * (L * (2 * d_k * (d_v // bv) + 2 * d_v) * e + d_k * d_v * 8),
+            "The state is counted twice: it begins at zero on chip, and is written only, once.",
+            "Does the kernel load a state?",
+        ),
+        Mutant(
+            lambda B, L, H, d_k, d_v, e, bv: (
+                B * H * (L * (2 * d_k * (d_v // bv) + 2 * d_v) * e + d_k * d_v * (d_v // bv) * 4)
+            ),
+            "Every block of values writes the whole state here, but it has its own columns only.",
+            "Which columns of S does a program hold?",
         ),
     ),
 )
@@ -525,6 +557,31 @@ EX_5_7 = Exercise(
             "The state is kept in bfloat16: every chunk rounds it to 8 bits.",
             "The inputs may be short numbers. What about a sum that thousands of tokens go into?",
         ),
+        (
+            [("since[:, None] * tl.dot(q, S", "tl.dot(q, S")],
+            "The chunk's input state is read as it came in: since then it has faded, more with each row.",
+            "How many times has the state been multiplied by gamma when row i reads it?",
+        ),
+        (
+            [("gamma_C * S + new", "S + new")],
+            "From chunk to chunk the state does not fade.",
+            "After C steps, what is left of the state before the chunk?",
+        ),
+        (
+            [("gamma_C * S + new", "tl.exp2(log_gamma) * S + new")],
+            "From chunk to chunk the state fades by one step, and a chunk has C of them.",
+            "After C steps, what is left of the state before the chunk?",
+        ),
+        (
+            [("until[:, None] * v", "v")],
+            "What the chunk writes goes into the state without fading.",
+            "How many steps lie between row j's write and the end of the chunk?",
+        ),
+        (
+            [("(C - 1 - i) * log_gamma", "i * log_gamma")],
+            "What the chunk writes fades the wrong way round: the chunk's last token fades most.",
+            "How many steps lie between row j's write and the end of the chunk?",
+        ),
     ),
 )
 
@@ -633,6 +690,21 @@ EX_5_8 = Exercise(
                 "Only the lower half is passed through: the factor I + D_1 N_11 is lost.",
                 "The new block is a product of three matrices. How many are in yours?",
             ),
+            (
+                [('left = right + tl.dot(n * beta[None, :], right, input_precision="ieee")', "left = right")],
+                "Only the upper half is passed through: the factor I + N_22 D_2 is lost.",
+                "The new block is a product of three matrices. How many are in yours?",
+            ),
+            (
+                [("right = cross + tl.dot", "right = tl.dot"), ("left = right + tl.dot", "left = tl.dot")],
+                "The identities are lost: a path may begin or end right at the cut.",
+                "What is the new block of two halves with N = 0?",
+            ),
+            (
+                [("(i[:, None] >= HALF) & (i[None, :] < HALF)", "i[:, None] >= HALF")],
+                "The mask lets B_22 through as well, and N_22 holds it already.",
+                "The corner has a condition for rows and one for columns.",
+            ),
         ),
         Mutant(
             guarded("5.8", JOIN_SMALL, strict=False),
@@ -714,6 +786,21 @@ EX_5_9 = Exercise(
             "The chunk's input state is lost: only what this chunk writes comes out.",
             "S' = S + ...",
         ),
+        (
+            [("tl.store(e_ptr + row, E)", "tl.store(e_ptr + row, beta * E)")],
+            "What you store as E is D E, what is written: asked for is the error itself.",
+            "How wrong is the state about a token's value, whatever the strength of its write?",
+        ),
+        (
+            [('E = R + tl.dot(n, beta * R, input_precision="ieee")', "E = R")],
+            "E is R here: the tokens of a chunk do not see one another's writes.",
+            "R is wrong by what earlier tokens of the same chunk have written in between. What mends it?",
+        ),
+        (
+            [("tl.dot(k, S,", "tl.dot(k, tl.trans(S),")],
+            "The state is read transposed: its rows belong to the keys.",
+            "R = V - K S: which axis of S is summed?",
+        ),
     ),
 )
 
@@ -761,6 +848,21 @@ EX_5_10 = Exercise(
             lambda M, X, S: _join_segments(M, X, S, transpose=True),
             "M is transposed, as in the paper's convention; our states are [d_k, d_v].",
             "Which side of S does H_t = I - beta k k^T stand on in our delta rule?",
+        ),
+        Mutant(
+            lambda M, X, S: M[3] @ (M[2] @ (M[1] @ (M[0] @ (S + X[0]) + X[1]) + X[2]) + X[3]),
+            "Each segment's map is applied to its own X as well: X is what it has written by its end.",
+            "S_out = M S_in + X: is X inside of the product?",
+        ),
+        Mutant(
+            lambda M, X, S: _join_segments(M[1:], X[1:], S),
+            "The first segment is left out.",
+            "How many maps are there, and how many have you applied?",
+        ),
+        Mutant(
+            lambda M, X, S: M[3] @ M[2] @ M[1] @ M[0] @ S + X.sum(0),
+            "The maps act on S only: what an early segment wrote is erased by the later ones, too.",
+            "What does segment 2 do to X of segment 1?",
         ),
     ),
 )
@@ -866,6 +968,11 @@ EX_5_11 = Exercise(
             "N + B D N = -B: bring the second term to the other side.",
         ),
         (
+            [("    N = -B\n", "    N = B\n"), ("n_r = -b_r - tl.sum", "n_r = b_r - tl.sum")],
+            "Every entry has the wrong sign: this is -N.",
+            "What is N for two tokens?",
+        ),
+        (
             [("for r in range(1, C)", "for r in range(C, C)")],
             "This is -B: nothing is inverted.",
             "Row 1 of N is row 1 of -B. Row 2 is not.",
@@ -951,6 +1058,21 @@ EX_5_12 = Exercise(
             [("scale * o", "o")],
             "The scale is missing: o is that of unscaled queries.",
             "Which argument have you not used yet?",
+        ),
+        (
+            [("o = tl.dot(q, S", "o = scale * tl.dot(q, S"), ("o_ptr + at, scale * o", "o_ptr + at, o")],
+            "Only Q S is scaled: the scale belongs to the queries, which stand in the scores as well.",
+            "Where does q occur in O?",
+        ),
+        (
+            [
+                (
+                    'P = tl.where(i[:, None] >= i[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), 0.0)',
+                    'P = tl.dot(q, tl.trans(k), input_precision="ieee")',
+                )
+            ],
+            "There is no causal mask: a token reads what later ones of its chunk write.",
+            "For which pairs i, j has token j been written when token i is read?",
         ),
         (
             [
@@ -1212,6 +1334,16 @@ EX_5_14 = Exercise(
             "The token's own write is missing: T has a diagonal.",
             "T = D + D N D has two terms.",
         ),
+        (
+            [("z = dvn + tl.dot", "z = dvn - tl.dot")],
+            "N is subtracted, but it carries its own minus.",
+            "T = D + D N D.",
+        ),
+        (
+            [(", beta * z)", ", beta * beta * z)")],
+            "There is a beta too many on the left.",
+            "T^T = D + D N^T D: how many D stand on the left of each term?",
+        ),
     ),
 )
 
@@ -1299,6 +1431,26 @@ EX_5_15 = Exercise(
         (
             [("inside = (i[:, None] < d) & (i[None, :] < d)", "inside = i[:, None] < D")],
             "The state has no mask: a 16 x 16 block is larger than the state, and reaches into other heads.",
+            "A mask for a matrix has two conditions.",
+        ),
+        (
+            [("tl.load(beta_ptr + h)", "tl.load(beta_ptr)")],
+            "Every head takes the beta of head 0.",
+            "Where does the beta of head h stand?",
+        ),
+        (
+            [("square = h * d * d", "square = h * D * D")],
+            "The heads' states are read D D apart: in memory they lie d d apart.",
+            "How many numbers has the state of one head?",
+        ),
+        (
+            [("i[:, None] * d + i[None, :]", "i[:, None] * D + i[None, :]")],
+            "The rows of a state are read D apart: in memory they lie d apart.",
+            "How many numbers has a row of the state?",
+        ),
+        (
+            [("(i[:, None] < d) & (i[None, :] < d)", "i[:, None] < d")],
+            "The mask of the state has no condition for its columns.",
             "A mask for a matrix has two conditions.",
         ),
     ),

@@ -19,6 +19,7 @@ from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.forms.householder import rounded_matmul, scaled_inverse, ut_transform
 from dn_lib.forms.linear_attention import recurrent_linear_attention
 from dn_lib.teaching.registry import relative_error
+from dn_lib.teaching.results import Record, origin
 
 DOUBLE = torch.float64
 
@@ -51,19 +52,22 @@ def rounded_reads(
 
 
 def chunk_times(sizes: Sequence[int], length: int, d: int, device: str, seconds: float = 0.15) -> list[float]:
-    """Milliseconds of the chunkwise form (the median of `seconds` of runs) for each chunk size: one head, float32."""
+    """Milliseconds of the chunkwise form for each chunk size: one head, float32.
+
+    The shortest of `seconds` of runs, since other programs only make one longer.
+    """
     inputs = [torch.randn(length, d, device=device, dtype=torch.float32) for _ in range(3)]
     inputs[1] = normalize(inputs[1], dim=-1)
     inputs.append(torch.rand(length, device=device, dtype=torch.float32))
     names = [{"form": cw.chunkwise_delta_rule, "inputs": inputs, "size": size} for size in sizes]
     timers = [Timer("form(*inputs, chunk_size=size)", globals=found) for found in names]
-    return [1e3 * timer.blocked_autorange(min_run_time=seconds).median for timer in timers]
+    return [1e3 * min(timer.blocked_autorange(min_run_time=seconds).times) for timer in timers]
 
 
 def training_times(
     forms: Mapping[str, Callable[..., Any]], length: int, d: int, device: str, seconds: float = 0.3
 ) -> dict[str, float]:
-    """Milliseconds of the forward and backward passes of each form (median): one head, float32."""
+    """Milliseconds of the forward and backward passes of each form (the shortest): one head, float32."""
     x = [torch.randn(length, d, dtype=torch.float32, device=device) for _ in range(3)]
     x[1] = normalize(x[1], dim=-1)
     x.append(torch.rand(length, dtype=torch.float32, device=device))
@@ -73,7 +77,7 @@ def training_times(
         torch.autograd.grad(form(*leaves)[0].sum(), leaves)
 
     timers = {name: Timer("step(form)", globals={"step": step, "form": form}) for name, form in forms.items()}
-    return {name: 1e3 * timer.blocked_autorange(min_run_time=seconds).median for name, timer in timers.items()}
+    return {name: 1e3 * min(timer.blocked_autorange(min_run_time=seconds).times) for name, timer in timers.items()}
 
 
 def packed_gradients(
@@ -145,3 +149,18 @@ def exchange_errors(job: Mapping[str, Any], results: Sequence[Mapping[str, Tenso
     for name in ("o", "dq", "dk", "dv", "dbeta"):
         found[name] = torch.cat([result[name] for result in results], dim=1)
     return {name: relative_error(found[name], wanted) for name, wanted in whole.items()}
+
+
+def exchange_on_gpus(record: Record) -> str:
+    """What the stored run of `sequence_parallel_delta_rule` on two GPUs found, and where it was measured.
+
+    record: the result `two_gpus`, or None where this copy has none.
+
+    >>> exchange_on_gpus(None)
+    'this copy of the book holds no measurement'
+    """
+    if record is None:
+        return "this copy of the book holds no measurement"
+    worst = record["checks"]["sequence"]["float32"]["worst"]
+    found = f"{record['backend']}, float32: outputs and gradients are those of one process"
+    return f"{found}, to a relative error of {worst:.0e}\n{origin(two_gpus=record)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 
 from . import Answer
 
@@ -303,7 +303,7 @@ ANSWERS = {
         Answer("usual scale", lambda *x: gated(lambda k, v, a, b, S: write(k, v, b, a * S), 0.5)(*x), "times|scale"),
         Answer("outputs only", lambda *x: plain_gated(*x)[0], "state"),
         Answer("d_k x d_k", gated(lambda k, v, a, b, S: write_with_matrix(k, v, b, a * S)), "d_k x d_k"),
-        Answer("library", lambda q, k, v, a, b: recurrent_gated_delta_rule(q, k, v, a, b, scale=1.0), "library"),
+        Answer("library", lambda q, k, v, a, b: recurrent_gated_delta_rule(q, k, v, b, a.log(), scale=1.0), "library"),
     ],
     "2.8": [
         Answer("values multiplied", rescaled(values="multiply"), "other way"),
@@ -315,6 +315,6 @@ ANSWERS = {
         Answer("keys divided as well", rescaled(keys=True), "key"),
         Answer("a loop", plain_gated, "recurrent_delta_rule"),
         Answer("one call per token", rescaled_by_steps, "one call|once|times"),
-        Answer("gated form", lambda q, k, v, a, b: recurrent_gated_delta_rule(q, k, v, a, b, scale=1.0), "gated"),
+        Answer("gated form", lambda q, k, v, a, b: recurrent_gated_delta_rule(q, k, v, b, a.log(), scale=1.0), "gated"),
     ],
 }

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from dn_lib.forms.chunkwise import chunkwise_delta_rule, delta_attention_matrix
 from dn_lib.forms.delta_rule import recurrent_delta_rule
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.forms.householder import ut_transform
 from dn_lib.parallel.affine import leaving_gradient
 from dn_lib.teaching import relative_error
@@ -206,7 +206,7 @@ def gated_loop(q, k, v, beta, alpha, S):
 
 
 def gated_by_library(q, k, v, beta, alpha, S):
-    return recurrent_gated_delta_rule(q, k, v, alpha, beta, scale=1.0, initial_state=S)
+    return recurrent_gated_delta_rule(q, k, v, beta, alpha.log(), scale=1.0, initial_state=S)
 
 
 def beta_on_the_keys(q, k, v, b, S):

@@ -26,6 +26,7 @@ from dn_lib.teaching.figures.ch3.drawings import (
 )
 from dn_lib.teaching.figures.ch3.numbers import (
     COSINES,
+    SAFE,
     STRENGTHS,
     errors_against_cosine,
     errors_against_length,
@@ -34,6 +35,7 @@ from dn_lib.teaching.figures.ch3.numbers import (
     multiplications,
     numbers_on_the_way,
     rounding_error,
+    safety_table,
     three_key_sets,
     worst_error,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "DELTA",
     "METHODS",
     "NAMES",
+    "SAFE",
     "SOFT",
     "STRENGTHS",
     "correlated_keys",
@@ -61,6 +64,7 @@ __all__ = [
     "path_diagram",
     "paths",
     "rounding_error",
+    "safety_table",
     "three_key_sets",
     "two_reflections",
     "two_tokens",

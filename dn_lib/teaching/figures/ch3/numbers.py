@@ -12,6 +12,7 @@ from torch import Tensor
 from dn_lib.forms import householder as hh
 from dn_lib.teaching import plotting
 from dn_lib.teaching.figures.ch3.common import METHODS, NAMES, SOFT, correlated_keys
+from dn_lib.teaching.tables import Table
 
 
 # ---- What the matrices look like, and how large they are -------------------------------------------------
@@ -189,6 +190,42 @@ def _worst_error(
 #: The betas and cosines that `errors_against_length` tries; the worst of them counts.
 STRENGTHS = {"beta up to 1": (0.5, 0.8, 0.9, 0.95, 0.99, 1.0), "beta up to 2": (1.5, 1.8, 1.9, 1.95, 1.98, 1.99, 2.0)}
 COSINES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
+
+
+#: The relative error of T that the chapter calls safe; our choice, twice what is measured or more.
+SAFE = {
+    ("beta up to 1", torch.float32): 1e-5,
+    ("beta up to 1", torch.float16): 5e-3,
+    ("beta up to 1", torch.bfloat16): 4e-2,
+    ("beta up to 2", torch.float32): 1e-4,
+    ("beta up to 2", torch.float16): 6e-2,
+    ("beta up to 2", torch.bfloat16): 2e-1,
+}
+
+
+def safety_table(length: int = 64) -> Table:
+    """Whether the worst error of each method stays within the limits of `SAFE`, on the betas and cosines above.
+
+    The solve is a library call, in which there is nothing for us to round: it has no answer in half precision.
+
+    >>> safety_table(length=4).rows[0][:3]
+    ('float32, beta up to 1', '1e-05', 'safe')
+    """
+    methods = ("substitution", "solve", "doubling", "merged T", "blocked")
+
+    def verdict(method: str, top: str, dtype: torch.dtype) -> str:
+        if method == "solve" and dtype != torch.float32:
+            return "-"
+        safe = worst_error(length, method, dtype, STRENGTHS[top], COSINES) < SAFE[top, dtype]
+        return "safe" if safe else "fails"  # also where the error is not a number
+
+    rows = []
+    for (top, dtype), limit in SAFE.items():
+        allowed = f"{limit:.0e}" if limit < 1e-3 else f"{100 * limit:g}%"
+        name = f"{str(dtype).removeprefix('torch.')}, {top}"
+        rows.append((name, allowed, *(verdict(method, top, dtype) for method in methods)))
+    titles = (NAMES.get(method, method).replace("$", "") for method in methods)
+    return Table(("operands", "error allowed", *titles), rows)
 
 
 def errors_against_length(sizes: Sequence[int] = (16, 32, 64, 128, 256)) -> Figure:
