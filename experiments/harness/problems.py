@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import dn_lib
 from dn_lib import cost, operators
 from dn_lib.kernels import plan, rules
+from dn_lib.layers.decay import log_gates, new_rates, new_step_biases
 from dn_lib.operators import DELTA_RULE, Operator
 from dn_lib.testing import laid_out, offsets, output_gradients
 
@@ -96,13 +98,36 @@ class Problem:
         return replace(self, inputs=inputs, chunk=None, **wide).requiring_grad()
 
 
+def gates_of_a_new_layer(like: Tensor, seed: int) -> Tensor:
+    """Log gates as Gated DeltaNet's layer has them before training, `[*tokens, H]`: weak in most heads.
+
+    A is uniform in (0, 16], softplus of the bias between 0.001 and 0.1, and the token's part standard normal.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rates, biases = new_rates(like.shape[-1], 0.0, 16.0), new_step_biases(like.shape[-1])
+        drawn = log_gates(torch.randn(like.shape), rates, biases)[1]
+    return drawn.detach().to(like.device, like.dtype)
+
+
+def gates_of_benchmarks(like: Tensor, seed: int) -> Tensor:
+    """Log gates as fla's benchmarks draw them, the log of a sigmoid of standard normals: strong, 1/2 in the mean."""
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    return F.logsigmoid(drawn).to(like.device, like.dtype)
+
+
+GATES: dict[str, Callable[[Tensor, int], Tensor]] = {"layer": gates_of_a_new_layer, "strong": gates_of_benchmarks}
+
+
 def draw(
     B: int, L: int, H: int, d_k: int, d_v: int, dtype: torch.dtype, device: str, *, operator: Operator = DELTA_RULE,
     seed: int = 0, norm: bool = False, state: bool = False, dstate: bool = False, lengths: Sequence[int] | None = None,
     chunk: int | None = None, scale: float | None = None, layout: str = "contiguous", drawn_on: str | None = None,
-    **sampled: Any,
+    gates: str | None = None, **sampled: Any,
 ) -> Problem:  # fmt: skip
     """A problem with the inputs of the operator's own sampler; `sampled` are options of that.
+
+    gates: one of `GATES` for gates as a layer has them, since the sampler's hold zeros, which not every peer takes.
 
     norm: the operator normalises, so keys are left as they are.  lengths: of the sequences packed along L, whose sum L
     must be.  layout: one of `dn_lib.testing.LAYOUTS`.  drawn_on: by default the device, which is fast; what is drawn on
@@ -115,6 +140,9 @@ def draw(
     if "beta" in operator.inputs:
         sampled = {"beta_max": 1.0} | sampled
     *inputs, first = operator.sample(*shape, state=N if state else None, **where, **sampled)
+    if gates is not None and "g" in operator.inputs:
+        at = operator.inputs.index("g")
+        inputs[at] = GATES[gates](inputs[at], seed)
     do, last = output_gradients(*shape, state=N if dstate else None, **where)
     return Problem(
         [laid_out(x, layout) for x in inputs if x is not None],
