@@ -38,7 +38,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # pyright asks for a path, where PYTHON may be a name.
 INTERPRETER = $$($(PY) -c 'import sys; print(sys.executable)')
 
-SUITE = $(PY) -m pytest -n 2 --dist loadfile --doctest-modules --nbval book/notebooks tests dn_lib tools
+# Whole files go to two processes, in the order of conftest.py: the dearest first.
+SUITE = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --doctest-modules --nbval book/notebooks tests dn_lib tools
 
 .PHONY: help book pdf slides test lint test-newest test-oldest suite margins lab notebooks gpu aot dist lock clean
 help:

@@ -43,7 +43,7 @@ nb_merge_streams = True
 nb_ipywidgets_js = {}  # no widgets, and nothing to load from elsewhere
 
 myst_enable_extensions = ["deflist", "dollarmath"]
-# Everything is numbered within its chapter: equation (2.3), figure 2.1, exercise 2.4.
+# Everything is numbered within its chapter: equation (2.3), figure 2.1, exercise 2.4. See `letter_pages` for the rest.
 numfig = True
 numfig_secnum_depth = 1
 numfig_format = {"figure": "Figure %s"}
@@ -81,13 +81,13 @@ html_show_sphinx = False
 html_copy_source = False
 
 
-def letter_appendices(app, env):
-    """Equations and figures of an appendix are numbered by its letter, (A.1), as those of a chapter by its number."""
-    lettered = [name for name in env.toc_fignumbers if name.startswith("appendix/")]
+def letter_pages(app, env):
+    """Equations, figures and exercises of a study are numbered (S1.1), those of an appendix (A.1)."""
+    lettered = [name for name in env.toc_fignumbers if name.startswith(("beyond/", "appendix/"))]
     for name in lettered:
         letter = Path(name).name.partition("_")[0]
         for numbers in env.toc_fignumbers[name].values():
-            # Without a chapter's number Sphinx goes on counting from page to page: each appendix begins anew.
+            # Without a chapter's number Sphinx goes on counting from page to page: each page begins anew.
             for position, (target, number) in enumerate(sorted(numbers.items(), key=lambda item: item[1]), 1):
                 if number[0] != letter:
                     numbers[target] = (letter, position)
@@ -95,4 +95,4 @@ def letter_appendices(app, env):
 
 
 def setup(app):
-    app.connect("env-get-updated", letter_appendices, priority=900)  # after Sphinx has numbered what it can
+    app.connect("env-get-updated", letter_pages, priority=900)  # after Sphinx has numbered what it can

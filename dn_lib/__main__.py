@@ -148,7 +148,11 @@ def train(
     layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads a layer; must divide the width.")] = 2,
     mixer: Annotated[
-        str, typer.Option(help="delta, linear, retnet, gla, gated_delta, mamba, mamba2, attention, window.")
+        str,
+        typer.Option(
+            help="delta, linear, retnet, gla, gated_delta, kda, lightning, mom, liger, mamba, mamba2, "
+            "attention, window."
+        ),
     ] = "delta",
     hybrid: Annotated[str, typer.Option(help="none, window (every other layer) or global (two).")] = "window",
     window: Annotated[int, typer.Option(help="Tokens that a window layer sees.")] = 64,

@@ -8,8 +8,9 @@ multiply-add, with the masked half of a triangle included because the hardware c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import ceil, log2
 
 
@@ -59,7 +60,7 @@ class Shape:
         rows, e = self.B * self.L * self.H, self.element
         state = self.d_k * self.d_v * 4
         known = {
-            **dict.fromkeys(("q", "k", "W", "dq", "dk"), rows * self.d_k * e),
+            **dict.fromkeys(("q", "k", "W", "a", "b", "dq", "dk", "da", "db"), rows * self.d_k * e),
             **dict.fromkeys(("v", "o", "U", "new", "Vn", "do", "dv"), rows * self.d_v * e),
             **dict.fromkeys(("beta", "dbeta", "g", "dg"), rows * e),
             **dict.fromkeys(("g_channels", "dg_channels"), rows * self.d_k * e),
@@ -72,6 +73,14 @@ class Shape:
             "S": self.heads * self.chunks * state,
             **dict.fromkeys(("states", "dstates"), self.heads * self.chunks * self.d_k * self.d_v * e),
             "final": self.heads * state,
+            # Of the kernels with a gate per channel.  A is read up to its diagonal, and written by squares of 16.
+            **dict.fromkeys(("q_decayed", "k_decayed", "dq_decayed", "dk_decayed"), rows * self.d_k * e),
+            **dict.fromkeys(("A", "dA"), self.tokens * (self.C + 1) // 2 * e),
+            "A_squares": self.tokens * (self.C + 16) // 2 * e,
+            "dA_whole": rows * self.C * e,
+            "whole": self.heads * self.chunks * self.d_k * 4,
+            "passing": self.heads * self.chunks * ceil(self.C / 16) * self.d_k * 4,
+            **dict.fromkeys(("dg_channels32", "dg_in_parts"), rows * self.d_k * 4),
         }
         if name not in known:
             raise KeyError(f"no bytes for {name!r}: add it to Shape.tensor_bytes")
@@ -81,14 +90,15 @@ class Shape:
 @dataclass(frozen=True)
 class Cost:
     """One kernel.  reads, writes: bytes of each tensor, once.  times: how often the programs together ask
-    for a tensor (caches may answer all but the first).  steps: the longest chain of dependent chunks or tokens.
+    for a tensor (caches may answer all but the first), a fraction where they ask for some rows more often than for
+    others.  steps: the longest chain of dependent chunks or tokens.
     """
 
     name: str
     reads: dict[str, int]
     writes: dict[str, int]
     flops: int
-    times: dict[str, int] = field(default_factory=dict)
+    times: Mapping[str, int | Fraction] = field(default_factory=dict)
     steps: int = 1
 
     @property
@@ -100,7 +110,7 @@ class Cost:
     def requested(self) -> int:
         """Bytes that the programs ask for."""
         moves = (*self.reads.items(), *self.writes.items())
-        return sum(size * self.times.get(name, 1) for name, size in moves)
+        return int(sum(size * self.times.get(name, 1) for name, size in moves))
 
     @property
     def intensity(self) -> float:
@@ -236,6 +246,25 @@ def delta_rule_in_steps(shape: Shape, *, method: str = "merging") -> tuple[Cost,
     )
 
 
+def delta_rule_in_three(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
+    """`dn_lib.kernels.rungs.delta_rule_in_three`: W and U as above, then a walk that keeps S and writes o.
+
+    A token's products: W S, Q S and K^T E, 2 d_k d_v each; Q K^T, for every block of values, and its product with E.
+    """
+    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
+    walk = shape.tokens * (6 * d_k * d_v + 2 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    last = _cost(shape, "walk", "q k W U", "o final", walk, again="q k W", steps=shape.chunks)
+    return (*delta_rule_in_steps(shape, method=method)[:2], last)
+
+
+def delta_rule_in_two(shape: Shape, *, method: str = "scaled") -> tuple[Cost, ...]:
+    """`dn_lib.kernels.rungs.delta_rule_in_two`: the same with K S for W S, and T times the errors, 2 C d_v more."""
+    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
+    walk = shape.tokens * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
+    last = _cost(shape, "walk", "q k v T", "o final", walk, again="q k T", steps=shape.chunks)
+    return (delta_rule_in_steps(shape, method=method)[0], last)
+
+
 def two_kernels(shape: Shape, *, method: str = "scaled", save: str = "") -> tuple[Cost, ...]:
     """The operator's forward: one kernel writes N, the second walks the chunks and writes o (eq-walk-bytes).
 
@@ -352,6 +381,73 @@ def gated_backward(shape: Shape, *, gate: bool = True, erase: bool = True) -> tu
     if gate and shape.element == 4:  # in float32 dg's sum over j < m <= i is a product, see `gate_gradient`
         work += t * 2 * C * C * blocks
     return back, _cost(shape, "chunk_bwd_dqk", reads, writes, work, again=shared, blocks=blocks)
+
+
+def _times(shape: Shape, each: int, pair: int = 0) -> Fraction:
+    """How often a row of a chunk is read: `each` rows in a sub-chunk of 16, and `pair` in two of them."""
+    subs = shape.C // 16
+    return Fraction(each * subs + pair * (subs * (subs - 1) // 2), shape.C)
+
+
+def gated_by_channel(shape: Shape) -> tuple[Cost, ...]:
+    """The forward of linear attention with a gate per key channel, `dn_lib.kernels.gla`, for chunks that are all full.
+
+    Squares of 16 x 16 on the diagonal of A are sums, which are not counted; the others are dots.
+
+    >>> [cost.name for cost in gated_by_channel(Shape(B=1, L=64, H=1, d_k=64, d_v=64))]
+    ['chunk_scores', 'chunk_states', 'chunk_output']
+    """
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    nk, nv = shape.key_blocks, shape.value_blocks
+    tensors, subs = shape.tensor_bytes, C // 16
+    gates = {"k": _times(shape, 32, 16), "g_channels": _times(shape, 47, 31)}
+    return (
+        Cost(
+            "chunk_scores", {n: tensors(n) for n in ("q", "k", "g_channels")},
+            {n: tensors(n) for n in ("A_squares", "q_decayed", "k_decayed", "whole")}, t * 16 * (subs - 1) * d_k, gates,
+        ),
+        Cost(
+            "chunk_states", {n: tensors(n) for n in ("k_decayed", "v", "whole")},
+            {n: tensors(n) for n in ("states", "final")}, t * 2 * d_k * d_v, {"k_decayed": nv, "v": nk, "whole": nv},
+            shape.chunks,
+        ),
+        _cost(shape, "chunk_output", "q_decayed A v states", "o", t * (2 * d_k * d_v + 2 * C * d_v), "q_decayed A"),
+    )  # fmt: skip
+
+
+def gated_by_channel_backward(shape: Shape) -> tuple[Cost, ...]:
+    """The backward of `gated_by_channel`: the gradient of the state right to left, then all chunks at once.
+
+    dg is written in two steps, in float32.
+
+    >>> [cost.name for cost in gated_by_channel_backward(Shape(B=1, L=64, H=1, d_k=64, d_v=64))]
+    ['chunk_states_bwd', 'chunk_bwd_dv', 'chunk_bwd_decayed', 'chunk_bwd_dqkg']
+    """
+    C, d_k, d_v, t = shape.C, shape.d_k, shape.d_v, shape.tokens
+    nk, nv = shape.key_blocks, shape.value_blocks
+    tensors, subs = shape.tensor_bytes, C // 16
+    twice = _times(shape, 47, 16)  # q and k, once for dq and once for dk
+    last = ("q", "k", "g_channels", "dA", "dq_decayed", "dk_decayed", "passing", "dg_in_parts")
+    return (
+        Cost(
+            "chunk_states_bwd", {n: tensors(n) for n in ("q_decayed", "do", "whole")}, {"dstates": tensors("dstates")},
+            t * 2 * d_k * d_v, {"q_decayed": nv, "do": nk, "whole": nv}, shape.chunks,
+        ),
+        _cost(
+            shape, "chunk_bwd_dv", "k_decayed v A do dstates", "dv dA_whole", t * (4 * C * d_v + 2 * d_k * d_v),
+            again="k_decayed",
+        ),
+        _cost(
+            shape, "chunk_bwd_decayed", "q_decayed k_decayed v do states dstates whole",
+            "dq_decayed dk_decayed passing", t * 4 * d_k * d_v, again="v do", blocks=nk,
+        ),
+        Cost(
+            "chunk_bwd_dqkg",
+            {n: tensors(n) for n in last},
+            {n: tensors(n) for n in ("dq", "dk", "dg_channels32", "dg_in_parts")}, t * 32 * (subs - 1) * d_k,
+            {"q": twice, "k": twice, "g_channels": _times(shape, 77, 63), "dA": 2 * nk},
+        ),
+    )  # fmt: skip
 
 
 def decode(shape: Shape) -> tuple[Cost, ...]:

@@ -25,6 +25,7 @@ from dn_lib.cost import Cost, Shape
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.forms.common import on_heads
 from dn_lib.forms.delta_rule import delta_rule_step
+from dn_lib.forms.dplr import chunkwise_dplr, recurrent_dplr
 from dn_lib.forms.gated import (
     chunkwise_gated_delta_rule,
     chunkwise_gated_linear_attention,
@@ -47,6 +48,7 @@ from dn_lib.testing import (
     gated_linear_attention_reference,
     linear_attention_inputs,
     linear_attention_reference,
+    recurrence,
     relative_error,  # noqa: F401 - of the example
 )
 
@@ -375,6 +377,8 @@ GLA = Operator(
             partial(ops.linear_attention, backend="triton", output_final_state=True),
             dtypes=(torch.float32, *HALF),
             triton=True,
+            cost=cost.gated_by_channel,
+            training=lambda s: (cost.gated_by_channel(s), cost.gated_by_channel_backward(s)),
         )
     },
     peers={"fla": Peer("fla.ops.gla:chunk_gla", {**_FLA_UNERASED, "g_channels": "g"}, _FLA_STATE)},
@@ -399,5 +403,39 @@ KDA = Operator(
     peers={"fla": Peer("fla.ops.kda:chunk_kda", {**_FLA_GATED, "g_channels": "g"}, _FLA_STATE)},
 )
 
-_ALL = (LINEAR_ATTENTION, DELTA_RULE, DECODE_DELTA_RULE, SIMPLE_GLA, GLA, GATED_DELTA_RULE, KDA)
+
+# --- A diagonal plus a matrix of rank one ------------------------------------------------------------------
+def _dplr_inputs(
+    *sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu", **options: Any
+) -> tuple[Tensor | None, ...]:
+    """Keys that erase beside those that are written, as RWKV-7 has them: a = -kappa, b = s kappa with s in (0, 1).
+
+    >>> [list(x.shape) for x in _dplr_inputs(2, 7, 3, 4, 5, state=2)][3:]
+    [[2, 7, 3, 4], [2, 7, 3, 4], [2, 7, 3, 4], [2, 3, 4, 5]]
+    """
+    placed: dict[str, Any] = {"dtype": dtype, "device": device}
+    q, k, v, g, state = gated_inputs(_linear_inputs, *sizes, channels=True, seed=seed, **placed, **options)
+    alike = {name: options[name] for name in ("bias", "equal", "drawn_on") if name in options}
+    kappa = _linear_inputs(*sizes, seed=seed + 1, **placed, **alike)[1]
+    # Numbers between 0 and 1.
+    strength = linear_attention_inputs(*sizes, seed=seed + 2, **placed, **alike)[0].sigmoid()
+    return q, k, v, -kappa, strength * kappa, g, state
+
+
+def _dplr_update(S: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    return g.exp() * S + b * (a.mT @ S) + k * v
+
+
+DPLR = Operator(
+    name="dplr",
+    inputs=("q", "k", "v", "a", "b", "g_channels"),
+    sample=_dplr_inputs,
+    reference=partial(recurrence, _dplr_update),
+    forms={
+        "recurrent": Form(partial(on_heads, recurrent_dplr), takes=_PLAIN),
+        "chunkwise": Form(partial(on_heads, chunkwise_dplr)),
+    },
+)
+
+_ALL = (LINEAR_ATTENTION, DELTA_RULE, DECODE_DELTA_RULE, SIMPLE_GLA, GLA, GATED_DELTA_RULE, KDA, DPLR)
 OPERATORS: dict[str, Operator] = {x.name: x for x in _ALL}

@@ -16,7 +16,7 @@ def names(page: str) -> list[str]:
     """Everything in backticks that looks like a folder or a file."""
     quoted = re.findall(r"`([^`\n]+)`", (ROOT / page).read_text("utf-8"))
     found = [name for name in quoted if re.fullmatch(rf"{FILE}|[\w./-]+/[\w.-]*", name)]
-    return [name for name in found if not re.search(r"\bchN\b|\bNN_|\bNAME\b", name)]  # stand for any
+    return [name for name in found if not re.search(r"\bchN\b|sN\b|\b[NS]N_|\bNAME\b", name)]  # stand for any
 
 
 @pytest.mark.parametrize("page", PAGES)

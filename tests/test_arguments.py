@@ -15,7 +15,7 @@ from dn_lib.forms import chunkwise as cw
 from dn_lib.forms import householder as hh
 from dn_lib.forms import linear_attention as la
 from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix, sweep_rate
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.parallel import affine as sp
 from dn_lib.testing import delta_rule_inputs
 
@@ -127,8 +127,8 @@ FUNCTIONS = {
     "recurrent_delta_rule": (recurrent_delta_rule, head, "q k v beta", FORM),
     "recurrent_gated_delta_rule": (
         recurrent_gated_delta_rule,
-        {**head, "alpha": one["beta"]},
-        "q k v alpha beta",
+        {**head, "g": -one["beta"]},
+        "q k v beta g",
         FORM,
     ),
     "delta_rule_step": (
@@ -340,6 +340,7 @@ SOUND |= {
     ("segment_affine", "k", "longer"),
     ("retrieval_error", "k", "longer"),
     ("householder_matrix", "k", "rank"),
+    ("recurrent_gated_delta_rule", "g", "scalar"),  # of one head: a gate fixed in time
 }
 # A change of one tensor that makes another the odd one out: the message may name that one.
 PARTNERS = {

@@ -30,6 +30,7 @@ ROLES = {"eq", "cite", "ref", "doc"}
 ROLE_OR_CODE = re.compile(r"\{(?P<role>[\w:.-]+)\}`(?P<body>[^`]+)`|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.S)
 TARGET = re.compile(r"^\(([\w-]+)\)=\s*$")
 TITLED = re.compile(r"^(.*?)\s*<([^<>]+)>$", re.DOTALL)  # text <target>
+NUMBER = r"(\d+|S\d|[A-Z])"  # of a chapter, of a study, of an appendix
 OPTION = re.compile(r"^:([\w-]+):\s*(.*)$")
 
 
@@ -96,24 +97,26 @@ def roles(text: str) -> list[tuple[str, str]]:
 
 @dataclass
 class Book:
-    """The chapters in `folder` and its appendices, and what they refer to in each other."""
+    """The chapters in `folder`, its studies and appendices, and what they refer to in each other."""
 
     folder: Path
     bibliography: Path | None = None
     chapters: list[Path] = field(init=False)
+    studies: list[Path] = field(init=False)
     appendices: list[Path] = field(init=False)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.chapters = sorted(self.folder.glob("[0-9][0-9]_*.md"))
+        self.studies = sorted(self.folder.glob("beyond/S[0-9]_*.md"))
         self.appendices = sorted(self.folder.glob("appendix/[A-Z]_*.md"))
         if not self.chapters:
             raise ValueError(f"the sources folder must hold chapters NN_name.md, got {self.folder}")
 
     @property
     def pages(self) -> list[Path]:
-        """What is executed and has a pair: the chapters, then the appendices."""
-        return [*self.chapters, *self.appendices]
+        """What is executed and has a pair: the chapters, then the studies, then the appendices."""
+        return [*self.chapters, *self.studies, *self.appendices]
 
     @cached_property
     def equations(self) -> dict[str, str]:
@@ -144,10 +147,10 @@ class Book:
 
 
 def page_number(path: Path) -> str:
-    """What a page's equations and figures are numbered with: the chapter's number, or the appendix's letter.
+    """What a page's equations and figures are numbered with: the number of a chapter or study, an appendix's letter.
 
-    >>> page_number(Path("05_triton_kernel.md")), page_number(Path("appendix/A_measuring.md"))
-    ('5', 'A')
+    >>> [page_number(Path(name)) for name in ("05_triton_kernel.md", "beyond/S1_forgetting.md", "A_measuring.md")]
+    ['5', 'S1', 'A']
     """
     return path.name.partition("_")[0].lstrip("0")
 
@@ -261,12 +264,12 @@ class Chapter:
         if name == "cite":
             return "[" + "; ".join(self.labels[key.strip()] for key in body.split(",")) + "]"
         if name == "ref":
-            exercise = re.fullmatch(r"ex-(\d+)-(\d+)", target)
+            exercise = re.fullmatch(rf"ex-{NUMBER}-(\d+)", target)
             if exercise:
                 return title or f"Exercise {exercise[1]}.{exercise[2]}"
             if title is None:
                 raise self._error(f"{{ref}}`{body}` needs a text: {{ref}}`text <{target}>`")
-            if re.fullmatch(r"fig-(\d+|[A-Z])-(\d+)", target):
+            if re.fullmatch(rf"fig-{NUMBER}-(\d+)", target):
                 return title
             if target not in self.book.targets:
                 raise self._error(f"{{ref}}`{body}` names no label of the book")
@@ -304,7 +307,7 @@ class Chapter:
             raise self._error(f"the directive {{{name}}} is not one of {sorted(DIRECTIVES)}")
         body = self.markdown(directive.body)
         if name == "exercise":
-            numbered = re.fullmatch(r"ex-(\d+)-(\d+)", directive.options.get("label", ""))
+            numbered = re.fullmatch(rf"ex-{NUMBER}-(\d+)", directive.options.get("label", ""))
             if not numbered:
                 raise self._error(f"{{exercise}} {title} needs :label: ex-N-M")
             try:
@@ -363,7 +366,7 @@ class Chapter:
             cells.append(nbformat.v4.new_code_cell(cell.source, metadata=metadata))
             caption = figure.get("figure", {}).get("caption")
             if caption:
-                name = re.fullmatch(r"fig-(\d+|[A-Z])-(\d+)", figure["figure"].get("name", ""))
+                name = re.fullmatch(rf"fig-{NUMBER}-(\d+)", figure["figure"].get("name", ""))
                 if not name:
                     raise self._error("a figure needs the name fig-N-M")
                 text = f"*Figure {name[1]}.{name[2]}.* {self.inline(caption)}"

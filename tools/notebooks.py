@@ -1,4 +1,4 @@
-"""`make notebooks`: execute every chapter and appendix and store it, with outputs, as a notebook of plain Markdown."""
+"""`make notebooks`: execute every chapter, study and appendix; store each, with outputs, as a notebook of Markdown."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
     parser.add_argument("--sources-dir", type=Path, default=ROOT / "book", help="where the chapters are")
     parser.add_argument("--out-dir", type=Path, help="where the notebooks go [SOURCES_DIR/notebooks]")
-    parser.add_argument("--only", default="", help="make only pages whose name begins so, e.g. 03 or A")
+    parser.add_argument("--only", default="", help="make only pages whose name begins so, e.g. 03, S1 or A")
     options = parser.parse_args(arguments)
     out = options.out_dir or options.sources_dir / "notebooks"
     out.mkdir(parents=True, exist_ok=True)

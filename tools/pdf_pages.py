@@ -1,7 +1,7 @@
 """The printed book as Sphinx sees it: an extension that book/conf.py loads under the tag `print` (tools/pdf.py).
 
-The root is book/print.md instead of book/index.md.  Each exercise says on which page its solution stands, and an
-appendix has its letter from LaTeX alone.
+The root is book/print.md instead of book/index.md.  Each exercise says on which page its solution stands, and a
+study or an appendix has its number from LaTeX alone.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ def name_solutions(app: Sphinx, doctree: nodes.document) -> None:
         exercise += latex(rf"\solutionpage{{{number}}}")
     if app.env.docname.startswith("solutions/"):
         for section in doctree.findall(nodes.section):
-            if number := re.match(r"(\d+\.\d+) ", section[0].astext()):
+            if number := re.match(r"(S?\d+\.\d+) ", section[0].astext()):
                 section.insert(1, latex(rf"\label{{solution-{number[1]}}}"))
 
 
 def drop_letters(app: Sphinx, doctree: nodes.document) -> None:
-    """ "Appendix A: Measuring" -> "Measuring": LaTeX puts the letter before it."""
-    if app.env.docname.startswith("appendix/"):
+    """ "Appendix A: Measuring", "Study 1: Forgetting" -> "Measuring", "Forgetting": LaTeX puts the first part there."""
+    if app.env.docname.startswith(("appendix/", "beyond/")):
         title = next(iter(doctree.findall(nodes.title)))
         text = next(iter(title.findall(nodes.Text)))
-        text.parent.replace(text, nodes.Text(re.sub(r"^Appendix [A-Z]: ", "", text.astext())))
+        text.parent.replace(text, nodes.Text(re.sub(r"^(Appendix [A-Z]|Study \d): ", "", text.astext())))
 
 
 def columns(lengths: list[list[float]], words: list[float], room: int = 94) -> list[float]:

@@ -1,7 +1,8 @@
 """`make book`: execute the pages that hold code, once, and build the site from the result.
 
-`python -m tools.site --stored` executes nothing: chapters and appendices show what their notebooks in `book/notebooks`
-hold, and all other code stands without results.  It takes seconds, and is for a look at a page, and for tests.
+`python -m tools.site --stored` executes nothing: chapters, studies and appendices show what their notebooks in
+`book/notebooks` hold, and all other code stands without results.  It takes seconds, and is for a look at a page, and
+for tests.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def fingerprint(folders: Sequence[Path]) -> str:
 
 
 def pages_with_code(sources: Path) -> list[Path]:
-    """Every page that is executed: chapters and appendices first, then solutions and whatever else holds code."""
+    """Every page that is executed: those with a pair first, then solutions and whatever else holds code."""
     first = Book(sources).pages
-    rest = {path for folder in (".", "appendix", "solutions") for path in (sources / folder).glob("*.md")} - set(first)
+    folders = (".", "beyond", "appendix", "solutions")
+    rest = {path for folder in folders for path in (sources / folder).glob("*.md")} - set(first)
     with_code = (path for path in rest if "\n```{code-cell}" in path.read_text(encoding="utf-8"))
     return [*first, *sorted(with_code)]
 

@@ -1,4 +1,4 @@
-"""`make slides`: for each chapter and appendix one HTML file of slides, from its figures, captions and questions.
+"""`make slides`: for each chapter, study and appendix one HTML file of slides, of its figures and questions.
 
 A slide is a figure with its caption, a question that the chapter asks before it answers, or the numbered equations of
 a section; the first has the question of the chapter, the last its exercises.  A file holds all that it needs, MathJax
@@ -32,7 +32,7 @@ BOOK_TITLE = "DeltaNet, step by step"
 DISPLAY = re.compile(r"(?ms)^\$\$\n(?P<body>.*?)\$\$$")
 NUMBERED = re.compile(r"\\tag\{([\w.]+)\}")
 CAPTION = re.compile(r"\*(Figure [\w.]+)\.\* (.*)", re.DOTALL)
-EXERCISE = re.compile(r"(?m)^\*\*Exercise ([\d.]+)\.\*\* (.*)$")
+EXERCISE = re.compile(r"(?m)^\*\*Exercise ([\w.]+)\.\*\* (.*)$")
 HEADING = re.compile(r"(?m)^(#{1,2}) (.*)$")
 # A question to the class: a quotation under the title Predict, or a sentence that begins with such a word, emphasised.
 QUESTION = re.compile(
@@ -118,8 +118,10 @@ def opening(text: str) -> str:
     Raises ValueError if there is none.
     """
     for paragraph in re.split(r"\n\s*\n", text):
-        if paragraph.startswith("**The question.**") or re.search(r"\*\*[^*]+\?\*\*", paragraph):
-            return re.sub(r"^\*\*The question\.\*\*\s*", "", paragraph)
+        if asked := re.search(r"(?s)\*\*The question\.\*\*\s*(.+)", paragraph):
+            return asked[1]
+        if re.search(r"\*\*[^*]+\?\*\*", paragraph):
+            return paragraph
     raise ValueError("the first cell must ask the chapter's question, in bold or after **The question.**")
 
 
@@ -240,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.slides", description=__doc__)
     parser.add_argument("--sources-dir", type=Path, default=ROOT / "book", help="where the chapters are")
     parser.add_argument("--out-dir", type=Path, default=ROOT / "build" / "slides", help="where the slides go")
-    parser.add_argument("--only", default="", help="only pages whose name begins so, e.g. 03 or A")
+    parser.add_argument("--only", default="", help="only pages whose name begins so, e.g. 03, S1 or A")
     options = parser.parse_args(arguments)
     book = Book(options.sources_dir)
     chosen = [path for path in book.pages if path.name.startswith(options.only)]

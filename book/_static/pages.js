@@ -10,9 +10,18 @@
   const update = () => {
     for (const box of document.querySelectorAll(`article :is(${OURS}, pre, .pst-scrollable-table-container)`)) {
       const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX !== "visible";
-      if (scrolls && box.clientWidth) box.tabIndex = 0;
+      const stop = scrolls && box.clientWidth > 0;
+      if (stop) box.tabIndex = 0;
       else if (box.matches(OURS)) box.removeAttribute("tabindex");
+      if (box.matches(".dn-picture")) name(box, stop);
     }
+  };
+  // Who comes to a picture by the tab key is told why it is a stop; the picture itself says what it shows.
+  const name = (box, stop) => {
+    if (stop) box.setAttribute("role", "group");
+    else box.removeAttribute("role");
+    if (stop) box.setAttribute("aria-label", "Picture, wider than the screen: the arrow keys move it");
+    else box.removeAttribute("aria-label");
   };
   let timer = 0;
   const later = () => {

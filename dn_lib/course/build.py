@@ -24,7 +24,7 @@ def book_folder(given: Path | None = None) -> Path:
     """The book beside the package, or the one given.  Raises ValueError if its chapters are not there."""
     book = given or Path(dn_lib.__file__).resolve().parents[1] / "book"
     if not list(book.glob("notebooks/[0-9][0-9]_*.ipynb")):
-        hint = "a clone of the repository has it; give its folder with --book"
+        hint = "the package comes without them; name the folder `book` of a clone of the repository with --book"
         raise ValueError(f"there are no chapters in {book / 'notebooks'}: {hint}")
     return book
 
@@ -35,8 +35,9 @@ def points() -> dict[str, int]:
 
 
 def assignments(book: Path, only: str = "") -> list[Assignment]:
-    """The chapters of `book` whose names begin with `only`, with their solutions.  Raises ValueError for none."""
-    names = sorted(path.stem for path in (book / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The chapters and studies of `book` whose names begin with `only`, with their solutions; ValueError for none."""
+    pairs = book / "notebooks"
+    names = [path.stem for kind in ("[0-9][0-9]", "S[0-9]") for path in sorted(pairs.glob(f"{kind}_*.ipynb"))]
     chosen = [name for name in names if name.startswith(only)]
     if not chosen:
         raise ValueError(f"--only must begin the name of a chapter ({', '.join(names)}), got {only!r}")

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 from dn_lib.teaching.registry import Exercise, all_exercises
-
-SPECIAL = re.compile(r"([\\|*_<>$\[\]{}#])")
-
-
-class Table:
-    """A table that notebooks and the site show as one."""
-
-    def __init__(self, head: Sequence[str], rows: Sequence[Sequence[str]]):
-        self.head, self.rows = head, rows
-
-    def _repr_markdown_(self) -> str:
-        lines = [self.head, [":--"] * len(self.head), *([_plain(cell) for cell in row] for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def __repr__(self) -> str:
-        return f"a table of {len(self.rows)} rows"
+from dn_lib.teaching.tables import Table
 
 
-def _plain(text: str) -> str:
-    """`text` as Markdown that shows it as it is, in one line; what stands between backticks stays code."""
-    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
-    return "".join(part.replace("|", "\\|") if part.startswith("`") else SPECIAL.sub(r"\\\1", part) for part in parts)
-
-
-def _of_chapter(chapter: int) -> list[Exercise]:
+def _of_chapter(chapter: int | str) -> list[Exercise]:
     found = [e for number, e in all_exercises().items() if number.startswith(f"{chapter}.")]
     return sorted(found, key=lambda exercise: int(exercise.number.partition(".")[2]))
 
 
-def tested(chapter: int) -> Table:
-    """What `check` tries for each exercise of a chapter, and whether it looks at the method.
+def tested(chapter: int | str) -> Table:
+    """What `check` tries for each exercise of a chapter, or of a study ("S1"), and whether it looks at the method.
 
-    >>> tested(6)
-    a table of 7 rows
+    >>> tested(6).head[-1], tested(6).rows[0][:4]
+    ('what is tried', ('6.1', 'Bits per byte', '★', '5'))
     """
     rows = []
     for e in _of_chapter(chapter):
@@ -49,7 +25,7 @@ def tested(chapter: int) -> Table:
     return Table(("", "exercise", "", "minutes", "what is tried"), rows)
 
 
-def misunderstandings(chapter: int) -> Table:
+def misunderstandings(chapter: int | str) -> Table:
     """The mistakes of a chapter's exercises that `check` knows by name, with the hints that it gives."""
     rows = []
     for e in _of_chapter(chapter):

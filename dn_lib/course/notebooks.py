@@ -24,7 +24,7 @@ except ImportError as error:
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 HIDDEN, SHOWN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
-CALL = re.compile(r'^check\("(?P<number>\d+\.\d+)", ?(?P<argument>.+)\)$', re.M)
+CALL = re.compile(r'^check\("(?P<number>S?\d+\.\d+)", ?(?P<argument>.+)\)$', re.M)
 KINDS = ("guarded", "launched")  # how an answer that is a kernel, or launches kernels, is handed to `check`
 
 

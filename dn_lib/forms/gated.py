@@ -33,6 +33,7 @@ from torch import Tensor
 from dn_lib.forms.common import (
     check_chunk_size,
     check_inputs,
+    check_is_tensor,
     check_shape,
     check_tensors,
     fresh,
@@ -319,6 +320,7 @@ def recurrent_gated_delta_rule(
     >>> torch.allclose(gated[0], recurrent_delta_rule(q, k, v, beta)[0])
     True
     """
+    check_is_tensor("beta", beta, "[..., L]")
     return _recurrence(q, k, v, beta, g, scale, initial_state)
 
 
@@ -339,6 +341,7 @@ def parallel_gated_delta_rule(
     >>> parallel_gated_delta_rule(q, k, v, beta, torch.rand(5).log())[1].shape
     torch.Size([4, 2])
     """
+    check_is_tensor("beta", beta, "[..., L]")
     return _in_chunks(q, k, v, beta, g, scale, initial_state, None)
 
 
@@ -360,4 +363,5 @@ def chunkwise_gated_delta_rule(
     >>> chunkwise_gated_delta_rule(q, k, v, beta, torch.rand(5, 4).log(), chunk_size=2)[0].shape
     torch.Size([5, 2])
     """
+    check_is_tensor("beta", beta, "[..., L]")
     return _in_chunks(q, k, v, beta, g, scale, initial_state, chunk_size)

@@ -1,8 +1,8 @@
-"""The gated delta rule: S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+"""One step of the gated delta rule: S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
 
-alpha_t in [0, 1] forgets of the whole state before a token is written; alpha_t = 1 is the delta rule.  These two take
-alpha itself, as chapter 2 writes it.  The fast forms in `dn_lib.forms.gated` take its logarithm, g = log alpha, and the
-gates behind beta.
+alpha_t in [0, 1] forgets of the whole state before a token is written; alpha_t = 1 is the delta rule.  The step takes
+alpha itself, as chapter 2 writes it.  The forms for sequences, in `dn_lib.forms.gated`, take its logarithm,
+g = log alpha, behind beta: `recurrent_gated_delta_rule` is L of these steps.
 Source: Yang, Kautz and Hatamizadeh (2025), Gated DeltaNet.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dn_lib.forms.common import check_inputs, scale_or_default
-from dn_lib.forms.delta_rule import gated_step, scan_steps
+from dn_lib.forms.delta_rule import gated_step
 
 
 def gated_delta_rule_step(
@@ -32,29 +32,3 @@ def gated_delta_rule_step(
     gates = {"alpha": alpha, "beta": beta}
     check_inputs({"k": k, "q": q}, {"v": v}, gates, {"state": state}, time="", broadcast=True)
     return gated_step(q, k, v, alpha, beta, state, scale_or_default(scale, q))
-
-
-def recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """L steps of `gated_delta_rule_step`; alpha `[..., L]`, all else as for `recurrent_delta_rule`.
-
-    Implements eq-gated-delta.  Source: Yang et al. (2025), Gated DeltaNet.
-
-    >>> from dn_lib.forms.delta_rule import recurrent_delta_rule
-    >>> import torch
-    >>> q, k, v, beta = torch.rand(5, 4), torch.rand(5, 4), torch.rand(5, 2), torch.rand(5)
-    >>> gated, plain = recurrent_gated_delta_rule(q, k, v, beta**0, beta), recurrent_delta_rule(q, k, v, beta)
-    >>> torch.equal(gated[0], plain[0])
-    True
-    """
-    gates = {"alpha": alpha, "beta": beta}
-    check_inputs({"k": k, "q": q}, {"v": v}, gates, {"initial_state": initial_state}, broadcast=True)
-    return scan_steps(q, k, v, alpha, beta, scale, initial_state)

@@ -60,7 +60,7 @@ def draft_delta_rule(
 
     Shapes as above, q like k.  `scale=None` means d_k**-0.5.  o is in v's dtype, the state and U in float32 at least.
     The given state is not changed.  Raises ValueError or TypeError, naming the argument, for what does not fit.
-    Implements eq-delta-rule and, with g, eq-gated-delta; per channel as `dn_lib.forms.gated`: decay, then erase.
+    Implements eq-delta-recurrence and, with g, eq-gated-delta; per channel as `dn_lib.forms.gated`: decay, then erase.
 
     >>> k = torch.eye(2)
     >>> o, state, u = draft_delta_rule(k, k, torch.ones(2, 1), torch.full((2,), 0.5), torch.zeros(2, 1))

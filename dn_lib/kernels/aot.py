@@ -98,19 +98,23 @@ def compile_each(arch: int, calls: Iterable[tuple[dict, Callable[[], None]]]) ->
 
 
 # SMs of the GPU, for both regimes of `plan.is_one_wave`, and whether TMA is used in short calls as in long ones.
-BY_TMA = ((0, True), (10**6, True))
-BY_POINTERS = ((0, False),)
+Ways = tuple[tuple[int, bool], ...]
+BY_TMA: Ways = ((0, True), (10**6, True))
+BY_POINTERS: Ways = ((0, False),)
 
 
-def compile_calls(
-    arch: int, calls: list[dict], ways: tuple[tuple[int, bool], ...] = BY_TMA + BY_POINTERS
-) -> list[dict]:
-    """A row for each kernel that forward, backward and the recurrence launch for `calls`, each in all of `ways`."""
+def compile_calls(arch: int, calls: list[dict], ways: Ways = BY_TMA + BY_POINTERS) -> list[dict]:
+    """A row for each kernel that forward, backward and the recurrence launch for `calls`, each in all of `ways`.
+
+    A call may have `ways` of its own.
+    """
+    own = [({name: x for name, x in call.items() if name != "ways"}, call.get("ways") or ways) for call in calls]
     return compile_each(
         arch,
         (
             ({**call, "one_wave": sms > 0, "tma": tma}, functools.partial(_launch_on, Target(arch, sms), tma, call))
-            for call, (sms, tma) in itertools.product(calls, ways)
+            for call, ways in own
+            for sms, tma in ways
         ),
     )
 
@@ -155,6 +159,8 @@ def configurations(everything: bool) -> list[dict]:
         ("float16", 128, 128, False, True, False, 64, 1, *rules[1]),
         ("bfloat16", 64, 64, True, True, False, 64, 2, *rules[2]),
     ]
+    # Of the few, those with a gate go each a part of the ways: compiling takes a second for every kernel and way.
+    few: dict[int, Ways] = {3: BY_TMA[1:], 4: BY_TMA[:1] + BY_POINTERS}
     if everything:
         sizes = [(16, 16), (40, 24), (64, 64), (64, 128), (128, 128), (128, 256), (256, 64), (256, 256)]
         layouts = [(False, 1), (False, 2), (True, 1)]
@@ -168,7 +174,8 @@ def configurations(everything: bool) -> list[dict]:
             (dtype, K, K, norm, False, False, chunk, 1, *rules[0])
             for dtype, K, norm, chunk in itertools.product(DTYPES, (64, 128, 256), (False, True), CHUNK_SIZES)
         ]
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    calls = [dict(zip(names, row, strict=True)) for row in rows]
+    return calls if everything else [call | {"ways": few.get(number)} for number, call in enumerate(calls)]
 
 
 def _compile_one(compile_calls: Compile, job: tuple[int, dict]) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dn_lib.forms.common import working_dtype
@@ -24,7 +23,7 @@ def new_rates(heads: int, low: float, high: float) -> nn.Parameter:
 def new_step_biases(heads: int, low: float = 1e-3, high: float = 0.1) -> nn.Parameter:
     """Biases `[H]` for which softplus(bias) lies between `low` and `high`, even in the logarithm.
 
-    >>> steps = F.softplus(new_step_biases(1000))
+    >>> steps = nn.functional.softplus(new_step_biases(1000))
     >>> bool(steps.min() > 0.0009), bool(steps.max() < 0.11)
     (True, True)
     """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dn_lib.forms.common import check_integer, is_number, working_dtype
+from dn_lib.forms.common import check_flag, check_integer, is_number, working_dtype
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import RMSNorm, check_choice, head_dim_or_default
 from dn_lib.layers.documents import Documents, open_documents
@@ -61,7 +61,8 @@ class LightningAttention(RecurrentMixer):
     RMSNorm over all heads' channels together, times a linear map of x, linear. (TransNormer's norm has no weights; this
     one has, which start at 1.) Lightning Attention-2 is the tiling, not the layer: its blocks are the chunks of
     `dn_lib.linear_attention`, whose `backend` this is.
-    The decays are `decay_slopes(heads, decay, depth)`; they have no parameters.
+    The decays are `decay_slopes(heads, decay, depth)`; they have no parameters. by_depth: a model that holds the layer
+    sets its depth, by `place`: l / L for layer l of L, counted from 0, as TransNormerLLM does; `depth` must be 0 then.
     Raises ValueError for sizes that do not fit and for unknown options.
 
         >>> LightningAttention(width=32, heads=2, decay="retnet")(torch.randn(1, 5, 32)).shape
@@ -76,6 +77,7 @@ class LightningAttention(RecurrentMixer):
         *,
         decay: str = "lightning",
         depth: float = 0.0,
+        by_depth: bool = False,
         conv_size: int = 0,
         norm_eps: float = 1e-5,
         backend: str = "auto",
@@ -83,7 +85,10 @@ class LightningAttention(RecurrentMixer):
         head_dim = head_dim_or_default(width, heads, head_dim)
         super().__init__(width, heads, head_dim, head_dim, conv_size=conv_size, output_gate=False, norm_eps=norm_eps)
         decay_slopes(heads, decay, depth)  # checks them
-        self.decay, self.depth = decay, depth
+        check_flag("by_depth", by_depth)
+        if by_depth and depth:
+            raise ValueError(f"depth must be 0 where a model sets it (by_depth), got {depth}")
+        self.decay, self.depth, self.by_depth = decay, depth, by_depth
         self.linear_gate = nn.Linear(width, heads * head_dim, bias=False)
         self.norm = RMSNorm(heads * head_dim, eps=norm_eps)
         self.backend = check_choice("backend", backend, BACKENDS)
@@ -99,6 +104,23 @@ class LightningAttention(RecurrentMixer):
         o = self.norm(o.flatten(-2).to(self.norm.weight.dtype)).to(x.dtype)
         return self.output(o * self.linear_gate(x))
 
+    def place(self, layer: int, layers: int) -> None:
+        """This is layer `layer` of the `layers` of a model, counted from 0: its depth, where that counts (`by_depth`).
+
+        Raises ValueError for a layer that the model has not.
+
+            >>> top = LightningAttention(width=32, heads=2, decay="transnormer", by_depth=True)
+            >>> top.place(3, 4)
+            >>> top.depth
+            0.75
+        """
+        check_integer("layers", layers)
+        check_integer("layer", layer, least=0)
+        if layer >= layers:
+            raise ValueError(f"layer must be below layers = {layers}, got {layer}")
+        if self.by_depth:
+            self.depth = layer / layers
+
     def state_flops(self, length: int) -> float:
         """As linear attention's, and a multiply for the decay."""
         return 5 * self.heads * self.key_dim * self.value_dim
@@ -107,4 +129,5 @@ class LightningAttention(RecurrentMixer):
 @register_mixer("lightning")
 def _from_config(config: Any) -> LightningAttention:
     options = {name: getattr(config, name) for name in ("conv_size", "norm_eps", "backend")}
-    return LightningAttention(config.width, config.heads, config.head_dim, decay=config.decay, **options)
+    options |= {"decay": config.decay, "by_depth": config.decay_by_depth}
+    return LightningAttention(config.width, config.heads, config.head_dim, **options)

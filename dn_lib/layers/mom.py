@@ -22,6 +22,7 @@ from dn_lib.layers.registry import Mixer, register_mixer
 from dn_lib.layers.short_convolution import ShortConvolution
 from dn_lib.ops.backend import BACKENDS
 
+
 @contextmanager
 def balance_losses(model: nn.Module) -> Generator[list[Tensor], None, None]:
     """Within it, every call of a `MixtureOfMemories` in `model` appends its balance loss, a number `[]`, to the list.
@@ -116,14 +117,14 @@ class MixtureOfMemories(Mixer):
     for none), A and the bias of the gate are shared. All else is as in `GatedDeltaNet`.
 
     The rows of tokens, one for each choice, are sorted by memory, and one packed call of `dn_lib.gated_delta_rule`
-    (`backend` is its) runs all memories of all sequences. A convolution looks back at the tokens of its own memory.
-    The cache holds the states of all memories, `[B (memories + 1), H, d_k, d_v]`; a single token touches the chosen
-    ones alone. k and v are computed for all
+    (`backend` is its) runs all memories of all sequences; on a CPU, where that would be a loop, they are a batch.
+    A convolution looks back at the tokens of its own memory. The cache holds the states of all memories,
+    `[B (memories + 1), H, d_k, d_v]`; a single token touches the chosen ones alone. k and v are computed for all
     memories and then picked, which keeps every shape independent of the router's choices at (memories + 1) /
     (active + 1) times the work of those two projections.
 
-    With `active` = 1 the weight is always 1, and nothing but the balance loss (`balance_losses(model)`) trains the router.
-    Raises ValueError for sizes that do not fit and for unknown options.
+    With `active` = 1 the weight is always 1, and nothing but the balance loss (`balance_losses(model)`) trains the
+    router.  Raises ValueError for sizes that do not fit and for unknown options.
 
         >>> MixtureOfMemories(width=32, heads=2)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
@@ -203,7 +204,12 @@ class MixtureOfMemories(Mixer):
         streams = None if x.device.type == "meta" else routes.streams
         options: dict[str, Any] = {"qk_l2norm": True, "backend": self.backend}
         tensors = q, k, v, beta[None], g[None]
-        return run_operator(gated_delta_rule_in_full_precision, tensors, cache, streams, **options)[0]
+        if streams is None or self.backend == "triton" or not _better_padded(streams, x.device):
+            return run_operator(gated_delta_rule_in_full_precision, tensors, cache, streams, **options)[0]
+        places = streams.numbers * streams.longest() + streams.positions
+        padded = (_padded(rows[0], places, len(streams), streams.longest()) for rows in tensors)
+        o = run_operator(gated_delta_rule_in_full_precision, tuple(padded), cache, None, **options)
+        return o.flatten(0, 1)[places]
 
     def _one_token(self, x: Tensor, chosen: Tensor, cache: LayerCache) -> Tensor:
         """The same for x `[B, 1, width]` and `chosen` `[B, active + 1]`: only the states that were chosen are touched.
@@ -269,6 +275,23 @@ class MixtureOfMemories(Mixer):
     def state_flops(self, length: int) -> float:
         """Gated DeltaNet's, for each memory that a token goes to and for the shared one."""
         return 7 * (self.active + 1) * self.heads * self.key_dim * self.value_dim
+
+
+def _better_padded(streams: Documents, device: torch.device) -> bool:
+    """Whether the streams had better go through the operator side by side, all filled up to the longest.
+
+    The PyTorch forms, which a CPU runs, take packed streams one by one; kernels take them all at once.  They stay
+    packed while a model is compiled, since no compiler knows how long they are, and where one long stream among short
+    ones would fill more than four times the memory of all rows.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling() or streams.length == 0:
+        return False
+    return len(streams) * streams.longest() <= 4 * streams.length
+
+
+def _padded(rows: Tensor, places: Tensor, count: int, longest: int) -> Tensor:
+    """`[R, ...]` -> `[count, longest, ...]`.  A row of zeros (k, beta and the log gate) leaves a state as it was."""
+    return rows.new_zeros(count * longest, *rows.shape[1:]).index_copy(0, places, rows).unflatten(0, (count, longest))
 
 
 def _convolve(

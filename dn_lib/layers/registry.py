@@ -17,7 +17,7 @@ class Mixer(nn.Module):
     """What a block of a model asks of the layer that mixes its positions.
 
     `mixer(x, cache=None, *, cu_seqlens=None) -> y`, with x and y `[B, L, width]`. The class has no parameters and
-    computes nothing: it names the three things that a new mixer has or inherits.
+    computes nothing: it names the four things that a new mixer has or inherits.
     """
 
     def forward(
@@ -28,6 +28,9 @@ class Mixer(nn.Module):
     def state_flops(self, length: int) -> float:
         """Forward operations per token of the mixing itself, in sequences of `length` tokens."""
         raise NotImplementedError
+
+    def place(self, layer: int, layers: int) -> None:
+        """Called by a model that was built: this is layer `layer` of `layers`, counted from 0. Nothing, here."""
 
     def reset_own_parameters(self) -> None:
         """Called after a model has drawn all linear weights anew, for what needs another start. Nothing, here."""

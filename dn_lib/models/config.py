@@ -15,6 +15,8 @@ from dn_lib.ops.backend import BACKENDS
 
 MIXERS = mixer_names()
 HYBRIDS = ("none", "window", "global")
+INITIALISATIONS = ("normal", "mimetic")
+MIMETIC_MIXERS = ("delta", "linear", "retnet", "gla", "gated_delta", "mamba", "mamba2", "kda", "lightning")
 LARGEST_SIZE, LARGEST_WINDOW = 2**31 - 1, 2**63 - 1  # beyond, PyTorch refuses in words of its own
 
 
@@ -39,7 +41,8 @@ class ModelConfig:
     - `value_heads`, `heads` if None (gated_delta); `expand_v`, the channels of a value over those of a key
       (gated_delta, mom).
     - `memories` beside the shared one, of which each token goes to `active_memories` (mom).
-    - `decay` (lightning): the table of fixed decays, "lightning", "transnormer", "retnet" or "none".
+    - `decay` (lightning): the table of fixed decays, "lightning", "transnormer", "retnet" or "none". `decay_by_depth`:
+      layer l of L, counted from 0, decays more slowly by the factor 1 - l / L in the exponent, as in TransNormerLLM.
     - `backend` (all but mamba and attention): the operator's, "auto" for the fastest that there is; "chunkwise" where
       second derivatives or `torch.func` are wanted on a GPU.
     - `output_gate` (delta, linear, gated_delta, mom): None for what the mixer's paper has, none for delta and linear,
@@ -49,6 +52,8 @@ class ModelConfig:
     - `mamba_expand`, `mamba_state` (mamba, mamba2): channels over width, states a channel. Mamba-2 is usually built
       with 128 states and heads of 64 channels.
     - `tie_embeddings`: the head's weight is the embedding's. `rope_base` (attention, liger, retnet). `norm_eps`.
+    - `initialisation`: "normal"; or "mimetic", which after that start sets the recurrent layers, by
+      `dn_lib.layers.mimetic_`, to what attention learns to do. Not with "mom" and "liger", nor several `delta_steps`.
 
         >>> ModelConfig.from_dict(ModelConfig(width=64).to_dict()).width
         64
@@ -72,6 +77,7 @@ class ModelConfig:
     value_heads: int | None = None
     expand_v: float = 2.0
     decay: str = "lightning"
+    decay_by_depth: bool = False
     memories: int = 4
     active_memories: int = 2
     output_gate: bool | None = None
@@ -83,6 +89,7 @@ class ModelConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     backend: str = "auto"
+    initialisation: str = "normal"
 
     def __post_init__(self):
         if self.pattern is not None:
@@ -93,6 +100,7 @@ class ModelConfig:
         self._check_sizes()
         self._check_choices()
         self._check_heads()
+        self._check_initialisation()
 
     def _check_types(self) -> None:
         optional = {"head_dim": int, "attention_heads": int, "hidden": int, "value_heads": int, "output_gate": bool}
@@ -129,7 +137,7 @@ class ModelConfig:
 
     def _check_choices(self) -> None:
         options = {"mixer": mixer_names(), "hybrid": HYBRIDS, "activation": ACTIVATIONS, "qk_norm": QK_NORMS}
-        options |= {"backend": BACKENDS, "decay": DECAYS}
+        options |= {"backend": BACKENDS, "decay": DECAYS, "initialisation": INITIALISATIONS}
         for name, allowed in options.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -170,6 +178,20 @@ class ModelConfig:
         value_size(head_dim, self.expand_v)
         if self.active_memories > self.memories:
             raise ValueError(f"active_memories must be at most memories = {self.memories}, got {self.active_memories}")
+
+    def _check_initialisation(self) -> None:
+        if self.initialisation == "normal":
+            return
+        used = set(self.mixers())
+        unfit = sorted(used - {*MIMETIC_MIXERS, "attention", "window"})
+        if unfit or not used & set(MIMETIC_MIXERS):
+            raise ValueError(
+                f"initialisation must be 'normal' for {', '.join(unfit or sorted(used))}, got {self.initialisation!r}"
+            )
+        if self.delta_steps > 1 and used & {"delta", "linear"}:
+            raise ValueError(
+                f"delta_steps must be 1 with initialisation={self.initialisation!r}, got {self.delta_steps}"
+            )
 
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer, first to last."""

@@ -38,11 +38,15 @@ from dn_lib.layers.decay import log_gates
 from dn_lib.layers.delta_net import DeltaNet
 from dn_lib.layers.gated_delta_net import GatedDeltaNet
 from dn_lib.layers.gla import GatedLinearAttention
+from dn_lib.layers.kda import KimiDeltaAttention
+from dn_lib.layers.liger import TEMPERATURE, Liger
+from dn_lib.layers.lightning import LightningAttention, decay_slopes
 from dn_lib.layers.linear_attention import LinearAttention
 from dn_lib.layers.mamba2 import Mamba2
 from dn_lib.layers.registry import Mixer
 from dn_lib.layers.retnet import RetNet
 from dn_lib.layers.rotary import rotary_embedding
+from dn_lib.models.config import ModelConfig
 from dn_lib.models.language_model import Block, LanguageModel
 from dn_lib.ops.gated import retention_gates
 from dn_lib.parallel.rules import stretched_rule
@@ -107,6 +111,27 @@ def _gated_delta(mixer: GatedDeltaNet, x: Tensor, stretches: Stretches) -> Tenso
     return mixer._finish(o, x)
 
 
+def _kda(mixer: KimiDeltaAttention, x: Tensor, stretches: Stretches) -> Tensor:
+    wide, halo = _with_halo(mixer.key_conv, x, stretches)
+    q, k, v = (F.silu(t)[:, halo:] for t in mixer._heads_of(wide, None, None))
+    beta = mixer.beta(x)
+    beta = mixer.beta_range * beta.to(working_dtype(beta)).sigmoid()
+    step, biases = split_heads(mixer.step(x), mixer.heads), split_heads(mixer.step_biases, mixer.heads)
+    _, g = log_gates(step, mixer.log_rates[:, None], biases)
+    o, _ = stretched_rule(q, k, v, beta, g, stretches=stretches, qk_l2norm=True, backend=mixer.backend)
+    o = mixer.norm(o.to(mixer.norm.weight.dtype)).to(x.dtype)
+    return mixer.output(o.flatten(-2) * mixer.sigmoid_gate(x).sigmoid())
+
+
+def _lightning(mixer: LightningAttention, x: Tensor, stretches: Stretches) -> Tensor:
+    wide, halo = _with_halo(mixer.key_conv, x, stretches)
+    q, k, v = (t[:, halo:] for t in mixer._heads_of(wide, None, None))
+    g = -decay_slopes(mixer.heads, mixer.decay, mixer.depth).to(x.device, working_dtype(x))
+    o, _ = stretched_rule(F.silu(q), F.silu(k), v, g=g, stretches=stretches, backend=mixer.backend)
+    o = mixer.norm(o.flatten(-2).to(mixer.norm.weight.dtype)).to(x.dtype)
+    return mixer.output(o * mixer.linear_gate(x))
+
+
 def _mamba2(mixer: Mamba2, x: Tensor, stretches: Stretches) -> Tensor:
     wide, halo = _with_halo(mixer.conv, x, stretches)
     mixed = mixer.channels + 2 * mixer.state_size
@@ -139,15 +164,31 @@ def _attention(mixer: Attention, x: Tensor, stretches: Stretches) -> Tensor:
     return mixer.output(o.transpose(1, 2).flatten(-2))
 
 
+def _liger(mixer: Liger, x: Tensor, stretches: Stretches) -> Tensor:
+    attention = _attention(mixer, x, stretches)
+    q, k, v = (split_heads(layer(x), mixer.heads) for layer in (mixer.query, mixer.key, mixer.value))
+    wide = working_dtype(x)
+    g = F.logsigmoid(k.to(wide)) / TEMPERATURE
+    q, k = (t.to(wide).softmax(-1).to(v.dtype) for t in (q, k))
+    o, _ = stretched_rule(q, k, v, g=g, stretches=stretches, scale=1.0, backend=mixer.backend)
+    return mixer.share * mixer.output(o.flatten(-2)) + (1 - mixer.share) * attention
+
+
 _MIXERS: dict[type[Mixer], Callable[[Any, Tensor, Stretches], Tensor]] = {
     DeltaNet: _delta,
     LinearAttention: _linear,
     RetNet: _retention,
     GatedLinearAttention: _gla,
     GatedDeltaNet: _gated_delta,
+    KimiDeltaAttention: _kda,
+    LightningAttention: _lightning,
     Mamba2: _mamba2,
     Attention: _attention,
+    Liger: _liger,
 }
+# Not among them: "mamba", whose decay is a factor of its own for each entry of the state, which none of the exchange's
+# three forms of a map holds; and "mom", whose memories each have a sequence of their own, with stretches and a
+# convolution's halo that only the router knows.
 
 
 # The model ----------------------------------------------------------------------------------------------
@@ -173,8 +214,8 @@ def context_parallel_features(model: LanguageModel, tokens: Tensor, stretches: S
 
     tokens: `[B, L_r]` integers, L_r = `stretches.length`; the same B on every process.  Returns `[B, L_r, width]`.
     Every process must call it, and then backward if one does.  Differentiable once.
-    Layers: delta, linear, retnet, gla, gated_delta, mamba2, attention, window.  Raises ValueError for others, and
-    ValueError or TypeError, naming the argument, for what does not fit.
+    Layers: delta, linear, retnet, lightning, gla, gated_delta, kda, mamba2, attention, window, liger.  Raises
+    ValueError for others (mamba, mom), and ValueError or TypeError, naming the argument, for what does not fit.
 
     >>> import torch.distributed as dist
     >>> from dn_lib.models import ModelConfig
@@ -235,3 +276,21 @@ def sum_gradients(model: nn.Module, stretches: Stretches) -> None:
         flat = stretches.total_of(torch.cat([g.flatten() for g in some]), "gradients")
         for g, part in zip(some, flat.split([g.numel() for g in some]), strict=True):
             g.copy_(part.view_as(g))
+
+
+def shared_step(job: dict[str, Any]) -> dict[str, Any]:
+    """What each process does in the study: take its stretch, one step of training, return loss, gradients and bytes.
+
+    job: `config`, the fields of a `ModelConfig`; `weights`, a state_dict; `tokens` `[B, L]`, the whole sequence;
+    `lengths` of the stretches.  To be run by `dn_lib.parallel.affine.run_on_processes`.
+    Returns `loss`, the same on every process; `grads`, by parameter and added up over the processes; `received`, the
+    bytes that this process got, by name.
+    """
+    model = LanguageModel(ModelConfig.from_dict(job["config"])).to(next(iter(job["weights"].values())).dtype)
+    model.load_state_dict(job["weights"])
+    stretches = Stretches(job["lengths"])
+    loss = context_parallel_loss(model, stretches.mine(job["tokens"]), stretches)
+    loss.backward()
+    sum_gradients(model, stretches)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "grads": grads, "received": dict(stretches.received)}

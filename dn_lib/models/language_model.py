@@ -13,6 +13,7 @@ from dn_lib.forms.derivatives import active_transform
 from dn_lib.layers.cache import LayerCache
 from dn_lib.layers.common import RMSNorm
 from dn_lib.layers.documents import Documents
+from dn_lib.layers.mimetic import MIMETIC, mimetic_
 from dn_lib.layers.registry import Mixer, mixer_kind
 from dn_lib.layers.short_convolution import ShortConvolution
 from dn_lib.layers.swiglu import SwiGLU
@@ -65,7 +66,8 @@ class LanguageModel(nn.Module):
     """Embedding, `config.layers` pre-norm blocks, a last RMSNorm and a linear head over the vocabulary.
 
     Linear weights and the embedding start as N(0, 0.02^2), the projections that write into the residual
-    stream divided by sqrt(2 layers).
+    stream divided by sqrt(2 layers). With `config.initialisation` "mimetic", the recurrent layers then start as
+    `dn_lib.layers.mimetic_` sets them.
 
         >>> model = LanguageModel(ModelConfig(width=32, layers=2, heads=2))
         >>> model(torch.zeros(3, 7, dtype=torch.long)).shape
@@ -78,7 +80,10 @@ class LanguageModel(nn.Module):
         self.config = config
         self._tokens_were_read = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList([Block(name, config) for name in config.mixers()])
+        blocks = [Block(name, config) for name in config.mixers()]
+        for i, block in enumerate(blocks):
+            block.mixer.place(i, config.layers)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.width, config.vocab_size, bias=False)
@@ -94,6 +99,8 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.reset_own_parameters()
+                if self.config.initialisation == "mimetic" and isinstance(module, MIMETIC):
+                    mimetic_(module)
 
     def features(self, tokens: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """As `forward`, without the head: what it reads, `[B, L, width]`."""

@@ -72,7 +72,7 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
-def why_not_auto(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def why_not_auto(device: torch.device, dtype: torch.dtype, dim: int, chunk_size: int | None = None) -> str | None:
     """Why "auto" leaves the Triton kernels, in words; None where it takes them.  dim: the widest head."""
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on a GPU"
@@ -82,16 +82,23 @@ def why_not_auto(device: torch.device, dtype: torch.dtype, dim: int) -> str | No
         return triton_problem(device)
     if dim > MAX_HEAD_DIM:
         return f"head size {dim} is above {MAX_HEAD_DIM}, the most that the Triton kernels take"
+    if not _takes_chunks(chunk_size):
+        return f"the Triton kernels take chunks of 16, 32 and 64 tokens, not {chunk_size}"
     return None
+
+
+def _takes_chunks(chunk_size: int | None) -> bool:
+    return chunk_size is None or chunk_size in CHUNK_SIZES
 
 
 def choose_backend(q: Tensor, v: Tensor, chunk_size: int | None, backend: str) -> str:
     """`auto` takes Triton on a GPU wherever it can, chunkwise elsewhere."""
     dim = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        if (wanted := _auto_choice()) is not None:
+        wanted = _auto_choice()
+        if wanted is not None and (wanted != "triton" or _takes_chunks(chunk_size)):
             return wanted
-        problem = why_not_auto(q.device, q.dtype, dim)
+        problem = why_not_auto(q.device, q.dtype, dim, chunk_size)
         if problem is None:
             return "triton"
         if q.device.type == "cuda" and q.dtype in DTYPES and dim > MAX_HEAD_DIM and "head_dim" not in _warned:
@@ -113,7 +120,7 @@ def check_for_triton(dtype: torch.dtype, dim: int, chunk_size: int | None) -> No
         raise ValueError(
             f"q and v must have at most {MAX_HEAD_DIM} channels for backend 'triton', got {dim}; use 'chunkwise'"
         )
-    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+    if not _takes_chunks(chunk_size):
         raise ValueError(f"chunk_size must be 16, 32, 64 or None for backend 'triton', got {chunk_size}")
 
 

@@ -94,8 +94,8 @@ def gated_delta_rule(
         beta: `[B, L, H_v]`.
         g: logarithms of the gates, at most 0; -inf is a gate of zero, which resets the state.  `[B, L, H_v]`; `[H_v]`
             for a fixed decay; or `[B, L, H_v, d_k]`, one for each key channel, which the Triton kernels take without
-            erasure only (`linear_attention`), and only with backend="triton": they have not run on a GPU yet.
-            Its values are checked where that costs no wait: on a CPU, and within `checked()`.
+            erasure only (`linear_attention`).  Its values are checked where that costs no wait: on a CPU, and within
+            `checked()`.
         initial_state: `[N, H_v, d_k, d_v]`.
         all else as in `delta_rule`.
 
@@ -211,9 +211,9 @@ def family(
         elif g is not None:
             _refuse_positive(g)
     q, k, v = autocast_dtype(q, k, v)
-    asked, backend = backend, resolve_backend(q, k, v, beta, initial_state, chunk_size, backend, gates)
-    if by_channel and asked == "auto" and backend == "triton":
-        backend = "chunkwise"  # with erasure there is no kernel, and the others have not run on a GPU yet
+    backend = resolve_backend(q, k, v, beta, initial_state, chunk_size, backend, gates)
+    if by_channel and beta is not None and backend == "triton":
+        backend = "chunkwise"  # what auto takes where there is no kernel
     if backend == "triton":
         rest = output_final_state, cu_seqlens, qk_l2norm
         if by_channel and gates is not None:

@@ -102,7 +102,7 @@ def _backend(
     dim = max(q.shape[-1], v.shape[-1])
     target = kernels.target_in_use()
     if target is not None and backend in ("auto", "triton"):  # a device that need not be there
-        problem = triton_problem() or why_not_auto(torch.device("cuda"), q.dtype, dim)
+        problem = triton_problem() or why_not_auto(torch.device("cuda"), q.dtype, dim, chunk_size)
         if backend == "triton":
             check_for_triton(q.dtype, dim, chunk_size)
             return "triton", "asked for"
@@ -112,7 +112,7 @@ def _backend(
         return chosen, "asked for"
     if chosen == "triton" and (transform := active_transform(q, k, v, beta, initial_state)):
         return "chunkwise", f"the kernels have no rule for {transform}"
-    problem = why_not_auto(q.device, q.dtype, dim)
+    problem = why_not_auto(q.device, q.dtype, dim, chunk_size)
     natural = "triton" if problem is None else "chunkwise"
     if chosen != natural:
         return chosen, "what auto takes inside using(auto=...)"

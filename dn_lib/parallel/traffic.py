@@ -16,6 +16,12 @@ def _check(**sizes: int) -> None:
         check_integer(name, value)
 
 
+def check_rule(rule: str) -> None:
+    """Raise ValueError unless `rule` is one of `RULES`."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+
+
 def state_bytes(
     rule: str, ranks: int, batch: int, heads: int, d_k: int, d_v: int, *, backward: bool = False, size: int = 4
 ) -> int:
@@ -27,8 +33,7 @@ def state_bytes(
     >>> state_bytes("linear", 4, 1, 2, 64, 64), state_bytes("delta", 4, 1, 2, 64, 64)
     (98304, 196608)
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    check_rule(rule)
     _check(ranks=ranks, batch=batch, heads=heads, d_k=d_k, d_v=d_v, size=size)
     beside = {"linear": 0, "decay": 1, "channels": d_k, "delta": d_k * d_k}[rule]
     return (ranks - 1) * batch * heads * (d_k * d_v + (0 if backward else beside)) * size

@@ -2,7 +2,7 @@
 
 An `Equation` belongs to a labelled equation of a chapter; an `Exercise` to an exercise.  Both carry
 *mutants*: the classic wrong versions, each of which has to be told apart from the right one.
-Entries live in `equations/chN.py` and `exercises/chN.py` as a list named `ENTRIES`.
+Entries live in `equations/chN.py` and `exercises/chN.py`, for a study in `sN.py`, as a list named `ENTRIES`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Candidate:
 class Exercise:
     """An exercise that `check` can judge.
 
-    number: chapter and position, `"2.3"`.  stars: 1 to 3.  minutes: for a reader of the chapter.
+    number: chapter or study, and position: `"2.3"`, `"S1.2"`.  stars: 1 to 3.  minutes: for a reader of the page.
     sample: draws one set of inputs.  reference: the right function.
     tested: what a passing answer was tested on, for the message, e.g. "8 random shapes in float64".
     tolerance: largest relative error against the reference.

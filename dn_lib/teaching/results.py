@@ -13,22 +13,26 @@ import functools
 import hashlib
 import io
 import json
+import textwrap
 import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any] | None
+WIDTH = 96  # columns of a line that the site shows without a scroll bar
 
 PACKAGE = Path(__file__).parents[1]
 COVERED = ("forms", "kernels", "ops", "parallel", "layers", "models", "training", "data")
 """The folders of the package whose sources are kept; the rest computes nothing that is measured."""
 
-OPERATOR = (
-    "ops/", "kernels/common.py", "kernels/inverse.py", "kernels/plan.py", "kernels/rules.py", "kernels/launcher.py",
-    "kernels/playback.py", "kernels/arguments.py", "kernels/delta_rule/", "kernels/hopper/",
+OPERATOR = (  # the delta rule's; those with gates and the signatures of fla are beside it
+    "ops/autograd.py", "ops/backend.py", "ops/checks.py", "ops/delta.py", "ops/planning.py", "kernels/common.py",
+    "kernels/inverse.py", "kernels/plan.py", "kernels/rules.py", "kernels/launcher.py", "kernels/playback.py",
+    "kernels/arguments.py", "kernels/delta_rule/", "kernels/hopper/",
 )  # fmt: skip
-MODEL = (*OPERATOR, "layers/", "models/config.py", "models/language_model.py")
+FAMILY = (*OPERATOR, "ops/", "kernels/gla/")
+MODEL = (*FAMILY, "layers/", "models/config.py", "models/language_model.py")
 TRAINING = (
     *MODEL, "training/loop.py", "training/optimiser.py", "training/evaluate.py", "data/batches.py", "data/corpus.py",
 )  # fmt: skip
@@ -54,7 +58,7 @@ DESCRIBES: dict[str, tuple[str, ...]] = {
     "comparison": (*TRAINING, "data/recall.py"),
     "delta_training": TRAINING,
     "error_microscope": (*OPERATOR, "kernels/ladder.py", "forms/householder.py"),
-    "errors": ("forms/", *OPERATOR),
+    "errors": ("forms/", *FAMILY),
     "every_form": ("forms/", "kernels/", "ops/"),
     "fla_conversion": (*MODEL, "models/convert.py"),
     "hybrid_training": TRAINING,
@@ -62,12 +66,16 @@ DESCRIBES: dict[str, tuple[str, ...]] = {
     "mqar": (*MODEL, "data/recall.py"),
     "operator": OPERATOR,
     "paper_figure": OPERATOR,
-    "sanitizer": OPERATOR,
+    "sanitizer": FAMILY,
     "segments": OPERATOR,
     "throughput": (*MODEL, "training/loop.py", "training/optimiser.py"),
     "tiles_sm90": OPERATOR,
     "two_gpus": (*TRAINING, "training/distributed.py", "parallel/affine.py"),
     "context_parallel": (*MODEL, "models/context_parallel.py", "parallel/"),
+    "distribution": (*TRAINING, "forms/serving.py"),
+    "expressiveness": (*MODEL, "forms/", "layers/mimetic.py", "data/recall.py"),
+    "forgetting": (*MODEL, "kernels/gla/", "data/recall.py"),
+    "memory": (*TRAINING, "models/liger.py", "models/lora.py", "data/recall.py"),
     "serving": ("forms/serving.py", "forms/gated.py", "forms/common.py"),
     "reproduce": (*MODEL, "data/recall.py", "data/mad.py", "data/automata.py", "data/state_tracking.py"),
 }
@@ -160,12 +168,12 @@ def stored(name: str, folder: Path | None = None) -> Record:
 
 def origin(**records: Record) -> str:
     """For each result by its name: on which device, when and at which commit it was measured; and whether the code that
-    it describes has changed since.
+    it describes has changed since.  No line is longer than code in the book may be; what is left of one is indented.
 
     >>> print(origin(ladder=None))
     ladder: not measured yet; `python -m experiments --list` says what measures it on a GPU
     """
-    lines = []
+    lines = list[str]()
     for name, record in records.items():
         if record is None:
             lines.append(f"{name}: not measured yet; `python -m experiments --list` says what measures it on a GPU")
@@ -174,5 +182,6 @@ def origin(**records: Record) -> str:
         versions = ", ".join(f"{package} {where[package]}" for package in ("torch", "triton") if package in where)
         when = f"{where['date'][:10]}, commit {where['git_commit'][:7]}"
         mark = "" if is_current(name, record) else f" ({OLDER})"
-        lines.append(f"{name}: {where['device']}, {when}{', ' + versions if versions else ''}{mark}")
+        line = f"{name}: {where['device']}, {when}{', ' + versions if versions else ''}{mark}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)

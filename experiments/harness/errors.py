@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +27,15 @@ def exact_form(operator: Operator) -> Form | None:
     """
     for form in operator.forms.values():
         if form.differentiable and "chunk_size" in form.takes and torch.float64 in form.dtypes:
-            return lambda p: form(*p.inputs, **p.options)
+            return lambda p: form(*a_head_each(p.inputs), **p.options)
     return None
+
+
+def a_head_each(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs with a head of q and k for each head of v: value head h gets key head h // (H_v / H)."""
+    q, k, v, *gates = inputs
+    group = v.shape[2] // max(q.shape[2], 1)
+    return [*((x.repeat_interleave(group, 2) for x in (q, k)) if group > 1 else (q, k)), v, *gates]
 
 
 def reference_of(p: Problem, *, gradients: bool = True) -> tuple[dict[str, Tensor], float]:
@@ -39,7 +47,7 @@ def reference_of(p: Problem, *, gradients: bool = True) -> tuple[dict[str, Tenso
     sizes = [0.0]
 
     def recurrence(p: Problem) -> tuple[Tensor, Tensor | None]:
-        o, state, size = p.operator.reference(*p.inputs, **p.options)
+        o, state, size = p.operator.reference(*a_head_each(p.inputs), **p.options)
         sizes.append(size)
         return o, state
 

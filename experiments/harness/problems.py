@@ -142,7 +142,9 @@ def draw(
     *inputs, first = operator.sample(*shape, state=N if state else None, **where, **sampled)
     if gates is not None and "g" in operator.inputs:
         at = operator.inputs.index("g")
-        inputs[at] = GATES[gates](inputs[at], seed)
+        sample = inputs[at]
+        assert sample is not None  # an input of the operator
+        inputs[at] = GATES[gates](sample, seed)
     do, last = output_gradients(*shape, state=N if dstate else None, **where)
     return Problem(
         [laid_out(x, layout) for x in inputs if x is not None],

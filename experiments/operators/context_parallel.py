@@ -15,7 +15,6 @@ passes through the map of another one: the first begins at zero.  That is tested
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.models.context_parallel import context_parallel_loss, sum_gradients
 from dn_lib.parallel.affine import _loopback
-from dn_lib.parallel.rules import stretched_rule
-from dn_lib.parallel.stretches import Stretches, earlier
+from dn_lib.parallel.simulated import counted_row_bytes, counted_state_bytes
+from dn_lib.parallel.stretches import Stretches
 from dn_lib.parallel.traffic import RULES, ring_attention_bytes, rows_bytes, state_bytes
 from dn_lib.testing import relative_error
 from experiments.harness.cli import Experiment, device_of, settings_of
@@ -60,41 +57,21 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 # --- Bytes ----------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def as_one_of(ranks: int, rank: int) -> Iterator[None]:
-    """A process group of which this process is one; the others are not there, and nothing is moved."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def state_counts(kind: str, ranks: int, heads: int, d: int) -> dict[str, list[int]]:
     """Forward and back, counted and by formula.  States know no length, so that one token a process will do."""
-    gates = {"decay": (1, 1, heads), "channels": (1, 1, heads, d)}.get(kind)
-    g, beta = None if gates is None else torch.zeros(gates), torch.ones(1, 1, heads) if kind == "delta" else None
-    with as_one_of(ranks, ranks - 1):
-        stretches, x = Stretches([1] * ranks), torch.zeros(1, 1, heads, d, requires_grad=True)
-        stretched_rule(x, x, x, beta, g, stretches=stretches)[0].sum().backward()
-    counted = [stretches.received[name] for name in ("states", "states, backward")]
     return {
-        "counted": counted,
+        "counted": list(counted_state_bytes(kind, ranks, heads, d, d)),
         "formula": [state_bytes(kind, ranks, 1, heads, d, d, backward=b) for b in (False, True)],
     }
 
 
 def row_counts(ranks: int, length: int, reach: int, width: int) -> dict[str, list[int]]:
     """Forward for the last process, back for the first, counted and by formula, in bfloat16."""
-    counted = []
-    for rank, name in ((ranks - 1, "rows"), (0, "rows, backward")):
-        with as_one_of(ranks, rank):
-            stretches = Stretches([length // ranks] * ranks)
-            x = torch.zeros(1, length // ranks, width, dtype=torch.bfloat16, requires_grad=True)
-            earlier(x, reach, stretches).sum().backward()
-        counted.append(stretches.received[name])
     back = rows_bytes(length, ranks, 0, reach, width, backward=True)
-    return {"counted": counted, "formula": [rows_bytes(length, ranks, ranks - 1, reach, width), back]}
+    return {
+        "counted": list(counted_row_bytes(length, ranks, reach, width)),
+        "formula": [rows_bytes(length, ranks, ranks - 1, reach, width), back],
+    }
 
 
 def layer_bytes(ranks: int, length: int, heads: int, d: int) -> dict:

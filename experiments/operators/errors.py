@@ -38,7 +38,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,9 @@ def configurations(
             # Whole chunks, 1,024 tokens at least: TMA fetches the tiles.
             "whole": (False, True) if long else (False,),
         }
+        if form.triton and not {"g", "g_channels"}.isdisjoint(operator.inputs):
+            # Log gates in float32, as layers have them; value heads that share a head of q and k.
+            decks |= {"gates": (None, "float32"), "group": (1, 2, 3)}
         for (d_k, d_v), dtype in itertools.product(sizes, DTYPES):
             if getattr(torch, dtype) not in form.dtypes:
                 continue
@@ -125,7 +128,7 @@ def configurations(
                 dealt[option] = cards
             for i in range(variants):
                 row = {"operator": name, "form": form_name, "d_k": d_k, "d_v": d_v, "dtype": dtype}
-                row |= {option: cards[i] for option, cards in dealt.items()}
+                row |= {"gates": None, "group": 1} | {option: cards[i] for option, cards in dealt.items()}
                 if row["varlen"]:
                     row |= {"segments": None, "whole": False}  # packed sequences are not split, nor fetched so
                 rows.append(row)
@@ -160,11 +163,17 @@ def problem(c: dict, device: str) -> Problem:
     sampled = {"bias": 0.0 if identical else c["bias"], "equal": identical}
     if "beta" in operator.inputs:
         sampled |= {"beta_max": c["beta_range"], "edges": c["edges"]}
-    return draw(
-        c["B"], c["L"], c["H"], c["d_k"], c["d_v"], getattr(torch, c["dtype"]), device, operator=operator,
+    group = c.get("group", 1)
+    p = draw(
+        c["B"], c["L"], c["H"] * group, c["d_k"], c["d_v"], getattr(torch, c["dtype"]), device, operator=operator,
         seed=c["seed"], norm=c["norm"], state=c["state"], dstate=c["dstate"], lengths=c["lengths"], chunk=c["chunk"],
         scale=c["scale"], layout=c["layout"], drawn_on="cpu", **sampled,
     )  # fmt: skip
+    inputs = {name: x.detach() for name, x in zip(operator.inputs, p.inputs, strict=True)}
+    inputs |= {name: inputs[name][:, :, ::group] for name in ("q", "k")}
+    if gates := c.get("gates"):
+        inputs |= {name: inputs[name].to(getattr(torch, gates)) for name in ("g", "g_channels") if name in inputs}
+    return replace(p, inputs=list(inputs.values())).requiring_grad()
 
 
 def results_of(c: dict, p: Problem) -> dict[str, torch.Tensor]:
@@ -186,6 +195,8 @@ def fla_takes(c: dict) -> bool:
     """Whether fla's function has what the call asks for, and gradients to compare."""
     peer = OPERATORS[c["operator"]].peers.get("fla")
     if peer is None or not form_of(c).differentiable or c["dtype"] == "float32" or 0 in (c.get("lengths") or [1]):
+        return False
+    if c["group"] > 1:
         return False
     asked = {"cu_seqlens": c["varlen"], "qk_l2norm": c["norm"], "initial_state": c["state"]}
     lacks = [name for name, wanted in asked.items() if wanted and peer.arguments.get(name, name) is None]
@@ -361,7 +372,7 @@ def spread_of(ratios: list[float]) -> dict:
 
 
 OPTIONS = ("operator", "form", "d_k", "d_v", "dtype", "norm", "state", "dstate", "varlen", "chunk", "scale")
-OPTIONS += ("layout", "segments", "alone", "whole")
+OPTIONS += ("layout", "segments", "alone", "whole", "gates", "group")
 KEYS = ("operator", "form", "dtype", "bias", "beta_range")
 
 

@@ -57,40 +57,6 @@ INVERSE = "blocks"  # of every rung: the operator's own
 SOFTMAX = {"FlashAttention": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 
 
-# --- Costs of the rungs that `dn_lib.cost` does not know ---------------------------------------------------------
-
-
-def _moved(shape: cost.Shape, name: str, reads: str, writes: str, flops: int, again: str = "") -> cost.Cost:
-    """One kernel of a walk: tensors by name, those in `again` read by every block of values."""
-    return cost.Cost(
-        name,
-        {n: shape.tensor_bytes(n) for n in reads.split()},
-        {n: shape.tensor_bytes(n) for n in writes.split()},
-        flops,
-        dict.fromkeys(again.split(), shape.value_blocks),
-        shape.chunks,
-    )
-
-
-def four_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
-    """As `dn_lib.cost.delta_rule_in_steps`, with the operator's inverse, which it calls "scaled"."""
-    return cost.delta_rule_in_steps(shape, method="scaled")
-
-
-def three_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
-    """W S, Q S and K^T E: 6 d_k d_v a token; Q K^T for every block of values, and its product with E."""
-    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
-    flops = shape.tokens * (6 * d_k * d_v + 2 * C * d_v + 2 * C * d_k * shape.value_blocks)
-    return (*four_kernels(shape)[:2], _moved(shape, "walk", "q k W U", "o final", flops, "q k W"))
-
-
-def two_kernels(shape: cost.Shape) -> tuple[cost.Cost, ...]:
-    """The same, with K S for W S, and T times the errors: 2 C d_v more."""
-    C, d_k, d_v = shape.C, shape.d_k, shape.d_v
-    flops = shape.tokens * (6 * d_k * d_v + 4 * C * d_v + 2 * C * d_k * shape.value_blocks)
-    return (four_kernels(shape)[0], _moved(shape, "walk", "q k v T", "o final", flops, "q k T"))
-
-
 # --- The stages --------------------------------------------------------------------------------------------------
 
 
@@ -163,8 +129,10 @@ class Size:
         options = {launch.name: launch.options for launch in seen}
         names = tuple(launch.name for launch in seen)
         first = options.get("chunk_scan_fwd") or options.get("chunk_scan_bwd") or {}
+        # The Gluon kernels have chunks of 64, and call a block VALUES where it is not the whole head.
+        C, block_v = first.get("C", 64), first.get("BV", first.get("VALUES", self.shape.d_v))
         shape = dataclasses.replace(
-            self.shape, block_v=first.get("BV"), block_k=options.get("chunk_bwd_dqk", {}).get("BK"), C=first.get("C", 1)
+            self.shape, block_v=block_v, block_k=options.get("chunk_bwd_dqk", {}).get("BK"), C=C
         )
         if names == ("chunk_inverse", "chunk_scan_fwd"):
             save = "Vn states" if first.get("STATES") else "Vn" if first["SAVE"] else ""
@@ -292,9 +260,11 @@ class Size:
         return [
             linear,
             *(self.inverse(method) for method in ladder.METHODS),
-            self.rung("four kernels", ladder.delta_rule_in_steps, four_kernels),
-            self.rung("three kernels", rungs.delta_rule_in_three, three_kernels),
-            self.rung("two kernels, plain", rungs.delta_rule_in_two, two_kernels),
+            self.rung(
+                "four kernels", ladder.delta_rule_in_steps, functools.partial(cost.delta_rule_in_steps, method="scaled")
+            ),
+            self.rung("three kernels", rungs.delta_rule_in_three, cost.delta_rule_in_three),
+            self.rung("two kernels, plain", rungs.delta_rule_in_two, cost.delta_rule_in_two),
             self.rung("one kernel", ladder.delta_rule_in_one, functools.partial(cost.fused, method="scaled")),
             two,
             Stage("operator, training", training, self.output, self.operator_model, self.limit, self.shape),
@@ -308,7 +278,7 @@ class Size:
 
 
 def prediction(costs: tuple[cost.Cost, ...], rates: dict, ms: float) -> dict:
-    """Bytes, FLOPs, predicted time, and the measured one over it."""
+    """Bytes, each tensor once and as programs ask for them; FLOPs; predicted time, and the measured one over it."""
     bandwidth, flop_rate = rates["copy_bytes_per_s"], rates["matmul_flops_per_s"]
     predicted = 1e3 * cost.roofline_time(costs, bandwidth, flop_rate)
     moved, work = cost.total_bytes(costs), cost.total_flops(costs)
@@ -318,6 +288,7 @@ def prediction(costs: tuple[cost.Cost, ...], rates: dict, ms: float) -> dict:
         "ratio": ms / predicted,
         "bytes": moved,
         "flops": work,
+        "requested": sum(c.requested for c in costs),
         "bound": "bytes" if moved / bandwidth > work / flop_rate else "operations",
         "steps": max(c.steps for c in costs),
     }

@@ -92,11 +92,12 @@ UNREACHABLE = """
 }).map((box) => box.outerHTML.slice(0, 200))
 """
 
-# Formulas without their glyphs and code without its colours: tens of thousands of elements, in each of which axe-core
-# would look for the colours of a few.
+# Formulas without their glyphs, code without its colours, and all signatures of the reference but five without
+# theirs: tens of thousands of elements, in each of which axe-core would look for the colours of a few.
 FLATTEN = """
 () => {
   for (const part of document.querySelectorAll("mjx-container > *")) part.remove();
   for (const code of document.querySelectorAll("article .highlight pre")) code.textContent = code.textContent;
+  for (const code of [...document.querySelectorAll("article dt.sig")].slice(5)) code.textContent = code.textContent;
 }
 """

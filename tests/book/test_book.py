@@ -198,6 +198,24 @@ def test_chapter_has_solutions_and_a_line_in_the_readme(chapter):
     assert re.search(rf"(?m)^\|.*{re.escape(chapter.stem)}", readme), f"{chapter.stem} is not in README's table"
 
 
+@pytest.mark.parametrize("study", BOOK.studies, ids=lambda path: path.stem)
+def test_study_has_solutions_and_is_named_in_the_readme_and_the_index(study):
+    assert (SOLUTIONS / study.name).exists()
+    assert f"book/notebooks/{study.stem}.ipynb" in (ROOT / "README.md").read_text("utf-8")
+    assert f"beyond/{study.stem}>`" in (BOOK.folder / "index.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("chapter", BOOK.chapters, ids=lambda path: path.stem)
+def test_no_chapter_needs_a_study(chapter):
+    """It may name one where it ends; its code imports nothing that is a study's, and its text refers to no equation."""
+    text = chapter.read_text("utf-8")
+    assert not re.search(
+        r"teaching\.figures import .*\bs\d\b|teaching\.figures\.s\d|\{ref\}`[^`]*ex-S|[Ee]quation S\d", text
+    )
+    labels = {label for label, number in BOOK.equations.items() if number.startswith("S")}
+    assert not labels & {body for name, body in roles(text) if name == "eq"}
+
+
 @every_pair
 def test_chapter_has_one_title_which_carries_no_number(chapter):
     titles = re.findall(r"(?m)^# .*$", prose(chapter.read_text("utf-8")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -187,21 +188,25 @@ def test_prose_leaves_out_code_but_not_roles():
     assert prose("a `code` {eq}`x` ``{ref}`y` ``\n\n```\nfence\n```\nend") == "a  {eq}`x` \n\nend"
 
 
-def test_appendices_are_numbered_by_letter_and_linked_both_ways(tmp_path):
+@pytest.mark.parametrize(("name", "number"), [("beyond/S2_side", "S2"), ("appendix/A_more", "A")])
+def test_other_pages_have_numbers_of_their_own_and_are_linked_both_ways(tmp_path, name, number):
     """Links of a pair go to the pair beside it; a target that begins with a slash is counted from the book's folder."""
-    (tmp_path / "appendix").mkdir()
+    (tmp_path / name).parent.mkdir()
+    stem = Path(name).name
     equation = "```{math}\n:label: eq-extra\nx\n```"
-    figure = "```{code-cell}\n---\nmystnb:\n  figure: {caption: A line., name: fig-A-1}\n---\nx\n```"
-    first = "# First\n\n{eq}`eq-extra`, {ref}`there <sec-extra>`, {doc}`all <appendix/A_more>`"
+    exercise = f"```{{exercise}} ★ Try (5 min)\n:label: ex-{number}-1\nDo.\n```"
+    figure = f"```{{code-cell}}\n---\nmystnb:\n  figure: {{caption: A line., name: fig-{number}-1}}\n---\nx\n```"
+    first = f"# First\n\n{{eq}}`eq-extra`, {{ref}}`there <sec-extra>`, {{doc}}`all <{name}>`, {{ref}}`ex-{number}-1`"
     links = "{doc}`back </01_first>`, {doc}`notation </notation>`"
-    more = f"(sec-extra)=\n# Appendix A: More\n\n{equation}\n\n{links}\n\n{figure}"
+    more = f"(sec-extra)=\n# More\n\n{equation}\n\n{links}\n\n{exercise}\n\n{figure}"
     (tmp_path / "01_first.md").write_text(HEAD + first)
     (tmp_path / "notation.md").write_text("# Notation")
-    (tmp_path / "appendix" / "A_more.md").write_text(HEAD + more)
+    (tmp_path / f"{name}.md").write_text(HEAD + more)
     book = Book(tmp_path)
-    assert [path.stem for path in book.pages] == ["01_first", "A_more"] and len(book.chapters) == 1
-    chapter, appendix = (lower(path, book).cells for path in book.pages)
-    assert chapter[0].source.endswith("(A.1), [there](A_more.ipynb), [all](A_more.ipynb)")
-    assert appendix[0].source.startswith("# Appendix A: More") and "\\tag{A.1}" in appendix[0].source
-    assert "[back](01_first.ipynb), [notation](../notation.md)" in appendix[0].source
-    assert appendix[-1].source == "*Figure A.1.* A line."
+    assert [path.stem for path in book.pages] == ["01_first", stem] and len(book.chapters) == 1
+    chapter, extra = (lower(path, book).cells for path in book.pages)
+    assert chapter[0].source.endswith(f"({number}.1), [there]({stem}.ipynb), [all]({stem}.ipynb), Exercise {number}.1")
+    assert extra[0].source.startswith("# More") and f"\\tag{{{number}.1}}" in extra[0].source
+    assert "[back](01_first.ipynb), [notation](../notation.md)" in extra[0].source
+    assert f"**Exercise {number}.1.** Try (★, 5 minutes)" in extra[0].source
+    assert extra[-1].source == f"*Figure {number}.1.* A line."

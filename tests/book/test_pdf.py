@@ -31,7 +31,8 @@ CHAPTER = """# First
 x = 1
 ```
 
-{eq}`eq-first`, {eq}`eq-other`, {ref}`the picture <fig-A-1>`, {doc}`the appendix <appendix/A_more>`,
+{eq}`eq-first`, {eq}`eq-A`, {eq}`eq-S2`, {ref}`the picture <fig-A-1>`,
+{ref}`that of a study <fig-S2-1>`, {doc}`the appendix <appendix/A_more>`,
 {cite}`widrow1960adaptive`, {cite}`arora2024zoology`.
 
 ````{exercise} Think (★, 5 min)
@@ -57,18 +58,18 @@ for row in range(3):
     print(row * 1000, "." * 110, row)
 ```
 """
-APPENDIX = """# Appendix A: More
+EXTRA = """# {title}: More
 
-```{math}
-:label: eq-other
+```{{math}}
+:label: eq-{letter}
 z = 3
 ```
 
-```{code-cell} ipython3
+```{{code-cell}} ipython3
 ---
 mystnb:
-  image: {alt: A line}
-  figure: {caption: "A line.", name: fig-A-1}
+  image: {{alt: A line}}
+  figure: {{caption: "A line.", name: fig-{letter}-1}}
 ---
 import matplotlib.pyplot as plt
 _ = plt.plot([0, 1])
@@ -81,7 +82,7 @@ LINE = "value = " + " + ".join(f"{n:04}.0" for n in range(1, 20)) + "  # END"
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pdf") / "book"
-    for name in ("solutions", "appendix"):
+    for name in ("solutions", "beyond", "appendix"):
         (folder / name).mkdir(parents=True)
     for name in ("conf.py", "print.md", "bibliography.md", "references.bib"):
         shutil.copy(BOOK / name, folder)
@@ -89,7 +90,12 @@ def sources(tmp_path_factory) -> Path:
     conf.write_text(conf.read_text("utf-8").replace("Path(__file__).resolve().parent.parent", f"Path({str(ROOT)!r})"))
     chapter = HEAD + CHAPTER.replace("LONG", LONG).replace("LINE", LINE)
     (folder / "01_first.md").write_text(chapter, encoding="utf-8")
-    (folder / "appendix" / "A_more.md").write_text(HEAD + APPENDIX, encoding="utf-8")
+    for name, title, letter in (
+        ("beyond/S1_way", "Study 1", "S1"),
+        ("beyond/S2_side", "Study 2", "S2"),
+        ("appendix/A_more", "Appendix A", "A"),
+    ):
+        (folder / f"{name}.md").write_text(HEAD + EXTRA.format(title=title, letter=letter), encoding="utf-8")
     (folder / "solutions" / "01_first.md").write_text(HEAD + "# Solutions\n\n## 1.1 Think\n\nIt is.\n")
     (folder / "notation.md").write_text("# Notation\n\nNone.\n")
     fill_cache(folder)
@@ -105,8 +111,10 @@ def written(sources) -> str:
 
 def test_parts_of_the_book_stand_in_order(written):
     titles = re.findall(r"\\chapter\*?\{(.*?)\}", written)
-    assert titles == ["About this book", "First", "More", "Notation", "Solutions", "Bibliography"]
-    assert written.index("\\chapter{First}") < written.index("\\appendix") < written.index("\\chapter{More}")
+    assert titles == ["About this book", "First", "More", "More", "More", "Notation", "Solutions", "Bibliography"]
+    body = written[written.index(r"\begin{document}") :]
+    order = [body.index(rf"\{mark}") for mark in ("chapter{First}", "studies", "chapter{More}", "appendix")]
+    assert order == sorted(order)
 
 
 def test_every_page_of_the_book_is_printed():
@@ -149,7 +157,8 @@ def test_what_is_typeset(sources, tmp_path, capsys):
     labels = dict(re.findall(r"\\newlabel\{(.*?)\}\{\{(.*?)\}", (tmp_path / "book.aux").read_text("utf-8")))
     numbers = {name.rpartition(":")[2]: number for name, number in labels.items()}
     assert numbers["eq-first"].strip("{}") == "1.1"
-    assert numbers["eq-other"].strip("{}") == numbers["fig-a-1"] == "A.1"
+    assert numbers["eq-A"].strip("{}") == numbers["fig-a-1"] == "A.1"
+    assert numbers["eq-S2"].strip("{}") == numbers["fig-s2-1"] == "S2.1"
     pages = dict(re.findall(r"\\newlabel\{(.*?)\}\{\{.*?\}\{(\d+)\}", (tmp_path / "book.aux").read_text("utf-8")))
     assert int(pages["solution-1.1"]) > 3
 

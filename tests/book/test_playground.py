@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.forms.linear_attention import recurrent_linear_attention
 from dn_lib.teaching.figures.ch2 import LETTERS, word
 from dn_lib.teaching.plotting import MECHANISMS
@@ -33,7 +33,7 @@ from tools.site_ext.landing import times
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
-FOLDERS = ("appendix", "reference", "solutions")
+FOLDERS = ("beyond", "appendix", "reference", "solutions")
 PAGES = ("index", "playground")
 WIDTHS = {"phone": 390, "laptop": 1280, "projector": 1920}
 RULES = {"additive": "linear", "delta": "delta", "gated": "gated"}  # in the script, in MECHANISMS
@@ -66,7 +66,7 @@ def states(rule: str, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> Tens
         return recurrent_linear_attention(k, k, v)[1]
     if rule == "delta":
         return recurrent_delta_rule(k, k, v, beta)[1]
-    return recurrent_gated_delta_rule(k, k, v, alpha, beta)[1]
+    return recurrent_gated_delta_rule(k, k, v, beta, alpha.log())[1]
 
 
 def distance(found: list, expected: Tensor) -> float:

@@ -17,7 +17,8 @@ import pytest
 from tools.lowering import DIRECTIVES, Book, directives, exercise_title, fences
 
 BOOK = Book(Path(__file__).resolve().parents[2] / "book")
-TIMED = [*BOOK.chapters[:4], BOOK.chapters[5]]  # chapter 5 says in hours how long it takes
+TIMED = [*BOOK.chapters[:4], BOOK.chapters[5], *BOOK.studies]  # chapter 5 says in hours how long it takes
+WORDS = 2300, 4300  # of a study, exercises left out
 PROSE, MATHEMATICS, CODE = 200, 100, 10  # words, words and lines a minute
 
 DISPLAY = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
@@ -113,11 +114,20 @@ def test_a_chapter_takes_as_long_as_it_says(chapter):
     measured = minutes(parts.main), lines_of_code(parts.code) / CODE, minutes(parts.folded)
     for name, found, said in zip(("text", "code", "folded"), measured, map(int, stated.groups(default=0)), strict=True):
         assert as_stated(found, said), f"{name}: {found:.1f} minutes, stated as {said}"
-    assert measured[0] + measured[1] <= 60  # a main line can be read in an hour, its code included
-    assert sum(map(int, stated.groups()[:2])) <= 60  # and the opening promises no more
+    most = 45 if chapter in BOOK.studies else 60
+    assert measured[0] + measured[1] <= most  # a main line can be read in an hour, its code included
+    assert sum(map(int, stated.groups()[:2])) <= most  # and the opening promises no more
+
+
+@pytest.mark.parametrize("study", BOOK.studies, ids=lambda path: path.stem)
+def test_a_study_is_short(study):
+    parts = parts_of(study)
+    assert WORDS[0] <= len((parts.main + parts.folded).split()) <= WORDS[1]
 
 
 HOURS = {
+    "about an hour": (45, 65),
+    "about an hour and a half": (75, 105),
     "a good hour": (60, 75),
     "about two hours": (105, 135),
     "a good two hours": (120, 150),

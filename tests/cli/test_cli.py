@@ -116,8 +116,8 @@ class TestConfiguration:
             vocab_size=256, width=24, layers=2, heads=3, head_dim=10, attention_heads=2, mixer="gla", hybrid="window",
             window=9, activation="relu", qk_norm="l1", conv_size=2, beta_range=1.5, delta_steps=2, value_heads=6,
             expand_v=0.5, output_gate=True, mlp_ratio=1.0, hidden=40, mamba_expand=3, mamba_state=4,
-            tie_embeddings=True, rope_base=100.0, norm_eps=1e-4, backend="recurrent", pattern=("delta", "window"),
-            decay="none", memories=3, active_memories=1,
+            tie_embeddings=True, rope_base=100.0, norm_eps=1e-4, backend="recurrent", pattern=("gla", "window"),
+            decay="none", decay_by_depth=True, memories=3, active_memories=1, initialisation="mimetic",
         )  # fmt: skip
         training = TrainConfig(
             steps=7, batch=6, length=20, learning_rate=0.5, min_learning_rate=0.25, warmup=3, weight_decay=0.2,

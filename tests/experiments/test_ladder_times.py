@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dn_lib import cost
 from dn_lib.testing import poisoned
 from experiments.harness.clock import Clock
 from experiments.harness.errors import verdict
@@ -56,3 +60,20 @@ def test_what_is_off_by_more_than_forty_percent():
     found = ladder.summary([*rows, {"key": "no", "status": "failed", "failure": "x"}])
     assert found["off"] == ["0.5", "1.41", "9.0"] and found["within"] == ["0.7", "1.39"]
     assert found["refused_or_failed"] == ["no"] and found["stages"] == 6
+
+
+@pytest.mark.parametrize("values", [64, 128])
+def test_the_gluon_kernels_blocks_are_read_off_their_launches(values):
+    """Their chunks have 64 tokens, and a block of values is called VALUES, or is the head."""
+    size = ladder.Size(2, 128, 1, 128, "cpu", chunk=64, decoded=2)
+
+    def launch(name, **options):
+        kernel = SimpleNamespace(fn=SimpleNamespace(__name__=name))
+        return ladder.Launch(kernel, (), options, None)
+
+    inverse, scan = launch("chunk_inverse", C=64), launch("chunk_scan_fwd", VALUES=values, SAVE=False)
+    expected = cost.two_kernels(dataclasses.replace(size.shape, block_v=values))
+    assert size.operator_model([inverse, scan]) == expected and expected[1].steps == 2
+    assert size.operator_model([launch("chunk_scan_bwd")]) == cost.fused_backward(
+        dataclasses.replace(size.shape, block_v=128)
+    )

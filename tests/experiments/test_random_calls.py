@@ -188,3 +188,25 @@ def test_a_call_is_planned_as_it_says(one_wave):
     assert made.layout.segments == 3 and made.call.overrides.tma is True
     target = made.call.target._replace(arch=90)  # as on a GPU
     assert rules.is_one_wave(made.launches["chunk_scan_fwd"].programs, target) is one_wave
+
+
+def test_gated_calls_have_gates_in_float32_and_shared_heads():
+    """As their reference has them: heads of q and k are repeated there, and the gradients are those of each."""
+    configs = errors.configurations(3, 0, True, ["gla", "gated_delta_rule"], ["triton"])
+    assert {c["group"] for c in configs} == {1, 2, 3} and {c["gates"] for c in configs} == {None, "float32"}
+    picked = [
+        next(c for c in configs if c["operator"] == name and c["dtype"] == "float16" and c["gates"] and c["group"] > 1)
+        for name in ("gla", "gated_delta_rule")
+    ]
+    for c in picked:
+        call = errors.a_call(0, [c], 0, True) | {"L": 20, "lengths": None, "varlen": False}
+        p = errors.problem(call, "cpu")
+        assert p.v.shape[2] == c["group"] * p.q.shape[2] and p.inputs[-1].dtype == torch.float32
+        row = errors.measure(call, "cpu", False)
+        assert not errors.faults(call, row) and max(row["ours"].values()) < 8 * 2**-11  # roundings, one after another
+        assert not errors.fla_takes(call)
+    # A reference that gives value heads other key heads is told.
+    p = errors.problem(call, "cpu")
+    right, size = harness.reference_of(p)
+    wrong = errors.replace(p, inputs=[x.flip(2) if x is p.v else x for x in p.inputs])
+    assert harness.errors_of({"o": right["o"]}, harness.reference_of(wrong)[0])["o"] > 0.1 and size >= 0

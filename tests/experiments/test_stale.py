@@ -79,8 +79,8 @@ def test_a_result_is_older_when_what_it_describes_has_changed_and_only_then():
     assert changed("comparison", record(**{"training/loop.py": "0"})) == ["training/loop.py"]
     assert changed("of somebody", record(**{"forms/common.py": "0"})) == ["forms/common.py"]  # not listed: all of them
     assert changed("ladder", {"provenance": ABOUT}) is None and not is_current("ladder", {"provenance": ABOUT})
-    new = dict(sources()) | {"ops/new.py": "1"}
-    assert changed("ladder", record(), new) == ["ops/new.py"]
+    new = dict(sources()) | {"kernels/delta_rule/new.py": "1"}
+    assert changed("ladder", record(), new) == ["kernels/delta_rule/new.py"]
 
 
 def test_origin_marks_what_is_older():
@@ -89,6 +89,17 @@ def test_origin_marks_what_is_older():
     assert origin(ladder={"provenance": ABOUT}) == f"{line} ({OLDER})"
     assert origin(ladder=record(**{"kernels/ladder.py": "0"})) == f"{line} ({OLDER})"
     assert origin(gpu={"gpu": {"provenance": ABOUT}}).endswith(f"({OLDER})")
+
+
+def test_a_long_origin_goes_on_in_a_line_of_its_own():
+    versions = {"torch": "2.11.0+cu130", "triton": "3.6.0"}
+    text = origin(ladder={"provenance": ABOUT | versions}, operator=record())
+    first, second, other = text.splitlines()
+    assert second.startswith("    ") and other.startswith("operator: some GPU")
+    assert " ".join(f"{first} {second}".split()) == (
+        f"ladder: some GPU, 2026-01-02, commit abcdef0, torch 2.11.0+cu130, triton 3.6.0 ({OLDER})"
+    )
+    assert max(map(len, text.splitlines())) <= 96
 
 
 def test_provenance_holds_the_digests():
@@ -173,6 +184,7 @@ def shown(pair: Path) -> str:
 def unmarked(cites: set[str], text: str, folder: Path = RESULTS) -> list[str]:
     """Of the results that are cited, those that `text` does not call what they are, current or older."""
     wrong = []
+    text = text.replace("\n    ", " ")  # what is left of a long line
     for name in sorted(cites):
         current = is_current(name, json.loads((folder / f"{name}.json").read_text("utf-8")))
         lines = [line for line in text.splitlines() if line.startswith(f"{name}: ")]

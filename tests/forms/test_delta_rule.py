@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix, sweep_rate
-from dn_lib.forms.gated_delta_rule import gated_delta_rule_step, recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
+from dn_lib.forms.gated_delta_rule import gated_delta_rule_step
 from dn_lib.forms.linear_attention import recurrent_linear_attention
 from dn_lib.testing import delta_rule_inputs
 
@@ -186,7 +187,7 @@ def test_leading_dimensions_broadcast():
 def test_gated_is_the_matrix_formula(length, d_k, d_v, batch, seed):
     q, k, v, beta, state = draw(length, d_k, d_v, batch, seed)
     alpha = torch.rand_like(beta)
-    o, final = recurrent_gated_delta_rule(q, k, v, alpha, beta, initial_state=state)
+    o, final = recurrent_gated_delta_rule(q, k, v, beta, alpha.log(), initial_state=state)
     eye = torch.eye(d_k, dtype=F64)
     for t in range(length):
         k_t, v_t, b_t = k[..., t, :, None], v[..., t, :, None], beta[..., t, None, None]
@@ -202,8 +203,9 @@ def test_gated_step_is_the_gated_sequence():
     for t in range(3):
         inputs = (x[:, t] for x in (q, k, v, alpha, beta))
         o, running = gated_delta_rule_step(*inputs, running)
-    expected = recurrent_gated_delta_rule(q, k, v, alpha, beta, initial_state=state)
-    assert torch.equal(o, expected[0][:, -1]) and torch.equal(running, expected[1])
+    expected = recurrent_gated_delta_rule(q, k, v, beta, alpha.log(), initial_state=state)
+    torch.testing.assert_close(o, expected[0][:, -1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(running, expected[1], rtol=1e-10, atol=1e-12)
 
 
 @given(d=st.integers(2, 8), n=st.integers(0, 8), batch=st.sampled_from([(), (2,)]), seed=st.integers(0, 999))
@@ -276,7 +278,7 @@ def test_more_keys_than_dimensions():
 def test_the_outputs_of_no_tokens_have_a_gradient(form):
     """So that a batch that happens to be empty goes through a training loop; its gradients are empty."""
     q, k, v, beta, state = (x.requires_grad_() for x in draw(0, 3, 2, (2,), seed=0))
-    gates = {recurrent_delta_rule: [beta], recurrent_gated_delta_rule: [beta.exp(), beta]}.get(form, [])
+    gates = {recurrent_delta_rule: [beta], recurrent_gated_delta_rule: [beta, -beta.exp()]}.get(form, [])
     o, final = form(q, k, v, *gates, initial_state=state)
     (o.sum() + final.sum()).backward()
     assert v.grad.shape == v.shape and torch.equal(state.grad, torch.ones_like(state))

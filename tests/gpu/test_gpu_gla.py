@@ -48,8 +48,10 @@ def sample(B, L, H, K, V, *, group=1, state=None, gates=None, **options):
     return [q[:, :, ::group].contiguous(), k[:, :, ::group].contiguous(), v, g.to(gates or g.dtype)], first
 
 
-def run(*x, initial_state=None, **options):
-    return dn_lib.linear_attention(*x, initial_state=initial_state, output_final_state=True, **options)
+def run(*x, initial_state=None, backend="triton", **options):
+    return dn_lib.linear_attention(
+        *x, initial_state=initial_state, output_final_state=True, backend=backend, **options
+    )  # fmt: skip
 
 
 def compare(sizes, dtype, *, lengths=None, state=False, seed=0, chunk_size=None, **options):
@@ -170,3 +172,15 @@ def test_ten_runs_are_equal():
     expected = forward_and_gradients(run, leaves(*inputs, first), do, dstate)
     for _ in range(9):
         assert all(map(torch.equal, forward_and_gradients(run, leaves(*inputs, first), do, dstate), expected))
+
+
+@pytest.mark.parametrize("length", [3, 200])
+def test_auto_takes_the_kernels(length):
+    """For short calls the recurrence; not above 256 channels."""
+    inputs, first = sample(1, length, 2, 64, 64, state=1, dtype=BF16)
+    for asked in (functools.partial(run, backend="auto"), functools.partial(dn_lib.chunk_gla, output_final_state=True)):
+        got = asked(*inputs, initial_state=first)
+        assert all(map(torch.equal, got, run(*inputs, initial_state=first)))
+    assert not torch.equal(got[0], run(*inputs, initial_state=first, backend="chunkwise")[0])
+    wide, _ = sample(1, 20, 1, 320, 16, dtype=F32)
+    assert torch.equal(run(*wide, backend="auto")[0], run(*wide, backend="chunkwise")[0])

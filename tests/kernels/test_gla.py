@@ -13,9 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dn_lib import ops
+from dn_lib import linear_attention, ops
+from dn_lib.cost import Shape, gated_by_channel, gated_by_channel_backward
 from dn_lib.kernels.gla.plan import KERNELS, plan_call, using
 from dn_lib.kernels.rules import Target, Tiles
+from dn_lib.teaching.judge.trace import observe
 from dn_lib.testing import (
     forward_and_gradients,
     gated_inputs,
@@ -280,3 +282,24 @@ def test_tiles_for_an_unknown_kernel_are_refused():
         using({"chunk_inverse": Tiles(64, 0, 1, 1)}).__enter__()
     with pytest.raises(ValueError, match="tiles of chunk_output must be Tiles"):
         using({"chunk_output": (64, 64)}).__enter__()
+
+
+# --- Costs --------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter traces kernels, and there is a GPU")
+@pytest.mark.parametrize("C, side", [(64, 32), (32, 16)], ids=["one block", "two blocks of keys and of values"])
+def test_the_costs_count_squares_and_blocks(C, side):
+    """tests/test_operators.py has them for chunks of 16, which have one square and nothing off the diagonal."""
+    shape = Shape(B=1, L=64, H=1, d_k=32, d_v=32, C=C, element=4, block_v=side, block_k=side)
+    blocks = ("chunk_states", "chunk_output", "chunk_states_bwd", "chunk_bwd_dv", "chunk_bwd_decayed")
+    tiles = {name: Tiles(side, side, 1, 1) for name in blocks} | {"chunk_bwd_dqkg": Tiles(side, 0, 1, 1)}
+    x = leaves(*sample(1, 64, 1, 32, 32, dtype=F32)[:-1])
+    with using(tiles):
+        call = functools.partial(linear_attention, backend="triton", chunk_size=C, output_final_state=True)
+        (o, _), forward = observe(call, *x)
+        _, backward = observe(torch.autograd.grad, o, x, torch.ones_like(o))
+    costs = (*gated_by_channel(shape), *gated_by_channel_backward(shape))
+    for launch, expected in zip((*forward.launches, *backward.launches), costs, strict=True):
+        assert launch.kernel == expected.name
+        assert launch.bytes() == expected.requested, expected.name
+        assert launch.bytes("store") == sum(expected.writes.values()), expected.name
+        assert sum(dot.flops for dot in launch.dots) == expected.flops, expected.name

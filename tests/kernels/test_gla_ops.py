@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -77,15 +78,23 @@ def test_which_kernels_run():
 
 
 @interpreted
-def test_auto_and_fla_s_signature_keep_to_pytorch_for_now():
-    """The kernels have not run on a GPU yet, so they are taken where they are asked for by name."""
+def test_auto_and_fla_s_signature_take_them():
+    """Where auto takes the kernels at all: with no more channels than they hold; with erasure there are none."""
     *inputs, first = sample(L=17, state=1)
+    short = [x[:, :3] for x in inputs]
     with using(auto="triton"):
-        for function in (linear_attention, chunk_gla):
-            (o, state), trace = observe(function, *inputs, initial_state=first, output_final_state=True)
-            assert not trace.launches
-            exact, last, _ = reference(*inputs, initial_state=first)
+        for function, (tensors, launches) in itertools.product(
+            (linear_attention, chunk_gla), ((inputs, CHUNKS), (short, ["recurrent"]))
+        ):
+            (o, state), trace = observe(function, *tensors, initial_state=first, output_final_state=True)
+            assert [launch.kernel for launch in trace.launches] == launches
+            exact, last, _ = reference(*tensors, initial_state=first)
             assert relative_error(o, exact) < SINGLE and relative_error(state, last) < SINGLE
+        q, k, v, g = inputs
+        _, trace = observe(ops.gated_delta_rule, q, k, v, torch.ones_like(v[..., 0]), g)
+        assert not trace.launches
+    _, trace = observe(linear_attention, *inputs)
+    assert not trace.launches  # a CPU takes PyTorch
 
 
 def test_dtypes_are_kept():

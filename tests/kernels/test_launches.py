@@ -15,7 +15,7 @@ from dn_lib.forms.affine import segment_affine
 from dn_lib.forms.chunkwise import chunkwise_delta_rule, parallel_delta_rule, varlen_delta_rule
 from dn_lib.forms.chunkwise_backward import reversible_chunkwise_delta_rule
 from dn_lib.forms.delta_rule import recurrent_delta_rule
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.testing import (
     delta_rule_inputs,
     delta_rule_reference,
@@ -292,7 +292,7 @@ q, k, v = (x.transpose(0, 1) for x in (q, k, v))
 beta = beta[0].mT
 OF_NO_TOKENS = {
     "recurrent": lambda s: recurrent_delta_rule(q, k, v, beta, initial_state=s)[1],
-    "gated": lambda s: recurrent_gated_delta_rule(q, k, v, beta, beta, initial_state=s)[1],
+    "gated": lambda s: recurrent_gated_delta_rule(q, k, v, beta, -beta, initial_state=s)[1],
     "parallel": lambda s: parallel_delta_rule(q, k, v, beta, initial_state=s)[1],
     "chunkwise": lambda s: chunkwise_delta_rule(q, k, v, beta, initial_state=s)[1],
     "reversible": lambda s: reversible_chunkwise_delta_rule(q, k, v, beta, initial_state=s)[1],
@@ -335,7 +335,7 @@ LENGTH = 6
 q1, k1, v1 = (torch.rand(LENGTH, d) / 2 for d in (4, 4, 3))
 STATES = {
     "recurrent": (recurrent_delta_rule, {"q": q1, "k": k1, "v": v1, "beta": q1[:, 0]}),
-    "gated": (recurrent_gated_delta_rule, {"q": q1, "k": k1, "v": v1, "alpha": q1[:, 1], "beta": q1[:, 0]}),
+    "gated": (recurrent_gated_delta_rule, {"q": q1, "k": k1, "v": v1, "beta": q1[:, 0], "g": -q1[:, 1]}),
     "parallel": (parallel_delta_rule, {"q": q1, "k": k1, "v": v1, "beta": q1[:, 0]}),
     "chunkwise": (chunkwise_delta_rule, {"q": q1, "k": k1, "v": v1, "beta": q1[:, 0]}),
     "reversible": (reversible_chunkwise_delta_rule, {"q": q1, "k": k1, "v": v1, "beta": q1[:, 0]}),

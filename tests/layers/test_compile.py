@@ -111,6 +111,7 @@ def test_decoding_compiled_does_not_compile_every_step(pattern):
 @pytest.mark.parametrize("length, past, window", [(4096, 0, 64), (4096, 63, 64), (2048, 0, 300)])
 def test_a_window_takes_memory_for_the_window(length, past, window):
     """The largest tensor on the way holds keys or a mask, not a score for every pair of tokens."""
+
     class Largest(TorchDispatchMode):
         size = 0
 

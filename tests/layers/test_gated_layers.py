@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_models import LAYERS
 
 from dn_lib import ops
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.layers import GatedDeltaNet, LinearAttention, Mamba2, RetNet
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.ops.backend import using
@@ -43,8 +43,8 @@ def test_gated_deltanet_is_what_the_paper_writes(gate):
     assert v.shape == (1, 6, 9, 8)
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     q, k = (t[:, [0, 0, 0, 1, 1, 1]] for t in (q, k))
-    alpha = (-layer.log_rates.exp() * F.softplus(layer.step(x) + layer.step_biases)).exp().mT
-    o, _ = recurrent_gated_delta_rule(q, k, v, alpha, 2 * layer.beta(x).sigmoid().mT)
+    g = (-layer.log_rates.exp() * F.softplus(layer.step(x) + layer.step_biases)).mT
+    o, _ = recurrent_gated_delta_rule(q, k, v, 2 * layer.beta(x).sigmoid().mT, g)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     o = o.transpose(1, 2).flatten(-2)
     if gate:

@@ -166,9 +166,9 @@ def test_a_model_collects_one_balance_loss_a_layer_and_spreads_its_tokens():
     assert min(history[0]) > 3 and max(history[-1]) < 2  # 4: one memory has all; 1: all alike
     model(tokens)
     assert len(losses) == 2  # outside of the context nothing is collected
-    with pytest.raises(ValueError, match="^model must have a MixtureOfMemories"), balance_losses(torch.nn.ReLU()):
+    with pytest.raises(ValueError, match=r"^model must have a MixtureOfMemories"), balance_losses(torch.nn.ReLU()):
         pass
-    with balance_losses(model), pytest.raises(ValueError, match="^model: .* already"), balance_losses(model):
+    with balance_losses(model), pytest.raises(ValueError, match=r"^model: .* already"), balance_losses(model):
         pass
     with balance_losses(model) as losses:  # the refusal left the first one's list in order
         model(tokens)

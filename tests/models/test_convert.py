@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dn_lib.forms.delta_rule import recurrent_delta_rule
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.models.convert import INDEX, from_fla_state_dict, load_fla_checkpoint
 from dn_lib.testing import relative_error
 
@@ -133,8 +133,8 @@ def gated_mixer(w, x, options):
     q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
     q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
     beta = F.linear(x, w["b_proj.weight"]).sigmoid().mT * (2 if options.get("allow_neg_eigval") else 1)
-    alpha = (-w["A_log"].exp() * F.softplus(F.linear(x, w["a_proj.weight"]) + w["dt_bias"])).exp().mT
-    o, _ = recurrent_gated_delta_rule(q, k, v, alpha, beta)
+    g = (-w["A_log"].exp() * F.softplus(F.linear(x, w["a_proj.weight"]) + w["dt_bias"])).mT
+    o, _ = recurrent_gated_delta_rule(q, k, v, beta, g)
     o = rms(o.transpose(1, 2), w["o_norm.weight"])
     if "g_proj.weight" in w:
         o = o * F.silu(F.linear(x, w["g_proj.weight"]).unflatten(-1, (v.shape[1], -1)))

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dn_lib.layers import DeltaNet
 from dn_lib.models import LanguageModel, ModelConfig
 from dn_lib.ops import BACKENDS
+from dn_lib.ops.backend import choose_backend, using, why_not_auto
 
 SINGLE = 1e-5  # float32, sums of a few hundred terms
 
@@ -97,3 +98,14 @@ def test_a_configuration_from_before_the_field_still_loads():
     values = ModelConfig(width=64).to_dict()
     del values["backend"]
     assert ModelConfig.from_dict(values) == ModelConfig(width=64)
+
+
+@pytest.mark.parametrize(
+    "chunk_size, expected", [(8, "chunkwise"), (128, "chunkwise"), (16, "triton"), (None, "triton")]
+)
+def test_auto_leaves_chunks_that_no_kernel_has_to_the_chunkwise_form(chunk_size, expected):
+    q = torch.zeros(1, 20, 1, 16)
+    with using(auto="triton"):
+        assert choose_backend(q, q, chunk_size, "auto") == expected
+    problem = why_not_auto(torch.device("cuda"), q.dtype, 16, chunk_size)
+    assert ("chunks of 16, 32 and 64" in (problem or "")) == (expected == "chunkwise")

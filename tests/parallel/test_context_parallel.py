@@ -10,7 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dn_lib.models import LanguageModel, ModelConfig
-from dn_lib.models.context_parallel import context_parallel_features, context_parallel_loss, sum_gradients
+from dn_lib.models.context_parallel import (
+    context_parallel_features,
+    context_parallel_loss,
+    shared_step,
+    sum_gradients,
+)
 from dn_lib.parallel.affine import run_on_processes
 from dn_lib.parallel.stretches import Stretches
 from dn_lib.parallel.traffic import state_bytes
@@ -20,6 +25,7 @@ SMALL = {"vocab_size": 31, "width": 16, "heads": 2, "window": 6, "mlp_ratio": 1.
 MODELS = {
     "hybrid": {"pattern": ("delta", "window", "gated_delta", "attention", "linear"), "layers": 5},
     "decays": {"pattern": ("retnet", "gla", "gated_delta", "mamba2"), "layers": 4, "value_heads": 4, "expand_v": 0.5},
+    "channels and fixed decays": {"pattern": ("kda", "lightning", "liger"), "layers": 3, "decay": "retnet"},
     "two steps, no convolution": {"layers": 2, "pattern": ("delta", "linear"), "delta_steps": 2, "conv_size": 0},
     "l1, tied": {"layers": 1, "qk_norm": "l1", "activation": "elu1", "tie_embeddings": True, "beta_range": 2.0},
 }
@@ -175,6 +181,10 @@ def test_one_process_of_one_is_the_model_itself():
         F.cross_entropy(other(tokens).flatten(0, 1), tokens.flatten()).backward()
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             assert relative_error(p.grad, q.grad) < 1e-10
+        job = {"config": model.config.to_dict(), "weights": other.state_dict(), "tokens": tokens, "lengths": [11]}
+        found, want = shared_step(job), one_process("hybrid", [11], torch.float64)
+        assert set(found["grads"]) == set(want) - {"loss"}
+        assert all(relative_error((found | found["grads"])[name], x) < 1e-10 for name, x in want.items())
         with pytest.raises(ValueError, match=r"^labels must have at least one token whose loss counts"):
             context_parallel_loss(model, tokens, Stretches([11]), labels=torch.full_like(tokens, -100))
         with pytest.raises(ValueError, match=r"^labels must be"):
@@ -185,9 +195,10 @@ def test_one_process_of_one_is_the_model_itself():
             context_parallel_features(model, tokens, [11])
         with pytest.raises(TypeError, match=r"^model must be"):
             context_parallel_features(torch.nn.Linear(2, 2), tokens, Stretches([11]))
-        mamba = LanguageModel(ModelConfig(**SMALL | {"layers": 2, "pattern": ("delta", "mamba")}))
-        with pytest.raises(ValueError, match=r"^model must have layers of .*, got Mamba in layer 2"):
-            context_parallel_features(mamba, tokens, Stretches([11]))
+        for mixer, kind in (("mamba", "Mamba"), ("mom", "MixtureOfMemories")):
+            other = LanguageModel(ModelConfig(**SMALL | {"layers": 2, "pattern": ("delta", mixer)}))
+            with pytest.raises(ValueError, match=rf"^model must have layers of .*, got {kind} in layer 2"):
+                context_parallel_features(other, tokens, Stretches([11]))
         with pytest.raises(TypeError, match=r"^model must be a module"):
             sum_gradients([], Stretches([11]))
     finally:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dn_lib.teaching import Equation, all_equations, holds
-from tools.lowering import equation_labels
+from tools.lowering import Book, equation_labels
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
-CHAPTERS = [*sorted(BOOK.glob("[0-9][0-9]_*.md")), *sorted(BOOK.glob("appendix/[A-Z]_*.md"))]
+CHAPTERS = Book(BOOK).pages
 
 every_equation = pytest.mark.parametrize("equation", all_equations().values(), ids=lambda e: e.label)
 every_mutant = pytest.mark.parametrize(

@@ -10,13 +10,20 @@ import nbformat
 import pytest
 
 from dn_lib.teaching import all_exercises, evaluate
-from tools.lowering import directives, exercise_title
+from tools.lowering import Book, directives, exercise_title, page_number
 from tools.notebooks import execute
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
-CHAPTERS = sorted(BOOK.glob("[0-9][0-9]_*.md"))
+CHAPTERS = [*Book(BOOK).chapters, *Book(BOOK).studies]
 
-NUMBERS = sorted(all_exercises(), key=lambda number: [int(part) for part in number.split(".")])
+
+def place(number: str) -> tuple[str, int]:
+    """Chapters first, then studies, each in the order of its exercises."""
+    page, _, position = number.partition(".")
+    return page, int(position)
+
+
+NUMBERS = sorted(all_exercises(), key=place)
 
 every_exercise = pytest.mark.parametrize("number", NUMBERS)
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
@@ -28,7 +35,7 @@ every_mutant = pytest.mark.parametrize(
 
 def of_chapter(chapter: Path) -> list[str]:
     """The numbers of the registered exercises of a chapter."""
-    return [number for number in NUMBERS if number.split(".")[0] == str(int(chapter.name[:2]))]
+    return [number for number in NUMBERS if number.split(".")[0] == page_number(chapter)]
 
 
 def raises_not_implemented(*inputs):
@@ -94,7 +101,7 @@ def test_stored_blanks_say_not_attempted(chapter):
     assert pair.exists(), "run make notebooks"
     outputs = {}
     for cell in nbformat.read(pair, as_version=4).cells:
-        for number in re.findall(r'^check\("(\d+\.\d+)", ', cell.source, re.MULTILINE):
+        for number in re.findall(r'^check\("(S?\d+\.\d+)", ', cell.source, re.MULTILINE):
             outputs[number] = "".join(output.get("text", "") for output in cell.outputs)
     assert list(outputs) == of_chapter(chapter)
     for number, text in outputs.items():
@@ -110,5 +117,5 @@ def test_solutions_pass(chapter):
     execute(page, solutions.parent)
     outputs = [output for cell in page.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
-    verdicts = {number: mark for mark, number in re.findall(r"(?m)^([✓○✗]) (\d+\.\d+) ", printed)}
+    verdicts = {number: mark for mark, number in re.findall(r"(?m)^([✓○✗]) (S?\d+\.\d+) ", printed)}
     assert verdicts == dict.fromkeys(of_chapter(chapter), "✓"), printed

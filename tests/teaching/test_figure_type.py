@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from io import BytesIO
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from dn_lib.forms.delta_rule import recurrent_delta_rule
 from dn_lib.teaching import plotting
 from dn_lib.teaching.figures import appendix, ch1, ch2, ch3, ch4, ch5
 from dn_lib.teaching.results import stored
+from tools.lowering import Book
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "dn_lib" / "teaching" / "figures"
 MODULES = [*(ROOT / "dn_lib" / "teaching" / name for name in ("plotting.py", "pictures.py")), *FIGURES.rglob("*.py")]
-CHAPTERS = sorted([*(ROOT / "book").glob("0?_*.md"), *(ROOT / "book" / "appendix").glob("*.md")])
+PAGES = Book(ROOT / "book").pages
 SIZES = {"fontsize", "labelsize", "size", "title_fontsize", "titlesize", "legend_fontsize"}
 RELATIVE = {"x-small", "xx-small", "smaller", "small"}  # "small" of the style's 11 points would pass, of 10 not
 
@@ -62,7 +64,7 @@ def test_no_drawing_asks_for_small_letters(path):
     assert not too_small(path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_no_cell_asks_for_small_letters(path):
     for cell in jupytext.read(path, fmt="md:myst").cells:
         if cell.cell_type == "code":
@@ -97,6 +99,11 @@ def test_the_style_has_no_small_letters():
 
 def keys(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ch3.correlated_keys(length, 4, 0.5), torch.full((length,), 0.5, dtype=torch.float64)
+
+
+# The figures of a study stand in a table DRAWN of its own test file.
+STUDIES = [path.stem.partition("_")[0].lower() for path in Book(ROOT / "book").studies]
+OF_STUDIES = {study: importlib.import_module(f"test_figures_{study}").DRAWN for study in STUDIES}
 
 
 def on(draw, *arguments) -> Figure:
@@ -173,9 +180,21 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+ALL = DRAWN | {f"{study}: {name}": draw for study, drawn in OF_STUDIES.items() for name, draw in drawn.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_letter_can_be_read(name):
-    assert plotting.smallest_type(DRAWN[name]()) >= plotting.SMALLEST
+    assert plotting.smallest_type(ALL[name]()) >= plotting.SMALLEST
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_no_drawing_of_a_study_is_left_out(study):
+    text = (Path(__file__).parent / f"test_figures_{study}.py").read_text("utf-8")
+    for name, function in vars(importlib.import_module(f"dn_lib.teaching.figures.{study}")).items():
+        makes = getattr(function, "__annotations__", {}).get("return", "")
+        if not name.startswith("_") and "Figure" in str(makes):
+            assert f"{study}.{name}" in text.partition("DRAWN")[2]
 
 
 def test_no_drawing_is_left_out():

@@ -150,7 +150,7 @@ def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_miss
     stored = Path(ch2.__file__).parents[3] / "book" / "results" / "mqar.json"
     with contextlib.chdir(tmp_path):  # outside the book: what lies beside the package
         assert ch2.mqar_record() == (json.loads(stored.read_text("utf-8")) if stored.exists() else None)
-    assert ch2.mqar_table(None) == "this copy of the book holds no measurement"
+    assert str(ch2.mqar_table(None)) == "this copy of the book holds no measurement"
     ch2.mqar(None).canvas.draw()
     row = {"model": "DeltaNet", "width": 64, "accuracy": [0.5, 1.0], "steps": [10, 20]}
     record = {
@@ -162,13 +162,13 @@ def test_the_measurement_is_found_above_the_working_directory_or_said_to_be_miss
     (tmp_path / "book" / "results" / "mqar.json").write_text(json.dumps(record))
     found = ch2.mqar_record(tmp_path / "book" / "notebooks")
     assert found == record
-    assert "mqar: a device, 2026-01-02, commit 0123456" in ch2.mqar_table(
-        found
-    ) and " 50.0 100.0  after 10 20" in ch2.mqar_table(found)
+    table = ch2.mqar_table(found)
+    assert table.rows == [("DeltaNet", "64", "50.0 100.0", "10 20", "")]
+    assert table.notes[-1].startswith("mqar: a device, 2026-01-02, commit 0123456")
     curve = {"steps": [50, 70, 80, 100], "accuracy": [0.1, 0.5, 0.6, 0.625]}
     run = {"model": "DeltaNet", "width": 64, "training": {"steps": 100}, "steps_taken": 100, "curve": curve}
-    lines = ch2.mqar_table(record | {"rows": [run, run | {"steps_taken": 90}]}).splitlines()
-    assert len(lines) == 4 and "+2.5 in the last quarter" in lines[-1]
+    others = [run | {"steps_taken": 90}, run | {"learning_rate": 0.1}, run | {"width": 128}]
+    assert [row[-1] for row in ch2.mqar_table(record | {"rows": [run, *others]}).rows] == ["+2.5"]
     left, right = ch2.mqar(found).axes
     assert list(left.lines[0].get_ydata()) == [75.0] and list(right.lines[0].get_ydata()) == [81, 100]
 
@@ -274,10 +274,9 @@ def test_parity_is_told_by_last_bit_and_parity():
     model = Bits(labels, always=0)
     right = ch2_measured.right_answers(model, tokens, labels)
     assert right.shape == (50, 20) and torch.equal(right == 0, (bits == 1) & (labels[:, 1:] == 1))
-    lines = ch2_measured.parity_table(model, tokens, labels, [(5, 10), (11, 20)]).splitlines()
-    assert lines[0] == "beta of a 0: 0.000, of a 1: 2.000; |cosine| of their keys 0.00"
-    assert [line.split()[-4:] for line in lines[2:]] == [["1.00", "1.00", "1.00", "0.00"]] * 2
-    assert lines[2].startswith("bits 5 to 10 ")
+    table = ch2_measured.parity_table(model, tokens, labels, [(5, 10), (11, 20)])
+    assert table.notes == ["beta of a 0: 0.000, of a 1: 2.000; |cosine| of their keys 0.00"]
+    assert table.rows == [(bits, "1.00", "1.00", "1.00", "0.00") for bits in ("5 to 10", "11 to 20")]
 
 
 def test_recall_table_says_what_each_model_answers():
@@ -290,13 +289,14 @@ def test_recall_table_says_what_each_model_answers():
             return torch.nn.functional.one_hot(right, 64).float()
 
     models = {("updates", rule): Model() for rule in ("linear", "delta")}
-    lines = ch2_measured.recall_table(models, {("updates", "delta"): 0.5}, (tokens, labels, 4)).splitlines()
-    assert lines[0].split() == ["updates", "delta", "rule", "accuracy", "0.500"]
-    assert lines[2].endswith("newer 100%, older 0% of the answers")
-    assert [line.split()[-3:] for line in lines[-3:]] == [
-        ["0.25", "0.75", "0.25"],  # beta
-        ["0.00", "5.00", "0.00"],  # |v|
-        ["0.00", "1.00", "0.00"],  # |cosine|
+    tables = ch2_measured.recall_table(models, {("updates", "delta"): 0.5}, (tokens, labels, 4)).parts
+    scores, answers, writing = [table.rows for table in tables]
+    assert scores == [("updates", "delta rule", "0.500")]
+    assert answers == [("linear attention", "100%", "0%"), ("delta rule", "100%", "0%")]
+    assert writing == [
+        ("delta rule", "beta", "0.25", "0.75", "0.25"),
+        ("linear attention", "|v|", "0.00", "5.00", "0.00"),
+        ("linear attention", "|cosine| of q, k", "0.00", "1.00", "0.00"),
     ]
 
 

@@ -123,6 +123,9 @@ def test_dots_that_differ_on_a_gpu_are_reported():
         ("x + y", "tl.dot(x, y)", "in `"),
         ("tl.arange(0, BLOCK)", "tl.arange(0, BLOCK - 1)", "power of 2"),
         ("x + y", "x + tl.zeros([32], tl.float32)", "(an axis such as [:, None] may be missing)"),
+        ("x + y", "x[3]", "a block has no indexing and no loop: mask it), in `tl.store(out_ptr + i, x[3]"),
+        ("x + y", "torch.relu(x)", "a kernel sees its arguments, tl, tl.constexpr and other kernels by plain names"),
+        ("tl.arange(0, BLOCK)", "tl.arange(0, n)", "add what varies to the block), in `i = tl.program_id(0)"),
         (
             "tl.load(x_ptr + i, mask=i < n, other=0.0)",
             "x_ptr[i]",
@@ -269,6 +272,11 @@ def test_hardware_refuses_small_dots_that_the_interpreter_takes():
     assert kc.compile_ahead(SQUARE, square_plan(16, torch.float16))["shared"] > 0
 
 
+def test_a_kernel_that_returns_something_is_asked_about_it():
+    with pytest.raises(processes.KernelError, match="does it return something"):
+        kc.compile_ahead(ADD + "    return x\n", vector_plan())
+
+
 def test_a_compilation_error_names_the_line():
     with pytest.raises(processes.KernelError, match="does not compile") as raised:
         kc.compile_ahead(ADD.replace("x + y", "x + undefined"), vector_plan())
@@ -299,6 +307,13 @@ def test_guard_bands_catch_a_stray_write_on_a_gpu():
 
 
 # --- through `check`
+
+
+def test_a_chunk_kernel_without_a_dot_is_told():
+    pair = ('tl.dot(q, tl.trans(k), input_precision="ieee")', "tl.sum(q[:, None, :] * k[None, :, :], axis=2)")
+    message = evaluate("5.5", kc.guarded("5.5", ch5.exchange(ch5.SCORES, pair))).message
+    assert "there is no tl.dot" in message
+
 
 ANSWERS = {
     "5.1": ch5.COPY,

@@ -56,6 +56,7 @@ def test_the_solution_is_right(solution):
     [
         ("triton.cdiv(L, 16), B * H", "L // 16, B * H", "NaN first at"),
         ("scan[(B * H,)]", "scan[(B * H + 1,)]", "would load"),
+        ("scan[(B * H,)]", "scan[B * H]", "a grid is a tuple"),
         ("d**-0.5", "1.0", "scale is missing"),
         ("d**-0.5", "blocks['D']**-0.5", "made of the block's width"),
         ("return o, state", "return o, state.mT.contiguous()", "state is transposed"),

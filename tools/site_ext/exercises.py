@@ -51,7 +51,7 @@ def solution_label(number: str) -> str:
 
 def complete(app: Sphinx, doctree: nodes.document) -> None:
     """Stars and minutes in one form in every title, and a link to the solution."""
-    page = f"solutions/{app.env.docname}"
+    page = f"solutions/{app.env.docname.rpartition('/')[2]}"
     path = Path(app.srcdir) / f"{page}.md"
     text = path.read_text(encoding="utf-8") if page in app.env.found_docs else ""
     for exercise in list(doctree.findall(exercise_enumerable_node)):
@@ -77,7 +77,7 @@ def label_solutions(app: Sphinx, doctree: nodes.document) -> None:
     labels = app.env.domains.standard_domain
     for section in doctree.findall(nodes.section):
         title = section.children[0].astext()
-        if match := re.match(r"(\d+\.\d+)\s", title):
+        if match := re.match(r"(S?\d+\.\d+)\s", title):
             label = solution_label(match[1])
             section["ids"].insert(0, label)
             labels.anonlabels[label] = app.env.docname, label

@@ -31,9 +31,10 @@ def times(chapter: Path) -> str:
 
 
 def fill_in_times(app: Sphinx, docname: str, source: list[str]) -> None:
-    """On the landing page, `{{ 01_name }}` stands for the times that the chapter of that name states."""
+    """On the landing page, `{{ 01_name }}` stands for the times that the chapter or study of that name states."""
     if docname == "index":
-        lines = {chapter.stem: f"*{times(chapter)}*" for chapter in Book(Path(app.srcdir)).chapters}
+        book = Book(Path(app.srcdir))
+        lines = {chapter.stem: f"*{times(chapter)}*" for chapter in (*book.chapters, *book.studies)}
         source[0] = re.sub(r"\{\{ (\w+) \}\}", lambda match: lines[match[1]], source[0])
 
 

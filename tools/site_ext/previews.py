@@ -96,7 +96,7 @@ def link_terms(app: Sphinx, doctree: nodes.document, page: str) -> None:
             text.parent.replace(text, [*pieces, nodes.Text(text.astext()[start:])])
 
 
-NUMBERED = re.compile(r"\b([Ff]igure|[Ee]xercise) (\d|[A-Z])\.(\d+)(?!\d|\.\d)")
+NUMBERED = re.compile(r"\b([Ff]igure|[Ee]xercise) (\d|S\d|[A-Z])\.(\d+)(?!\d|\.\d)")
 
 
 def link_numbers(app: Sphinx, doctree: nodes.document, page: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dn_lib.forms.delta_rule import delta_rule_step, erase_write, recurrent_delta_rule, sweep_matrix
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.teaching.registry import Equation
 
 F64 = torch.float64
@@ -350,7 +350,7 @@ def gated_sample(g):
 
 
 def gated_library(q, k, v, alpha, beta, state):
-    return recurrent_gated_delta_rule(q, k, v, alpha, beta, initial_state=state)[1]
+    return recurrent_gated_delta_rule(q, k, v, beta, alpha.log(), initial_state=state)[1]
 
 
 def gated(update):

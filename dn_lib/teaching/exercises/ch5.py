@@ -331,7 +331,7 @@ def scores(q_ptr, k_ptr, p_ptr, C: tl.constexpr, D: tl.constexpr):
     tl.store(p_ptr + i[:, None] * C + i[None, :], P)
 """
 
-PLANS["5.5"] = lambda q, k: Plan((q, k, torch.empty(C, C)), (2,), (1,), {"C": C, "D": 32})
+PLANS["5.5"] = lambda q, k: Plan((q, k, torch.empty(C, C)), (2,), (1,), {"C": C, "D": 32}, dots=True)
 EX_5_5 = Exercise(
     number="5.5",
     title="A dot",
@@ -490,7 +490,7 @@ def _retention(q, k, v, gamma):
 
 def _plan_retention(q, k, v, gamma):
     arguments = (q, k, v, torch.empty_like(v), torch.empty(C, C), math.log2(gamma), gamma**C, q.shape[0])
-    return Plan(arguments, (3, 4), (1,), {"C": C, "D": C})
+    return Plan(arguments, (3, 4), (1,), {"C": C, "D": C}, dots=True)
 
 
 PLANS["5.7"] = _plan_retention
@@ -561,6 +561,16 @@ EX_5_7 = Exercise(
             [("since[:, None] * tl.dot(q, S", "tl.dot(q, S")],
             "The chunk's input state is read as it came in: since then it has faded, more with each row.",
             "How many times has the state been multiplied by gamma when row i reads it?",
+        ),
+        (
+            [
+                ("tl.exp2(gap * log_gamma)", "1.0"),
+                ("since[:, None] * tl.dot(q, S", "tl.dot(q, S"),
+                ("until[:, None] * v", "v"),
+                ("gamma_C * S + new", "S + new"),
+            ],
+            "Nothing fades, neither inside a chunk nor between chunks: this is linear attention.",
+            "How many times has a value been multiplied by gamma between token j and token i?",
         ),
         (
             [("gamma_C * S + new", "S + new")],
@@ -1163,7 +1173,13 @@ def launched(fn: Callable[..., Any]) -> Callable[..., Any]:
                 found = fn(*(x.cuda() for x in inputs))
                 return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found
             with record() as trace:
-                found = fn(*inputs)
+                try:
+                    found = fn(*inputs)
+                except TypeError as error:
+                    if "must be an iterable, not int" not in str(error):
+                        raise
+                    message = "a grid is a tuple, of one number too: kernel[(programs,)](...)"
+                    raise KernelError(message).with_traceback(error.__traceback__) from None
         if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found):
             _complain(trace, found)
         return found
@@ -1427,6 +1443,15 @@ EX_5_15 = Exercise(
             ],
             "Reading sums along axis=1, the values: what is left has one number for each component of the key.",
             "S^T k has one number for each component of a value. Which axis of S disappears?",
+        ),
+        (
+            [
+                ("tl.sum(k[:, None] * S, axis=0)", "tl.sum(k[None, :] * S, axis=1)"),
+                ("k[:, None] * (beta * error)[None, :]", "k[None, :] * (beta * error)[:, None]"),
+                ("tl.sum(q[:, None] * S, axis=0)", "tl.sum(q[None, :] * S, axis=1)"),
+            ],
+            "The state is taken for its transpose, in reading and in writing: keys run along its rows.",
+            "S is [d_k, d_v], and o_t = S_t^T q_t. Which index of S does a key share?",
         ),
         (
             [("inside = (i[:, None] < d) & (i[None, :] < d)", "inside = i[:, None] < D")],

@@ -21,6 +21,7 @@ from dn_lib.teaching import plotting
 from dn_lib.teaching.figures.ch1 import GREY, capacity_axes
 from dn_lib.teaching.plotting import MECHANISMS, OTHERS
 from dn_lib.teaching.results import origin
+from dn_lib.teaching.tables import Table
 
 NAMES = {"linear": "linear attention", "delta": "delta rule", "gated": "gated delta rule"}
 
@@ -271,22 +272,36 @@ def mqar_record(folder: Path | None = None) -> dict[str, Any] | None:
     return next((json.loads(place.read_text("utf-8")) for place in places if place.exists()), None)
 
 
-def mqar_table(record: dict[str, Any] | None) -> str:
-    """The measurement as text: device and date, accuracy and steps of every cell, and what long runs gained last."""
+def mqar_table(record: dict[str, Any] | None) -> Table:
+    """The measurement: accuracy and steps of every cell, what long runs gained last, and where it was measured.
+
+    >>> mqar_table(None)
+    this copy of the book holds no measurement
+    """
+    head = ("model", "width", "accuracy of each seed (%)", "steps taken", "gain in the last quarter")
     if record is None:
-        return "this copy of the book holds no measurement"
-    lines = [origin(mqar=record), "per cent, one for each seed; steps taken"]
+        return Table(head, [], empty="this copy of the book holds no measurement")
+    rows = []
     for row in record["results"]:
-        accuracy = " ".join(f"{100 * a:5.1f}" for a in row["accuracy"])
+        gained = [
+            _gained_last(run)
+            for run in record.get("rows", [])
+            if all(run.get(key) == row.get(key) for key in ("model", "width", "learning_rate"))
+        ]
+        accuracy = " ".join(f"{100 * a:.1f}" for a in row["accuracy"])
         steps = " ".join(str(n) for n in row["steps"])
-        lines.append(f"{row['model']:18s}width {row['width']:3d}: {accuracy}  after {steps}")
-    for run in record.get("rows", []):
-        steps, curve = run["training"]["steps"], run["curve"]
-        if run["steps_taken"] == steps:  # it was not ended early
-            then = next(n for n, step in enumerate(curve["steps"]) if step >= 0.75 * steps)
-            gain = 100 * (curve["accuracy"][-1] - curve["accuracy"][then])
-            lines.append(f"{run['model']:18s}width {run['width']:3d}: {gain:+.1f} in the last quarter, while training")
-    return "\n".join(lines)
+        rows.append((row["model"], str(row["width"]), accuracy, steps, " ".join(filter(None, gained))))
+    meaning = "gain: of accuracy while training, in per cent, of the runs that took all their steps"
+    return Table(head, rows, notes=[meaning, origin(mqar=record)])
+
+
+def _gained_last(run: dict[str, Any]) -> str:
+    """The accuracy gained in the last quarter of a run's steps, in per cent; nothing for a run that was ended early."""
+    steps, curve = run["training"]["steps"], run["curve"]
+    if run["steps_taken"] < steps:
+        return ""
+    then = next(n for n, step in enumerate(curve["steps"]) if step >= 0.75 * steps)
+    return f"{100 * (curve['accuracy'][-1] - curve['accuracy'][then]):+.1f}"
 
 
 MODEL_STYLES = {

@@ -14,9 +14,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from dn_lib.data.recall import correlated_keys
 from dn_lib.forms.delta_rule import delta_rule_step, recurrent_delta_rule, sweep_rate
-from dn_lib.forms.gated_delta_rule import recurrent_gated_delta_rule
+from dn_lib.forms.gated import recurrent_gated_delta_rule
 from dn_lib.forms.linear_attention import recurrent_linear_attention
 from dn_lib.teaching.figures.ch2 import NAMES, Model, newer_or_older, writes
+from dn_lib.teaching.tables import Table, Tables
 
 DOUBLE = torch.float64
 
@@ -139,20 +140,24 @@ def recall_table(
     models: Mapping[tuple[str, str], Any],
     mean: Mapping[tuple[str, str], float],
     updates: tuple[Tensor, Tensor, int],
-) -> str:
-    """As text: the accuracy of each (task, rule), and what the models for "updates" answer and write.
+) -> Tables:
+    """The accuracy of each (task, rule), and what the models for "updates" answer and write.
 
     updates: tokens, labels and the number of pairs, of `dn_lib.data.recall.recall_with_updates`.
     """
-    lines = [f"{task:8s}{NAMES[rule]:17s} accuracy {accuracy:.3f}" for (task, rule), accuracy in mean.items()]
+    scores = [(task, NAMES[rule], f"{accuracy:.3f}") for (task, rule), accuracy in mean.items()]
+    answers, writing = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for rule in ("linear", "delta"):
-        newer, older = newer_or_older(models["updates", rule], *updates)
-        lines.append(f"updates, {NAMES[rule]:17s} newer {newer:.0%}, older {older:.0%} of the answers")
-    lines.append("updates, means at:                  keys values questions")
+        shares = newer_or_older(models["updates", rule], *updates)
+        answers.append((NAMES[rule], *(f"{share:.0%}" for share in shares)))
     for rule, what in (("delta", "beta"), ("linear", "|v|"), ("linear", "|cosine| of q, k")):
         means = writes(models["updates", rule], *updates)[what]
-        lines.append(f"{NAMES[rule]:17s}{what:17s} " + " ".join(f"{x:6.2f}" for x in means))
-    return "\n".join(lines)
+        writing.append((NAMES[rule], what, *(f"{x:.2f}" for x in means)))
+    return Tables(
+        Table(("task", "rule", "accuracy"), scores),
+        Table(("answers to updates", "newer value", "older value"), answers),
+        Table(("means over updates", "of", "keys", "values", "questions"), writing),
+    )
 
 
 @torch.no_grad()
@@ -164,24 +169,22 @@ def right_answers(model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parity_table(model: Any, tokens: Tensor, labels: Tensor, stretches: Sequence[tuple[int, int]]) -> str:
-    """As text: beta and keys of a 0 and a 1, and the accuracy by last bit and parity over stretches of positions.
+def parity_table(model: Any, tokens: Tensor, labels: Tensor, stretches: Sequence[tuple[int, int]]) -> Table:
+    """The accuracy by last bit and parity over stretches of positions; below it, beta and keys of a 0 and a 1.
 
     tokens, labels `[n, L + 1]`: a start token, which asks nothing, and L bits.  A stretch (101, 160) counts from 1.
     """
     betas, pair = (x[:, 0] for x in model.beta(model.embed(torch.arange(2))[:, None]))
     cosine = cosine_similarity(*model.k(pair), dim=0).abs()
-    lines = [
-        f"beta of a 0: {betas[0]:.3f}, of a 1: {betas[1]:.3f}; |cosine| of their keys {cosine:.2f}",
-        "accuracy by last bit and parity: 0 even  0 odd  1 even  1 odd",
-    ]
     right = right_answers(model, tokens, labels)
+    rows: list[tuple[str, ...]] = []
     for start, stop in stretches:
         last, odd = tokens[:, start : stop + 1], labels[:, start : stop + 1] == 1
         ok = right[:, start - 1 : stop]
         cases = [(last == bit) & (odd == is_odd) for bit in (0, 1) for is_odd in (False, True)]
-        lines.append(f"bits {start} to {stop}{'':16s} " + " ".join(f"{ok[case].mean():7.2f}" for case in cases))
-    return "\n".join(lines)
+        rows.append((f"{start} to {stop}", *(f"{ok[case].mean():.2f}" for case in cases)))
+    note = f"beta of a 0: {betas[0]:.3f}, of a 1: {betas[1]:.3f}; |cosine| of their keys {cosine:.2f}"
+    return Table(("accuracy by last bit and parity", "0 even", "0 odd", "1 even", "1 odd"), rows, notes=[note])
 
 
 # --- Weaknesses ------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def crowded_memories(
         states = (
             recurrent_linear_attention(k, k, v)[1],
             recurrent_delta_rule(k, k, v, beta)[1],
-            recurrent_gated_delta_rule(k, k, v, alpha, beta)[1],
+            recurrent_gated_delta_rule(k, k, v, beta, alpha.log())[1],
         )
         for series, S in zip(crowded.values(), states, strict=True):
             series.append((k[:, n:] @ S - v[:, n:]).square().sum(-1).mean().item())

@@ -134,6 +134,8 @@ def guarded(number: str, kernel: Any, *, strict: bool = True) -> Callable[..., A
         elif relative_error(outputs, exercise.reference(*inputs)[:-1]) <= exercise.tolerance:
             if found.rounded:
                 complaint, counts[2] = found.rounded[0], 1
+            elif plan.dots and not found.dots:
+                complaint, counts[3] = "the numbers are right, but there is no tl.dot, which this exercise asks for", 1
             elif found.small:
                 complaint, counts[3] = f"does not compile for sm_{HOPPER}: {found.small[0]}", 1
             else:

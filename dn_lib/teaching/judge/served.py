@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import linecache
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ import struct
 import sys
 import tempfile
 import textwrap
+import traceback
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -28,6 +30,7 @@ from dn_lib.teaching.judge.limits import MEMORY, is_out_of_memory, limit_memory,
 from dn_lib.teaching.judge.source import Plan
 
 HOPPER = 90
+FOLDER = "dn_lib_kernel_"  # how the folder of a kernel's text is called
 LEAST_INNER = 16  # of a dot; Triton 3.9 takes 8 in float32, earlier releases refuse it
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block of threads may have on sm_90
 
@@ -40,7 +43,7 @@ class Findings:
     programs share and one writes.  garbled: dots that the interpreter gets wrong.  rounded: dots that a GPU
     would round to TF32.  small: dots with an inner size below 16.  unwritten: outputs that no program stored, or
     stored only in part.  undefined: masked loads without `other`, whose masked elements were NaN.  overwritten: inputs
-    that were stored into.
+    that were stored into.  dots: how many `tl.dot` there were.
     """
 
     outputs: tuple[Tensor, ...]
@@ -53,6 +56,7 @@ class Findings:
     unwritten: list[str]
     undefined: list[str]
     overwritten: list[str]
+    dots: int
 
 
 def serve(descriptor: int) -> None:
@@ -79,16 +83,39 @@ def serve(descriptor: int) -> None:
 
 def in_one_line(error: BaseException) -> str:
     """The root of `error`, with the line of the kernel if its message has one."""
-    while error.__cause__ is not None:
+    place = ""
+    while True:
+        place = _culprit(error) or place
+        if error.__cause__ is None:
+            break
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     # A compilation error reads "at 7:4:", the source above a caret, and the reason last.
     where = re.match(r"at (\d+):", lines[0]) if lines else None
     culprit = f" in `{lines[-2]}`" if where and len(lines) > 2 else ""
     reason = lines[-1] if lines else "no message"
-    if "make_shape_compatible" in reason:
-        reason += " (an axis such as [:, None] may be missing)"
-    return f"{type(error).__name__}: {reason}{culprit}"
+    reason += next((f" ({advice})" for pattern, advice in ADVICE.items() if re.search(pattern, reason)), "")
+    return f"{type(error).__name__}: {reason}{culprit or place}"
+
+
+ADVICE = {
+    "make_shape_compatible": "an axis such as [:, None] may be missing",
+    "^'int' object is not iterable$|does not support item assignment": "a block has no indexing and no loop: mask it",
+    "^name '.*' is not defined$": "a kernel sees its arguments, tl, tl.constexpr and other kernels by plain names",
+    "must be of type tl.constexpr": "a block's length is known when it is compiled: add what varies to the block",
+    "PassManager::run failed": "does it return something? a kernel only stores",
+}
+"""What a reader of the book is told beside Triton's own words, by what those match."""
+
+
+def _culprit(error: BaseException) -> str:
+    """The line of a learner's kernel in which `error` arose, " in `...`"; empty if it arose elsewhere."""
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if Path(name).stem.startswith("kernel_") and Path(name).parent.name.startswith(FOLDER):
+            found = linecache.getline(name, number).strip()
+    return f", in `{found}`" if found else ""
 
 
 # --- In the children ------------------------------------------------------------------------------------
@@ -97,7 +124,7 @@ def load_kernel(source: str, name: str) -> Any:
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     module_name = f"kernel_{digest}"
     if module_name not in sys.modules:
-        folder = Path(tempfile.mkdtemp(prefix="dn_lib_kernel_"))
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER))
         path = folder / f"{module_name}.py"
         path.write_text(source)
         spec = importlib.util.spec_from_file_location(module_name, path)
@@ -170,9 +197,8 @@ def interpret_kernel(source: str, name: str, plan: Plan) -> Findings:
     stored = {a.tensor for a in launch.accesses if a.kind != "load"}
     overwritten = [f"it stores into its input {name}" for name in launch.shapes if name in stored - set(names)]
     races = launch.overlaps()[:4]
-    return Findings(
-        outputs, outside, count, races, garbled, rounded, small, unwritten[:4], undefined[:4], overwritten[:4]
-    )
+    lists = (races, garbled, rounded, small, unwritten[:4], undefined[:4], overwritten[:4])
+    return Findings(outputs, outside, count, *lists, len(launch.dots))
 
 
 def _never_written(launch: Any, name: str) -> str:

@@ -20,12 +20,14 @@ class Plan:
 
     arguments: tensors and numbers, passed by position; constants: `tl.constexpr` parameters, by name.
     outputs: positions in `arguments` of what the kernel writes; they are handed over full of NaN.
+    dots: whether the exercise asks for `tl.dot`.
     """
 
     arguments: tuple[Tensor | int | float, ...]
     outputs: tuple[int, ...]
     grid: tuple[int, ...]
     constants: dict[str, Any] = field(default_factory=dict)
+    dots: bool = False
 
 
 PLANS: dict[str, Callable[..., Plan]] = {}

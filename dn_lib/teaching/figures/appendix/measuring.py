@@ -244,8 +244,11 @@ def waves(kernel: dict[str, Any], ladder: dict[str, Any]) -> int:
 def requested(row: dict[str, Any], kernel: dict[str, Any], ladder: dict[str, Any]) -> tuple[float, float]:
     """Gigabytes that the programs ask for, and the roofline's ms if each cost as much as one from HBM.
 
-    Blocks are 64 values wide, or 128 keys.  Raises ValueError if the row was measured with other blocks.
+    Of a result from before requests were counted, with blocks of 64 values, or 128 keys; it raises ValueError if the
+    row was measured with other blocks.
     """
+    if "requested" in kernel:
+        return _rated(kernel["requested"], kernel["flops"], ladder)
     shape = cost.Shape(*(row[name] for name in ("B", "L", "H", "d", "d")), C=row["chunk"], block_v=64, block_k=128)
     save, back = ("Vn", cost.fused_backward) if row["d"] <= 64 else ("Vn states", cost.backward)
     forms = {
@@ -258,9 +261,12 @@ def requested(row: dict[str, Any], kernel: dict[str, Any], ladder: dict[str, Any
     counted = next(c for c in forms[row["stage"]] if c.name == kernel["name"])
     if (counted.bytes, counted.flops) != (kernel["bytes"], kernel["flops"]):
         raise ValueError(f"{row['key']}, {kernel['kernel']}: measured with other blocks than these")
+    return _rated(counted.requested, counted.flops, ladder)
+
+
+def _rated(asked: int, flops: int, ladder: dict[str, Any]) -> tuple[float, float]:
     rates = (ladder["ceilings"][name] for name in ("copy_bytes_per_s", "matmul_flops_per_s"))
-    work = (counted.requested, counted.flops)
-    return counted.requested / 1e9, 1e3 * max(x / rate for x, rate in zip(work, rates, strict=True))
+    return asked / 1e9, 1e3 * max(x / rate for x, rate in zip((asked, flops), rates, strict=True))
 
 
 def _rounds(kernel: dict[str, Any], ladder: dict[str, Any]) -> tuple[str, ...]:
@@ -305,7 +311,14 @@ def inverse_table(ladder: Record) -> Table:
 
 
 KINDS = {
-    "scan along the chunks": ("linear_attention_kernel", "state_kernel", "chunk_scan_fwd", "chunk_scan_bwd"),
+    "scan along the chunks": (
+        "linear_attention_kernel",
+        "state_kernel",
+        "walk_wu_kernel",
+        "walk_kernel",
+        "chunk_scan_fwd",
+        "chunk_scan_bwd",
+    ),
     "parallel over chunks": ("wu_kernel", "output_kernel", "chunk_bwd_dqk"),
     "one token": ("recurrent",),
     "inverse, float16 dots": ("chunk_inverse",),
