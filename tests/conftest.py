@@ -21,6 +21,16 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+    """PyTorch's switch for float32 products decides what plans and tolerances are: no test leaves it changed."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def auto_takes():
     """A function that says what backend "auto" takes until the test ends: on a GPU it would be "triton"."""

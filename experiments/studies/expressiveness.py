@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dn_lib.models import LanguageModel, ModelConfig
 from experiments.harness.cli import Experiment, device_of
+from experiments.harness.problems import matmul_precision
 from experiments.harness.results import Results, plain
 from experiments.models.mqar import Training, answers, draw
 
@@ -238,7 +239,6 @@ def run(o: argparse.Namespace) -> int:
         "end": f"after `steps` steps, or once the mean accuracy of {OVER} batches in a row is above {LEARNED}",
     }
     results = Starts(o.out, settings, budget=o.budget, smoke=o.smoke)
-    torch.set_float32_matmul_precision("high")
 
     def body() -> None:
         left = None if o.budget is None else lambda: o.budget - results.elapsed()
@@ -249,7 +249,8 @@ def run(o: argparse.Namespace) -> int:
                 again=lambda row: row["status"] != "ok",
             )
 
-    code = results.fill(body)
+    with matmul_precision("high"):
+        code = results.fill(body)
     return results.finish(table(results.rows), code, failed=any(row["status"] == "failed" for row in results.rows))
 
 

@@ -454,7 +454,7 @@ def test_errors_are_one_line(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     assert "not made by this command" in error_of("course", "build", tmp_path / "mine")
     assert "--only must begin" in error_of("course", "build", tmp_path / "c", "--only", "9")
-    assert "give its folder with --book" in error_of("course", "build", tmp_path / "c", "--book", tmp_path)
+    assert "name the folder `book` of a clone" in error_of("course", "build", tmp_path / "c", "--book", tmp_path)
     assert "must be a folder" in error_of("course", "grade", tmp_path / "none", "--out", tmp_path / "o")
     assert "not made by this command" in error_of("course", "grade", tmp_path / "class", "--out", tmp_path / "mine")
     assert "no folder of a student" in error_of("course", "grade", tmp_path / "class" / "anna", "--out", tmp_path / "o")

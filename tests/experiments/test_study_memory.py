@@ -21,7 +21,13 @@ def test_the_states_hold_the_same_numbers():
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long), cache)
         sizes[kind] = cache.layers[0]["state"].numel()
-    assert sizes == {"small state": 512, "mixture": 2560, "wide keys": 2560, "wider heads": 2592}
+    assert sizes == {
+        "small state": 512,
+        "mixture": 2560,
+        "mixture, two active": 2560,
+        "wide keys": 2560,
+        "wider heads": 2592,
+    }
 
 
 def test_agreement_is_that_of_the_value_and_the_question():
@@ -41,6 +47,21 @@ def test_agreement_is_that_of_the_value_and_the_question():
         model.embedding.weight[16:, 0] = -1.0
         model.embedding.weight[tokens[0, 0], 0] = -1.0
         assert memory.agreements(model, tokens[:1], 4) == [0.25]
+
+
+def test_agreement_with_two_active_memories_is_a_share_of_weight():
+    """Keys go to memories 0 and 1, values to 1 and 2: the question's weight on memory 1 is what agrees."""
+    model = LanguageModel(
+        ModelConfig(vocab_size=32, width=8, layers=1, heads=1, mixer="mom", memories=3, active_memories=2)
+    )
+    tokens, _ = memory.draw(6, memory.SMALL_TASK, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+        model.embedding.weight[:, 0] = torch.where(torch.arange(32) < 16, 1.0, -1.0)
+        model.blocks[0].mixer.router.weight.zero_()[:, 0] = torch.tensor([0.3, 0.1, -0.5])
+        scale = model.blocks[0].mixer_norm(model.embedding(tokens[:1, :1]))[0, 0, 0]
+        expected = torch.tensor([0.3, 0.1]).mul(scale).softmax(0)[1].item()
+        assert memory.agreements(model, tokens, 4)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_smoke_run_writes_every_row(tmp_path):

@@ -19,7 +19,7 @@ DRAWN = {
     "ratios": lambda: s1.ratios([4, 8], [0.9, 0.5])[0],
     "bound": lambda: s1.bound_and_return([1.0, 0.9], 4)[0],
     "half-lives": lambda: s1.half_lives({"a table": torch.tensor([1.0, 0.1]), "another": torch.tensor([0.0, 0.5])}),
-    "noise": lambda: s1.noise([0.9], 16, 8, lambda decay, age: 1.0),
+    "noise": lambda: s1.noise([0.9], 16, 8),
     "documents": lambda: s1.documents({name: RECALL for name in s1.MEMORIES}),
     "speed": lambda: s1.speed([512, 1024], {"fixed decay, in chunks": [1e5, 1e5], "softmax attention": [1e4]}, "cpu"),
 }

@@ -273,6 +273,43 @@ def _n(k: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     return -torch.linalg.inv(torch.eye(len(k), dtype=k.dtype) + B * beta) @ B
 
 
+def _paths(k, beta, g, *, own=True, first=False, between=True, sign=-1.0) -> Tensor:
+    """N_ij, step by step: what the error of token i sees of k_j.  Gates `[L, d_k]`."""
+    N = torch.zeros(len(k), len(k), dtype=k.dtype)
+    for j in range(len(k)):
+        x = g[j].exp() * k[j] if first else k[j]
+        for i in range(j + 1, len(k)):
+            faded = g[i].exp() * x
+            N[i, j] = sign * k[i] @ (faded if own else x)
+            x = faded if between else x
+            x = x - beta[i] * k[i] * (k[i] @ x)
+    return N
+
+
+def _keys_and_channels(generator: torch.Generator) -> tuple:
+    _, k, _, beta, g, _ = _per_channel(generator)
+    return k, beta, g
+
+
+def _n_per_channel(k: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    B = decayed_products(k, k, g).tril(-1)
+    return -torch.linalg.inv(torch.eye(len(k), dtype=k.dtype) + B * beta) @ B
+
+
+entries = Equation(
+    label="eq-s1-n-entries",
+    kind="identity",
+    sample=_keys_and_channels,
+    left=_n_per_channel,
+    right=_paths,
+    mutants={
+        "the error sees the state before it fades": lambda *x: _paths(*x, own=False),
+        "token j's own gate as well": lambda *x: _paths(*x, first=True),
+        "the steps between without gates": lambda *x: _paths(*x, between=False),
+        "the other sign": lambda *x: _paths(*x, sign=1.0),
+    },
+)
+
 bound = Equation(
     label="eq-s1-bound",
     kind="bound",
@@ -421,6 +458,7 @@ ENTRIES = [
     order,
     gated_errors,
     gated_chunk,
+    entries,
     bound,
     walk_back,
     noise,

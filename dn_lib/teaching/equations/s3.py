@@ -217,11 +217,11 @@ def _halo(generator: torch.Generator) -> tuple:
     return n * p, p, _randint(generator, 0, 2 * n * p), _randint(generator, 1, 5)
 
 
-def _row_traffic(length: int, p: int, w: int, c: int, *, all_of_it=False, more=0, once=False) -> tuple[int, int]:
-    n = length // p
-    moved = min(w + more, (p - 1) * n) if not all_of_it else (p - 1) * n
+def _row_traffic(length: int, p: int, rows: int, c: int, *, all_of_it=False, more=0, once=False) -> tuple[int, int]:
+    n, w = length // p, rows + 1  # a layer that looks at w tokens, the newest included, reaches back w - 1 rows
+    moved = min(w - 1 + more, (p - 1) * n) if not all_of_it else (p - 1) * n
     # Back, to the first process: each later one returns the gradients of those of its rows that it borrowed.
-    lent = sum(max(0, n - max(0, r * n - w)) for r in range(1, 2 if once else p))
+    lent = sum(max(0, n - max(0, r * n - w + 1)) for r in range(1, 2 if once else p))
     return moved * c * KEY, lent * c * KEY
 
 

@@ -273,6 +273,39 @@ mom_state = Equation(
 )
 
 
+# Agreement ----------------------------------------------------------------------------------------------
+def _spread(generator: torch.Generator) -> tuple:
+    """Shares of values `[M]` and of keys among all tokens, and N: the memories, of M, that get keys or values."""
+    memories = _randint(generator, 2, 5)
+    f = _rand(generator, memories) + 4.0  # nearly even, so that the keys can fill up what values leave
+    nu = 0.1 + 0.2 * _rand(generator, 1).item()
+    return F.pad(f / f.sum(), (0, _randint(generator, 1, 2))), nu * (1.5 + _rand(generator, 1).item()), nu, memories
+
+
+def _meet(f: Tensor, kappa: float, nu: float, memories: int) -> Tensor:
+    """How often a key and a value meet, where keys fill each of the N memories up to the same number of tokens."""
+    g = ((kappa + nu) / memories - nu * f) / kappa * (f > 0)
+    return torch.outer(f, g / g.sum()).trace()
+
+
+agreement = Equation(
+    label="eq-s4-agreement",
+    kind="identity",
+    sample=_spread,
+    left=_meet,
+    right=lambda f, kappa, nu, n: (kappa + nu) / (kappa * n) - nu / kappa * f.square().sum(),
+    mutants={
+        "as if keys alone were even": lambda f, kappa, nu, n: f.new_tensor(1 / n),
+        "all memories counted, the filler's too": lambda f, kappa, nu, n: (
+            (kappa + nu) / (kappa * len(f)) - nu / kappa * f.square().sum()
+        ),
+        "keys and values the wrong way round": lambda f, kappa, nu, n: (
+            (kappa + nu) / (nu * n) - kappa / nu * f.square().sum()
+        ),
+    },
+)
+
+
 # Balance ------------------------------------------------------------------------------------------------
 def _logits(generator: torch.Generator) -> tuple:
     memories = _randint(generator, 3, 5)
@@ -501,6 +534,7 @@ ENTRIES = [
     orthogonal_steps,
     split_capacity,
     mom_state,
+    agreement,
     balance_gradient,
     liger_step,
     liger_life,

@@ -52,9 +52,9 @@ exercise_1 = Exercise(
     reference=_entering,
     extremes=(
         Extreme("one stretch", lambda g: _decayed(1), "Nothing stands before the first stretch."),
-        Extreme("b = 0", lambda g: _decayed(4, 0.0), "Without decay the states are summed."),
+        Extreme("log_decay = 0", lambda g: _decayed(4, 0.0), "Without decay the states are summed."),
         Extreme(
-            "b = -800",
+            "log_decay = -800",
             lambda g: _decayed(4, -800.0),
             "exp(-800) is 0 in float64: multiply by decays, and divide by none.",
         ),
@@ -92,7 +92,7 @@ exercise_1 = Exercise(
         ),
         Mutant(
             lambda X, b: _entering(X, b, log=True),
-            "You multiply by b itself: b is the logarithm of the decay.",
+            "You multiply by log_decay itself, which is the logarithm of the decay.",
             "By what does a state shrink whose gates have logarithms that sum to b?",
         ),
     ),

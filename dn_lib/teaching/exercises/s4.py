@@ -414,7 +414,7 @@ exercise_5 = Exercise(
     mutants=(
         Mutant(
             lambda W, A, B, alpha: W + alpha * B @ A,
-            "The factor is alpha; it has to be divided by the rank.",
+            "The constant is not divided by the rank.",
             "With twice the rank the sum in B A has twice as many terms. What keeps its size?",
         ),
         Mutant(

@@ -127,7 +127,7 @@ def best_in_one_pass(counts: Sequence[int], errors: Sequence[Mapping[str | int, 
 
 
 def one_key_again(curves: Mapping[str, Tensor]) -> Figure:
-    """The answer for one key after each of many writes of one value, by several memories; zero is the value.
+    """The error for one key after each of many writes of one value, as a share of the first, by several memories.
 
     >>> len(one_key_again({"least squares": torch.ones(4)}).axes[0].lines)
     2
@@ -137,7 +137,7 @@ def one_key_again(curves: Mapping[str, Tensor]) -> Figure:
     ax.axhline(0, color="0.4", lw=1, linestyle="-")
     for (name, curve), style in zip(curves.items(), [*styles[: len(curves) - 1], IDEAL], strict=True):
         ax.plot(range(len(curve)), curve.tolist(), **style, label=name)
-    ax.set(xlabel="writes", ylabel="answer less value", ylim=(-1.15, 1.15))
+    ax.set(xlabel="writes", ylabel="share of the first error", ylim=(-1.15, 1.15))
     fig.legend(ncols=2, fontsize=9, loc="outside upper center")
     return fig
 

@@ -6,9 +6,10 @@ never typed in.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +144,31 @@ def _right(answers: Tensor, values: Tensor) -> float:
     return float((nearest == torch.arange(values.shape[-2])).double().mean())
 
 
+class _Drawn(NamedTuple):
+    """`draws` lists of pairs for each state: unit keys and values; the memory of each of the mixture's keys."""
+
+    keys: dict[str, Tensor]
+    values: dict[str, Tensor]
+    chosen: Tensor
+
+
+def _pairs(n: int, d: int, memories: int, draws: int, seed: int) -> _Drawn:
+    """n random pairs for each of the three states; the same for the same arguments."""
+    g = torch.Generator().manual_seed(seed + n)
+    side = round(d * memories**0.5)
+    k, router = _draw(draws, n, d, g), _draw(draws, memories, d, g)
+    chosen = (k @ router.mT).argmax(-1)
+    keys = {
+        "one wider head": _draw(draws, n, side, g),
+        "one head, wide keys": _draw(draws, n, memories * d, g),
+        "mixture of memories": wide(k, chosen, memories),
+    }
+    values = {name: _draw(draws, n, side if name == "one wider head" else d, g) for name in keys}
+    return _Drawn(keys, values, chosen)
+
+
 def recall_at_equal_bytes(
-    pairs: Sequence[int], *, d: int = 16, memories: int = 4, draws: int = 10, seed: int = 0
+    pairs: Sequence[int], *, d: int = 16, memories: int = 4, draws: int = 100, seed: int = 0
 ) -> dict[str, dict[str, list[float]]]:
     """Random pairs in three states of `memories` d^2 numbers, each asked for once.
 
@@ -157,22 +181,13 @@ def recall_at_equal_bytes(
     >>> sorted(recall_at_equal_bytes([4], d=4, draws=1))
     ['mixture of memories', 'one head, wide keys', 'one wider head']
     """
-    g = torch.Generator().manual_seed(seed)
-    side = round(d * memories**0.5)
     found: dict[str, dict[str, list[float]]] = {name: {"returned": [], "right": []} for name in SPENT}
     for n in pairs:
-        k, router = _draw(draws, n, d, g), _draw(draws, memories, d, g)
-        in_blocks = wide(k, (k @ router.mT).argmax(-1), memories)
-        keys = {
-            "one wider head": (_draw(draws, n, side, g), side),
-            "one head, wide keys": (_draw(draws, n, memories * d, g), d),
-            "mixture of memories": (in_blocks, d),
-        }
-        for name, (key, d_v) in keys.items():
-            values = _draw(draws, n, d_v, g)
-            answers, returned = _answers(key, key, values)
+        drawn = _pairs(n, d, memories, draws, seed)
+        for name, key in drawn.keys.items():
+            answers, returned = _answers(key, key, drawn.values[name])
             found[name]["returned"].append(returned)
-            found[name]["right"].append(_right(answers, values))
+            found[name]["right"].append(_right(answers, drawn.values[name]))
     return found
 
 
@@ -197,29 +212,28 @@ def equal_bytes(pairs: Sequence[int], found: dict[str, dict[str, list[float]]]) 
 
 
 def recall_by_agreement(
-    shares: Sequence[float], *, pairs: int = 48, d: int = 16, memories: int = 4, draws: int = 20, seed: int = 0
+    shares: Sequence[float], *, pairs: int = 48, d: int = 16, memories: int = 4, draws: int = 100, seed: int = 0
 ) -> dict[str, list[float]]:
     """The share of right answers where the query reaches the memory of its key with each probability of `shares`.
 
-    All else as in `recall_at_equal_bytes`; the two single states don't depend on it.
+    All else, the draws too, as in `recall_at_equal_bytes`; the two single states don't depend on it.
 
     >>> recall_by_agreement([0.0, 1.0], pairs=4, d=4, draws=1)["mixture of memories"][0] <= 1
     True
     """
+    drawn = _pairs(pairs, d, memories, draws, seed)
     g = torch.Generator().manual_seed(seed)
-    single = recall_at_equal_bytes([pairs], d=d, memories=memories, draws=draws, seed=seed)
-    found = {name: single[name]["right"] * len(shares) for name in SPENT if name != "mixture of memories"}
-    k, router, values = _draw(draws, pairs, d, g), _draw(draws, memories, d, g), _draw(draws, pairs, d, g)
-    chosen = (k @ router.mT).argmax(-1)
     luck = torch.rand(draws, pairs, generator=g)
-    others = (chosen + torch.randint(1, memories, chosen.shape, generator=g)) % memories
-    found["mixture of memories"] = [
-        _right(
-            _answers(wide(k, chosen, memories), wide(k, torch.where(luck < a, chosen, others), memories), values)[0],
-            values,
-        )
-        for a in shares
-    ]
+    moved = torch.randint(1, memories, drawn.chosen.shape, generator=g)
+    found: dict[str, list[float]] = {}
+    for name, keys in drawn.keys.items():
+        values = drawn.values[name]
+        if name != "mixture of memories":
+            found[name] = [_right(_answers(keys, keys, values)[0], values)] * len(shares)
+            continue
+        k = keys.unflatten(-1, (memories, d)).sum(-2)  # all but one of the blocks are zero
+        reached = (torch.where(luck < a, drawn.chosen, (drawn.chosen + moved) % memories) for a in shares)
+        found[name] = [_right(_answers(keys, wide(k, m, memories), values)[0], values) for m in reached]
     return found
 
 
@@ -243,7 +257,8 @@ def needle(distances: Tensor, *, d: int = 64, window: int = 64, trials: int = 10
 
     All other keys are random, of standard normal entries, and the query is the key that it looks for.  "full attention"
     and "window" are softmax with the scale d^-1/2, without positions; "recurrent half" has the gates and features of
-    `Liger` (eq-s4-liger-step), its weights divided by their sum to be compared.
+    `Liger` (eq-s4-liger-step), its weights divided by their sum to be compared.  There is one key more than the
+    largest distance, the last one at distance 0, in all three (a window sees its own part of them).
 
     >>> sorted(needle(torch.tensor([1, 4]), d=8, window=2, trials=2))
     ['full attention', 'recurrent half', 'window']
@@ -332,15 +347,26 @@ def with_share(model: LanguageModel, share: float) -> LanguageModel:
     return model
 
 
+BORROWED: dict[str, dict[str, Any]] = {
+    "Liger, LoRA": GATED,
+    "window alone, LoRA": plotting.OTHERS[0],
+    "Transformer, LoRA": SOFTMAX,
+    "Liger, from scratch": plotting.STYLES[7],
+}
+
+
 def borrow(
     transformer: LanguageModel, corpus: Corpus, *, steps: int, window: int, rank: int = 8, seed: int = 1
 ) -> dict[str, list[tuple[int, float]]]:
     """Bits per byte against tokens of training, from the same batches: the converted model with LoRA, its window half
-    with LoRA, and a model of the same layers from scratch."""
+    with LoRA, the Transformer itself with LoRA, and a model of the converted layers from scratch."""
     found = {}
-    for name in ("Liger, LoRA", "window alone, LoRA", "Liger, from scratch"):
+    for name in BORROWED:
         model = to_liger(transformer, window=window)
-        if name.endswith("scratch"):
+        if name.startswith("Transformer"):
+            model = copy.deepcopy(transformer)
+            add_lora(model, rank=rank)
+        elif name.endswith("scratch"):
             torch.manual_seed(seed)
             model = LanguageModel(model.config)
         else:
@@ -369,13 +395,6 @@ def kept_layers(transformer: LanguageModel, corpus: Corpus, window: int) -> dict
     return {name: [*numbers, whole] for name, numbers in found.items()}
 
 
-BORROWED: dict[str, dict[str, Any]] = {
-    "Liger, LoRA": GATED,
-    "window alone, LoRA": plotting.OTHERS[0],
-    "Liger, from scratch": plotting.STYLES[7],
-}
-
-
 def borrowed(curves: dict[str, list[tuple[int, float]]], teacher: float, kept: dict[str, list[float]]) -> Figure:
     """Left: loss against tokens of training.  Right: loss against attention layers kept, before any training.
 
@@ -386,7 +405,7 @@ def borrowed(curves: dict[str, list[tuple[int, float]]], teacher: float, kept: d
     fig, (left, right) = plotting.figure(columns=2, height=3.4)
     for name, points in curves.items():
         left.plot(*zip(*points, strict=True), **BORROWED[name], label=name)
-    left.axhline(teacher, color=SOFTMAX["color"], linestyle=SOFTMAX["linestyle"], lw=1.5, label="the Transformer")
+    left.axhline(teacher, color="0.4", linestyle=":", lw=1.5, label="the Transformer as it was")
     left.set(xlabel="tokens of training", ylabel="bits per byte", title="after the conversion")
     left.legend(fontsize=9)
     styles = {"Liger": GATED, "window alone": plotting.OTHERS[0]}

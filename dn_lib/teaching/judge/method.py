@@ -120,7 +120,9 @@ class _Watch(TorchDispatchMode):
         elif code.co_filename.startswith(LIBRARY) and not code.co_filename.startswith(TEACHING):
             if event == "call":
                 if not self.depth and not code.co_name.startswith("<"):
-                    self.record.calls.append(code.co_name)
+                    # A decorated function's own name; its frame has that of the decorator's.
+                    inner = frame.f_locals.get("function") if code.co_name == "wrapped" else None
+                    self.record.calls.append(getattr(inner, "__name__", code.co_name))
                 self.depth += 1
             else:
                 self.depth -= 1

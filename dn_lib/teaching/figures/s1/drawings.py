@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,10 @@ def half_lives(tables: Mapping[str, Tensor]) -> Figure:
     return fig
 
 
-def noise(decays: Sequence[float], count: int, d: int, expected: Callable[[float, int], float]) -> Figure:
-    """Squared error of a fading memory by the age of the pair: measured (marks), and `expected(decay, age)` (lines).
+def noise(decays: Sequence[float], count: int, d: int) -> Figure:
+    """Squared error of a fading memory by the age of the pair: measured (marks), and by eq-s1-noise (lines).
 
-    >>> fig = noise([0.9], 8, 4, lambda decay, age: 1.0)
+    >>> fig = noise([0.9], 8, 4)
     >>> len(fig.axes[0].lines)  # a curve, its marks, and the error of an empty memory
     3
     """
@@ -175,13 +175,17 @@ def noise(decays: Sequence[float], count: int, d: int, expected: Callable[[float
     for style, decay in zip(FORMS, decays, strict=False):
         errors = measured.answers_by_age(decay, count, d)
         plain = {"color": style["color"], "linestyle": style["linestyle"]}
-        ax.plot([a + 1 for a in range(count)], [expected(decay, a) for a in range(count)], **plain)
+        ax.plot(range(count), measured.expected_by_age(decay, count, d), **plain)
         ax.plot(
-            [a + 1 for a in ages], errors[ages], marker=style["marker"], color=style["color"], linestyle="none",
+            ages, errors[ages], marker=style["marker"], color=style["color"], linestyle="none",
             label=f"decay {decay:g}",
         )  # fmt: skip
     ax.axhline(1, color="0.5", lw=1, linestyle=":")
-    ax.set(xscale="log", yscale="log", xlabel="age of the pair that is asked for (newest: 1)", ylabel="squared error")
+    ax.set(yscale="log", xlabel="age of the pair that is asked for (newest: 0)", ylabel="squared error")
+    ax.set_xscale("symlog", linthresh=1, linscale=0.4)  # logarithmic from 1 on, with room for 0
+    ticks = [0, *(2**n for n in range(count.bit_length()) if 2**n < count)]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
     ax.legend(fontsize=10)
     return fig
 

@@ -241,6 +241,17 @@ def answers_by_age(decay: float, count: int, d: int, draws: int = 400) -> Tensor
     return (k @ state - v).pow(2).sum(-1).mean(0).flip(0)
 
 
+def expected_by_age(decay: float, count: int, d: int) -> Tensor:
+    """eq-s1-noise for each age, newest first, `[count]`, with 1/d for the squared overlaps; decay below 1.
+
+    >>> bool((answers_by_age(0.9, 8, 4) / expected_by_age(0.9, 8, 4) - 1).abs().max() < 0.2)
+    True
+    """
+    ages = torch.arange(count, dtype=torch.float64)
+    noise = (1 - decay ** (2 * count)) / (1 - decay**2) - decay ** (2 * ages)
+    return (1 - decay**ages) ** 2 + noise / d
+
+
 # --- Speed -------------------------------------------------------------------------------------------------
 STRETCH = 512
 
