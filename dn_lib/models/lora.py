@@ -16,7 +16,7 @@ from dn_lib.stored import read_tensors
 
 
 class LoRALinear(nn.Linear):
-    """A linear map with an adapter: y = W x + (alpha / r) B A x (eq-s4-lora), where W is frozen.
+    """A linear map with an adapter: y = W x + (alpha / r) B A x, where W is frozen (eq-s4-lora, its c is alpha).
 
     weight `[out, in]` is that of `linear`, the same tensor under the same name; `down` (A) `[r, in]` starts uniform,
     as a linear layer does, and `up` (B) `[out, r]` at 0, so that the layer starts as it was.

@@ -263,7 +263,10 @@ def segments_of(B: int, L: int, H: int, d: int, dtype: torch.dtype, device: str)
 
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """Within it `torch.set_float32_matmul_precision(name)` holds: "highest" is IEEE, "high" allows TF32."""
+    """Within it, or in a function that it decorates, `torch.set_float32_matmul_precision(name)` holds.
+
+    "highest" is IEEE, "high" allows TF32.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:

@@ -50,6 +50,7 @@ from dn_lib.training import (
 )
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.kinds import COMPARED, Kind, parameters
+from experiments.harness.problems import matmul_precision
 from experiments.harness.provenance import RESULTS
 from experiments.harness.results import OutOfTime, Results
 from experiments.models.train_hybrid import compile_blocks
@@ -267,6 +268,7 @@ def small_text() -> Corpus:
     return split_text("".join(lines).encode(), name="smoke")
 
 
+@matmul_precision("high")
 def run(options: argparse.Namespace) -> int:
     if options.smoke:
         vars(options).update(SMALL)
@@ -276,7 +278,6 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         return plan(options, wanted, per_step)
     device = device_of(options.smoke)
-    torch.set_float32_matmul_precision("high")
     text = Text(small_text() if options.smoke else load_corpus(options.corpus))
     settings = settings_of(options, *left_out) | {
         "corpus": text.corpus.facts | {"train_tokens": len(text.corpus.train)},

@@ -34,6 +34,7 @@ from torch import Tensor
 from dn_lib.data.recall import multi_query_associative_recall
 from dn_lib.models import LanguageModel, ModelConfig
 from experiments.harness.cli import Experiment, device_of
+from experiments.harness.problems import matmul_precision
 from experiments.harness.results import Results, first_line, plain
 
 MODELS = {
@@ -317,6 +318,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@matmul_precision("high")
 def run(o: argparse.Namespace) -> int:
     """0; 1 if a cell failed; 2 if the budget ran out; 3 if the GPU was lost."""
     if o.smoke:
@@ -338,7 +340,6 @@ def run(o: argparse.Namespace) -> int:
         "paper": PAPER,
     }
     results = Accuracies(o.out, settings, budget=o.budget, smoke=o.smoke)
-    torch.set_float32_matmul_precision("high")
 
     def body() -> None:
         for mixer, width, rate, seed in plan(o):

@@ -47,6 +47,7 @@ from dn_lib.training.loop import flop_use
 from experiments.harness.cli import Experiment, device_of, settings_of
 from experiments.harness.clock import seconds_of_each
 from experiments.harness.peers import compile_only, load_fla
+from experiments.harness.problems import matmul_precision
 from experiments.harness.processes import spread
 from experiments.harness.results import OutOfTime, Results, first_line
 
@@ -463,11 +464,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", action="store_true", help=f"where the time goes, at {PROFILED}")
 
 
+@matmul_precision("high")
 def run(options: argparse.Namespace) -> int:
     """0; 1 if a row failed; 2 if the budget ran out, or there was nothing to tune; 3 if the GPU was lost."""
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # read where fla's kernels are defined: what it tunes stays
     device = device_of(options.smoke)
-    torch.set_float32_matmul_precision("high")
     shape, lengths, contexts, profiled = SHAPE, TRAINING, CONTEXTS, PROFILED
     if options.smoke:
         shape, lengths, contexts, profiled = (SMOKE[n] for n in ("shape", "training", "contexts", "profiled"))

@@ -45,6 +45,7 @@ from dn_lib.training import (
 from dn_lib.training.distributed import Processes, resolve_device
 from dn_lib.training.loop import flop_use
 from experiments.harness.cli import Experiment
+from experiments.harness.problems import matmul_precision
 from experiments.harness.provenance import provenance
 from experiments.harness.results import write_json
 
@@ -208,6 +209,7 @@ class Stopwatch:
         print(f"[{name}: {self.parts[name]:.1f} s]", flush=True)
 
 
+@matmul_precision("high")
 def run(options: argparse.Namespace) -> int:
     watch = Stopwatch()
     if options.sizes:
@@ -216,7 +218,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     vars(options).update(KINDS.get(options.kind, {}))
     device = resolve_device(options.device)
-    torch.set_float32_matmul_precision("high")
     corpus = load_corpus(options.corpus)
     torch.manual_seed(options.seed)
     shape = ModelConfig(vocab_size=corpus.vocab_size, **{name: getattr(options, name) for name in SHAPE})

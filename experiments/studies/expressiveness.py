@@ -225,6 +225,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@matmul_precision("high")
 def run(o: argparse.Namespace) -> int:
     """0; 1 if a cell failed; 2 if the budget ran out; 3 if the GPU was lost."""
     if o.smoke:
@@ -249,8 +250,7 @@ def run(o: argparse.Namespace) -> int:
                 again=lambda row: row["status"] != "ok",
             )
 
-    with matmul_precision("high"):
-        code = results.fill(body)
+    code = results.fill(body)
     return results.finish(table(results.rows), code, failed=any(row["status"] == "failed" for row in results.rows))
 
 
