@@ -109,7 +109,12 @@ def drop_letters(app: Sphinx, doctree: nodes.document) -> None:
         text.parent.replace(text, nodes.Text(re.sub(r"^(Appendix [A-Z]|Study \d): ", "", text.astext())))
 
 
-def columns(lengths: list[list[float]], words: list[float], room: int = 94) -> list[float]:
+ROOM = 94  # characters of a line of a table, at 10 points
+SMALLEST = r"\scriptsize"
+ROOMS = {"": ROOM, r"\footnotesize": round(ROOM * 10 / 8), SMALLEST: round(ROOM * 10 / 7)}
+
+
+def columns(lengths: list[list[float]], words: list[float], room: int = ROOM) -> list[float]:
     """Widths of a table's columns, all in characters, for cells of these `lengths` (row by row).
 
     A column has what its longest cell needs if there is room for that.  Otherwise each has room for its longest word,
@@ -124,7 +129,7 @@ def columns(lengths: list[list[float]], words: list[float], room: int = 94) -> l
     needs = [max(column) for column in zip(*lengths, strict=True)]
     if sum(needs) <= room:
         return needs
-    widths = [min(word, room / len(words)) for word in words]
+    widths = list(words) if sum(words) <= room else [min(word, room / len(words)) for word in words]
 
     def height(i: int) -> float:
         """Of all rows, if column i had one character more; a row is about as high as its highest cell."""
@@ -147,7 +152,10 @@ def printed(cell: nodes.Element) -> list[float]:
         if isinstance(node, nodes.math):
             pieces.append(1.1 * len(re.sub(r"[{}^_ ]", "", re.sub(r"\\[a-zA-Z]+ ?", "x", node.astext()))))
         elif isinstance(node, nodes.Text) and not isinstance(node.parent, nodes.math):
-            pieces += [len(word) + 1 for word in node.astext().split()]
+            letter = 1.15 if isinstance(node.parent, nodes.literal) else 1.0
+            # Words that a no-break space joins are one.
+            for word in re.split(r"[ \n]+", node.astext().strip(" \n")):
+                pieces.append(letter * len(word) + sum(map(str.isupper, word)) / 2 + 1)
     return pieces or [0]
 
 
@@ -157,13 +165,19 @@ def fit_tables(app: Sphinx, doctree: nodes.document) -> None:
         rows = [[printed(cell) for cell in row.findall(nodes.entry)] for row in table.findall(nodes.row)]
         lengths = [[sum(cell) + 2 for cell in row] for row in rows]
         words = [max(max(cell) for cell in column) + 2 for column in zip(*rows, strict=True)]
-        widths = columns(lengths, words)
+        size, room = next((s, r) for s, r in ROOMS.items() if sum(words) <= r or s == SMALLEST)
+        widths = columns(lengths, words, room)
         if len(rows) > 12:
             table["classes"].append("longtable")
-        if sum(max(column) for column in zip(*lengths, strict=True)) > sum(widths):
-            total = round(10 * sum(widths))
-            spec = "".join(rf"\X{{{round(10 * width)}}}{{{total}}}" for width in widths)
-            table.parent.insert(table.parent.index(table), tabular_col_spec(spec=spec))
+        place = table.parent.index(table)
+        # Without widths of ours LaTeX gives a cell at most an equal share of the line.
+        if sum(max(column) for column in zip(*lengths, strict=True)) > room or max(words) > room / len(words):
+            total = max(room, round(sum(widths)))
+            spec = "".join(rf"\X{{{round(10 * width)}}}{{{10 * total}}}" for width in widths)
+            table.parent.insert(place, tabular_col_spec(spec=spec))
+        if size:
+            table.parent.insert(place, latex(rf"\begingroup{size}"))
+            table.parent.insert(table.parent.index(table) + 1, latex(r"\endgroup"))
 
 
 def replace_unknown(app: Sphinx, doctree: nodes.document) -> None:

@@ -194,3 +194,16 @@ def test_without_latex_the_command_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"(?s)latexmk.*xelatex.*apt-get install"):
         main(["--out-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_words_that_hold_together_get_the_room_that_they_need():
+    """Sizes are joined by no-break spaces, and LaTeX gives a cell an equal share of the line unless it is told more."""
+    from docutils import nodes
+
+    from tools.pdf_pages import ROOM, columns, printed
+
+    entry = nodes.entry("", nodes.paragraph("", "16\u00a0x\u00a02048 kernels", nodes.literal("", "chunk_scan")))
+    joined, plain, code = printed(entry)
+    assert joined == len("16 x 2048") + 1 and plain == len("kernels") + 1 and code > len("chunk_scan") + 1
+    widths = columns([[30.0, 40, 40], [30, 40, 40]], [30.0, 8, 8])
+    assert widths[0] >= 30 and round(sum(widths)) == ROOM
